@@ -58,7 +58,7 @@ def integers(name: str, x, letters: str):
     """Check that `x`, the value of the argument `name`, is an integer array with the right number of axes. Return it.
 
     `letters` are the letters of the axes, separated by commas: "B,T" requires two axes of any size. Raise ValueError if
-    `x` is something else.
+    `x` is not an array, not of an integer dtype, or has another number of axes.
     """
     if not is_array(x) or len(x.shape) != len(letters.split(",")) or not jnp.issubdtype(x.dtype, jnp.integer):
         got = f"{x.dtype}{list(x.shape)}" if is_array(x) else _type(x)
@@ -98,7 +98,7 @@ def number(name: str, x):
 def flag(name: str, x) -> bool:
     """Check that `x`, the value of the argument `name`, is True or False. Return it as a Python bool.
 
-    Raise ValueError if it is something else, such as a traced array.
+    A NumPy bool is accepted. Raise ValueError if `x` is something else, such as a traced array.
     """
     if not isinstance(x, bool | np.bool_):
         raise ValueError(f"{name} must be True or False, got {_type(x)}")
@@ -106,9 +106,9 @@ def flag(name: str, x) -> bool:
 
 
 def _type(x) -> str:
-    """Return a description of `x` for an error message: "float32[2, 8]" for an array, else the name of its type.
+    """Describe `x` for an error message: "float32[2, 8]" for an array, otherwise the name of its type.
 
-    A traced array gives "a traced float32[2, 8]".
+    For a traced array, the description is "a traced float32[2, 8]".
     """
     if isinstance(x, jax.core.Tracer):
         return f"a traced {x.dtype}{list(x.shape)}"

@@ -1,14 +1,15 @@
-"""Runs an op on a mesh of Auto axes, where XLA decides during compilation how arrays are divided over the devices.
+"""Runs an op on a mesh of Auto axes, where XLA's partitioner chooses during compilation how arrays are sharded.
 
-An op is a public function of this package, such as `stick_breaking_attention`. Here each call of an op becomes one
-node: one operation of the program, with a rule that tells XLA's partitioner along which axes it may divide the arrays.
-The partitioner decides how the arrays are divided. Then it asks for the program of one device. This program is the op
-again, applied to the device's part of the arrays. The partitioner must not divide the code inside the op: then every
-device would run all steps of a `lax.map` over a divided axis, and every array that a kernel reads would be
-all-gathered.
+An op is a public function of this package, such as `stick_breaking_attention`. Here each call of an op is one operation
+of the program, called a node. The node has a rule that says which array axes XLA may shard. XLA chooses the shardings,
+and then asks the node for the program of one device. This program is the op again, applied to the device's shards of
+the arrays.
 
-The forward pass of a node saves only the arguments of the op for the backward pass. It saves no residuals of a kernel,
-because XLA has no rule for dividing such residuals. So the backward pass runs the forward pass again.
+Without the node, XLA would shard the code inside the op. Then every device would run all steps of a `lax.map` over a
+sharded axis, and every array that a kernel reads would be all-gathered.
+
+A node saves only the arguments of the op for the backward pass. It saves no residuals of a kernel, because XLA has no
+rule for sharding such residuals. So the backward pass runs the forward pass again.
 """
 
 import contextvars
@@ -27,14 +28,14 @@ _is_tracing_part = contextvars.ContextVar("is_tracing_part", default=False)
 
 
 class Node(NamedTuple):
-    """One call of an op as one operation of the program, which XLA's partitioner divides over the devices of a mesh.
+    """One call of an op as one operation of the program. XLA's partitioner shards its arrays over the mesh.
 
-    `function`: computes the results of one device, from this device's part of the arrays: `function(*arrays)`.
-    `letters`: the letters of the axes of every array, such as "B T N H".
-    `results`: a tree with the letters of every result.
-    `maps`: a pair (letter, group) for each letter along which the arrays may be divided, because every device can then
-      compute its part of the results alone. A group is a name. Axes whose letters have the same group are divided over
-      the same mesh axes: query heads N and key heads K, for example.
+    `function`: computes the results of one device from this device's shards of the arrays: `function(*arrays)`.
+    `letters`: one text for every array, with the letters of its axes, such as "B T N H".
+    `results`: a pytree with one such text for every result of the op.
+    `maps`: pairs (letter, group) for the axes that may be sharded, because a device can compute its shard of the
+      results without communication. A group is a name. Axes in the same group are sharded over the same mesh axes: the
+      axis N of query heads and the axis K of key heads, for example.
     `mesh`: the mesh of the arrays.
     """
 
@@ -48,9 +49,9 @@ class Node(NamedTuple):
 def is_tracing_part() -> bool:
     """Return whether JAX is now tracing the program of one device, at the request of XLA's partitioner.
 
-    This happens on a mesh of Auto axes. The arrays of this program have the shapes of one device's part, but their
-    types (`jax.typeof`) still name the whole mesh. Kernels can run in this program, although they cannot run elsewhere
-    on a mesh of Auto axes. So `hopper.mesh_refuses` calls this function.
+    This happens only on a mesh of Auto axes, after XLA has chosen the shardings of an op's arrays. In this program,
+    every array has the shape of one device's shard, although its type (`jax.typeof`) still names the whole mesh. GPU
+    kernels can run in this program. Elsewhere on a mesh of Auto axes they cannot.
     """
     return _is_tracing_part.get()
 
@@ -58,10 +59,10 @@ def is_tracing_part() -> bool:
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run(node: Node, arrays: tuple):
-    """Run a node (one call of an op) in a program that XLA's partitioner divides over the mesh, and return the results.
+    """Run one call of an op (`node`) on a mesh of Auto axes, and return the results of the op.
 
-    `arrays` are the undivided arrays, in the order of `node.letters`. `jax.grad` and `jax.vjp` work for every
-    floating-point array.
+    XLA chooses how all arrays are sharded. `arrays` are the arrays of the call, with their global shapes and in the
+    order of `node.letters`. `jax.grad` and `jax.vjp` work for every floating-point array.
     """
     return _divided(node, *arrays)
 
@@ -71,10 +72,11 @@ def _forward(node, arrays):
 
 
 def _backward(node, arrays, cotangents):
-    """Run the backward pass of a node (one call of an op). Return the gradients of `arrays`, the arguments of the op.
+    """Return the gradients of `arrays`, the arguments of one call of an op (`node`).
 
-    `cotangents` are the cotangents of the results of the op. The gradients are the results of a second node, whose
-    function is `_pull`. So XLA's partitioner divides the backward pass too. The gradient of an integer array is None.
+    This is the backward pass of `run`. `cotangents` are the cotangents of the results of the op. The gradients are the
+    results of a second node, whose function is `_pull`. So XLA's partitioner chooses the shardings in the backward pass
+    too. The gradient of an integer array is None.
     """
     floats = tuple(i for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating))
     letters = (*node.letters, *jax.tree.leaves(node.results))
@@ -89,10 +91,12 @@ run.__wrapped__.defvjp(_forward, _backward)
 
 
 def _pull(node, floats, *values):
-    """Return the gradients of the floating-point arrays of a node (one call of an op), computed on one device.
+    """Compute the gradients of the floating-point arrays in one call of an op (`node`), on one device.
 
-    `floats` are the indices of these arrays in `node.letters`. `values` are one device's part of all arrays of
-    the node, followed by the cotangents of its results. The function of the node runs again to make the residuals.
+    `floats`: the indices of the floating-point arrays among all arrays of the call.
+    `values`: this device's shards of all arrays of the call, followed by the cotangents of this device's results.
+
+    The forward pass of the op runs again, to compute the residuals.
     """
     arrays, cotangents = values[: len(node.letters)], values[len(node.letters) :]
 
@@ -105,10 +109,10 @@ def _pull(node, floats, *values):
 
 
 def _divided(node: Node, *arrays):
-    """Run a node (one call of an op) as an operation that XLA's partitioner divides. Return the results.
+    """Run one call of an op (`node`) as an operation that XLA's partitioner can shard. Return the results of the op.
 
-    `arrays` are the undivided arrays of the node. `jax.vmap` turns the node into another node, whose mapped arrays have
-    one more axis in front. XLA may divide this axis too.
+    `arrays` are the arrays of the call, with their global shapes. Under `jax.vmap`, the mapped arrays have one more
+    axis in front. XLA may shard this axis too.
     """
 
     @jax.custom_batching.custom_vmap
@@ -130,10 +134,10 @@ def _divided(node: Node, *arrays):
 
 
 def _partitioned(node: Node) -> Callable:
-    """Return a node (one call of an op) as a function of its arrays that XLA's partitioner can divide over the mesh.
+    """Return a function `f(*arrays)` that runs one call of an op (`node`) and that XLA's partitioner can shard.
 
-    XLA calls `_rule` to learn which axes it may divide. Then it calls `partition`, a function inside this one, to get
-    the program of one device.
+    During compilation, XLA first calls `_rule`, which says which array axes may be sharded. After XLA has chosen the
+    shardings, it calls `partition`, a function inside this one, which returns the program of one device.
     """
     function = custom_partitioning(functools.partial(_as_part, node))
 
@@ -143,7 +147,7 @@ def _partitioned(node: Node) -> Callable:
         def sharding(letters):
             return NamedSharding(mesh, _spec(node, axes, letters))
 
-        def summed(letters, x):  # psum of a gradient over the mesh axes that do not divide it
+        def summed(letters, x):  # psum of a gradient over the mesh axes over which it is not sharded
             mapped = {group for at, group in node.maps if at in letters.split()}
             others = tuple(axis for group, names in axes.items() if group not in mapped for axis in names)
             return lax.psum(x, others) if others else x
@@ -158,9 +162,9 @@ def _partitioned(node: Node) -> Callable:
 
 
 def _as_part(node: Node, *arrays):
-    """Run the function of a node (one call of an op) on one device's part of its arrays. Return this device's results.
+    """Run one call of an op (`node`) on one device's shards of its arrays. Return the results of this device.
 
-    While the function runs, `is_tracing_part` returns True.
+    While the op runs, `is_tracing_part()` is True.
     """
     token = _is_tracing_part.set(True)
     try:
@@ -172,11 +176,14 @@ def _as_part(node: Node, *arrays):
 
 
 def _dimensions(node: Node, shapes) -> Iterator[tuple[int, str | None, int]]:
-    """Yield (index, group, size) for every axis of every array and every result of a node (one call of an op).
+    """Yield (index, group, size) for every axis of every array and of every result in one call of an op (`node`).
 
-    `shapes` are the shapes of all arrays, then of all results, and `index` is an index into `shapes`. `group` is the
-    group of the axis in `node.maps`: the axes of one group are divided over the same mesh axes. It is None for an axis
-    that must not be divided. `size` is the size of the axis.
+    `shapes` has the shapes of all arrays, followed by the shapes of all results.
+
+    `index`: shapes[index] is the shape to which the axis belongs.
+    `group`: a name from `node.maps`. Axes in the same group are sharded over the same mesh axes. None means that the
+      axis must not be sharded.
+    `size`: the number of elements along the axis.
     """
     maps = dict(node.maps)
     for i, (letters, shape) in enumerate(zip((*node.letters, *jax.tree.leaves(node.results)), shapes, strict=True)):
@@ -185,12 +192,12 @@ def _dimensions(node: Node, shapes) -> Iterator[tuple[int, str | None, int]]:
 
 
 def _rule(node: Node, mesh, values, results) -> SdyShardingRule:
-    """Return the rule that tells XLA's partitioner which axes it may divide, and which axes it must divide together.
+    """Return the rule that tells XLA's partitioner which axes it may shard in one call of an op (`node`).
 
-    `values` and `results` are the types of the arrays and of the results of the node; only their shapes are read. The
-    axes of one group of `node.maps` are divided over the same mesh axes. The size of each of these axes is a multiple
-    of the smallest size in the group: N query heads are a multiple of K key heads. XLA may divide all axes of the
-    group, into at most as many parts as the smallest axis has elements. An axis without a group is not divided.
+    `values` and `results` are the types of the arrays and of the results; only their shapes are read. `node.maps` puts
+    axes into groups. Axes in the same group are sharded over the same mesh axes. In a group, every size is a multiple
+    of the smallest size: N query heads are a multiple of K key heads. XLA may cut the axes of a group into at most as
+    many shards as the smallest axis has elements. An axis without a group is not sharded.
     """
     shapes = [tuple(value.shape) for value in (*values, *results)]
     least, factors, whole, sizes = {}, [[] for _ in shapes], [], {}
@@ -210,13 +217,12 @@ def _rule(node: Node, mesh, values, results) -> SdyShardingRule:
 
 
 def _axes(node: Node, mesh, shaped) -> dict[str, tuple[str, ...]]:
-    """Return {group: the names of the mesh axes over which the axes of this group are divided}.
+    """Choose the mesh axes over which the array axes of each group are sharded. Return {group: names of mesh axes}.
 
-    A group is a name in `node.maps`: all its axes are divided over the same mesh axes. `shaped` has all arrays and then
-    all results of the node, with the shardings that XLA proposes. Each sharding proposes mesh axes for the axes of an
-    array. For every group, this function takes the first proposal that fits. A proposal fits if the sizes of all axes
-    of the group are multiples of the number of devices along the proposed mesh axes, and if none of these mesh axes
-    divides another group already.
+    A group is a name in `node.maps`: array axes in the same group are sharded over the same mesh axes. `shaped` has all
+    arrays and then all results of the node, with the shardings that XLA proposes. For every group, the first proposal
+    is taken that meets two conditions. The size of every axis in the group is a multiple of the number of shards. And
+    no other group is sharded over one of the same mesh axes.
     """
     found, taken = {}, set()
     sizes = list(_dimensions(node, [x.shape for x in shaped]))
@@ -234,7 +240,8 @@ def _axes(node: Node, mesh, shaped) -> dict[str, tuple[str, ...]]:
 def _spec(node: Node, axes, letters: str) -> PartitionSpec:
     """Return the PartitionSpec of an array whose axes have the letters `letters`, such as "B T N H".
 
-    `axes` is the result of `_axes`: {group: the names of the mesh axes over which the axes of this group are divided}.
+    `node.maps` has the group of every letter. `axes` is {group: names of the mesh axes over which its axes are
+    sharded}.
     """
     maps = dict(node.maps)
     return PartitionSpec(*(axes.get(maps.get(at)) for at in letters.split()))

@@ -1,8 +1,8 @@
-"""Function names that state the cost of kernels and loops, so that `stickjax.plan.flops` can count it in a jaxpr.
+"""Puts the cost of kernels and loops into names of jitted functions, so that `stickjax.plan.flops` finds it in a jaxpr.
 
-A jaxpr does not show three numbers: the floating-point operations of a kernel, the passes through a loop whose end
-depends on data, and the share of the operations that is useful work and not padding. So the code that such a number
-describes runs in a jitted function whose name contains the number, such as "product_flops_1.5e+09". The name stays in
+A jaxpr does not show three numbers: the floating-point operations of a kernel, the number of passes through a loop
+whose end depends on data, and the share of the operations that is useful work and not padding. So the code that has
+such a cost runs in a jitted function whose name contains the number, such as "product_flops_1.5e+09". The name stays in
 the jaxpr under derivatives, rematerialisation and scans. If JAX removes the code, it removes the name too. The name
 takes no time when the program runs.
 """
@@ -20,7 +20,7 @@ _NAME = re.compile(r"_(flops|trips|share)_(\d+(?:\.\d+)?(?:e[+-]?\d+)?)$")
 
 
 class Stated(NamedTuple):
-    """The number in the name of a jitted function, which states the cost of its code. Exactly one of the fields is set.
+    """The cost that is written in the name of a jitted function. Exactly one of the fields is set.
 
     `flops`: the number of floating-point operations of a kernel.
     `trips`: the expected number of passes through each `while` loop of the function.
@@ -33,12 +33,12 @@ class Stated(NamedTuple):
 
 
 def kernel(name: str, flops: float | int, run: Callable) -> Callable:
-    """Return the function `run`, which launches a kernel, as a jitted function whose name states `flops`.
+    """Return a jitted function that calls `run`, a launch of a kernel, and whose name contains the number `flops`.
 
-    `flops` is the number of floating-point operations of the launch. The name of the jitted function consists of
-    `name`, "_flops_" and this number. Inside `jax.shard_map`, JAX does not know over which mesh axes the results of a
-    kernel vary, that is, differ between devices. So the results are marked as varying over every mesh axis over which
-    at least one argument varies.
+    `flops` is the number of floating-point operations of the launch. With the name "product" and 1.5e9 operations, the
+    jitted function is called "product_flops_1500000000". Inside `jax.shard_map`, JAX does not know over which mesh axes
+    the results of a kernel vary, that is, differ between devices. So every result is marked as varying over each mesh
+    axis over which at least one argument varies.
     """
 
     def varying(*arguments):
@@ -49,7 +49,7 @@ def kernel(name: str, flops: float | int, run: Callable) -> Callable:
 
 
 def loop(trips: float | int, run: Callable) -> Callable:
-    """Return the function `run` as a jitted function whose name states `trips`, the passes of its `while` loops.
+    """Return a jitted function that calls `run`, which has `while` loops, and whose name contains the number `trips`.
 
     `trips` is the expected number of passes through each `while` loop in `run`. It may be a fraction, such as a mean
     over the tiles of an array.
@@ -58,9 +58,10 @@ def loop(trips: float | int, run: Callable) -> Callable:
 
 
 def share(part: float, run: Callable) -> Callable:
-    """Return the function `run` as a jitted function whose name states `part`, the useful share of its operations.
+    """Return a jitted function that calls `run` and whose name contains the number `part`.
 
-    `part` is a number from 0 to 1. The other operations are spent on padding. If `part` is 1, return `run` itself.
+    `part` is the share of the operations in `run` that is useful work, from 0 to 1. The other operations are spent on
+    padding. If `part` is 1, return `run` itself.
     """
     return run if part == 1 else _named(f"part_share_{part:.12g}", run)
 
@@ -74,7 +75,7 @@ def _named(name: str, run: Callable) -> Callable:
 
 
 def stated(name: str) -> Stated | None:
-    """Return the number that the name of a jitted function states about its cost, or None if the name states no number.
+    """Return the cost that the name of a jitted function contains, or None if the name contains no cost.
 
     >>> stated("product_flops_1.5e+09"), stated("product")
     (Stated(flops=1500000000.0, trips=None, share=None), None)

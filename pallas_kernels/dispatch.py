@@ -1,10 +1,12 @@
 """Chooses the implementation that runs an op, and states the reasons for the choice.
 
 An op is a public function of this package, such as `stick_breaking_attention`. It has several implementations. `NAMES`
-lists their names in order of preference. An implementation can refuse a call of the op, and then gives a reason. With
-`implementation=None`, an op takes the first implementation that does not refuse. It logs the choice and the reasons as
-one line, once. `explain` returns this line and does not run the op. A named implementation works or raises an error:
-there is no silent fallback. `recorded` collects the choices that the ops make while JAX traces code.
+lists their names in order of preference. An implementation can refuse a call of the op, and then gives a reason.
+
+With `implementation=None`, an op takes the first implementation that does not refuse. It logs the choice and the
+reasons as one line, once. `explain` returns this line and does not run the op. If the caller names an implementation,
+this implementation runs or an error is raised: there is no silent fallback. `recorded` collects the choices that the
+ops make while JAX traces code.
 """
 
 import contextlib
@@ -28,7 +30,7 @@ logger = logging.getLogger("pallas_kernels")
 
 
 class Implementation(NamedTuple):
-    """One implementation of an op, as three functions of `call`, the checked arguments of one call of the op.
+    """One implementation of an op: three functions of `call`, the checked arguments of one call of the op.
 
     `run`: computes the results of the op.
     `refuses`: returns the reason why this implementation cannot run the call, or None if it can.
@@ -44,11 +46,12 @@ class Op(NamedTuple):
     """An op, that is, a public function such as `stick_breaking_attention`: its checks and its implementations.
 
     `name`: the name of the public function.
-    `prepare`: takes the arguments of the public function and checks them. It returns them as a call: a NamedTuple of
-      arrays and settings that every implementation takes.
+    `prepare`: takes the arguments of the public function, checks them, and returns them as a `call`: a NamedTuple of
+      arrays and settings. Every implementation takes a `call`.
     `implementations`: {name from NAMES: implementation}.
-    `letters`: takes a call. It returns a `partition.Letters`: the letters of the axes of all arrays, and the letters
-      along which a mesh may divide the op. None: the op has no rule for a mesh, and takes the undivided arrays.
+    `letters`: takes a `call` and returns a `partition.Letters`: the letters of the axes of all arrays, and which of
+      these axes may be sharded over a mesh. None: the op has no rule for a mesh, and gets arrays with their global
+      shapes.
     """
 
     name: str
@@ -61,10 +64,10 @@ class Choice(NamedTuple):
     """The implementation that was chosen for one call of an op. The backward pass uses the same implementation.
 
     `op`: the name of the op.
-    `sizes`: a pair (letter, size), such as ("T", 64), for the axes of the arrays on one device.
+    `sizes`: pairs (letter, size), such as ("T", 64), for the axes of the arrays on one device.
     `implementation`: the name of the implementation, such as "xla".
     `detail`: how the implementation runs the call, such as the sizes of its tiles.
-    `why`: why this implementation runs, and why the preferred implementations do not.
+    `why`: why this implementation was chosen, and why the implementations that come first in NAMES cannot run the call.
 
     `str(choice)` says all of this in one line.
     """
@@ -80,7 +83,7 @@ class Choice(NamedTuple):
         return f"{self.op}: {self._by()}{sizes and f' for {sizes}'}, {self.why}"
 
     def sentence(self) -> str:
-        """Return the choice as one line without the sizes: op, implementation and reasons. This line is logged."""
+        """Return one line, which is logged: the op, the implementation and the reasons, without the sizes."""
         return f"{self.op}: {self._by()}, {self.why}"
 
     def _by(self) -> str:
@@ -126,12 +129,13 @@ def _wanted(implementation: str | Sequence[str] | None) -> Sequence[str]:
 
 
 def choose(op: Op, call: Any, implementation: str | Sequence[str] | None) -> tuple[str, list[str]]:
-    """Return (name, reasons): the first implementation that can run a call, and why the earlier ones cannot.
+    """Choose the implementation that runs a call of an op. Return (name, reasons).
 
     `call` has the checked arguments of the op, as `op.prepare` returns them. `implementation` is what the caller of the
-    op passed: a name, names in order of preference, or None for all names except "reference". `reasons` has one text
-    for every implementation that was tried before, such as "triton: needs compute capability 8.0 or newer, found cpu".
-    Raise NotImplementedError if none of the implementations can run the call.
+    op passed: a name, names in order of preference, or None for all names except "reference". The first of these
+    implementations that can run the call is chosen. `reasons` has one text for every implementation that was tried
+    before it, such as "triton: needs compute capability 8.0 or newer, found cpu". Raise NotImplementedError if none of
+    the implementations can run the call.
     """
 
     def refuses(name):
@@ -159,10 +163,10 @@ def _choice(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Ch
 
 
 def _sizes(op: Op, call: Any) -> tuple[tuple[str, int], ...]:
-    """Return a pair (letter, size), such as ("T", 64), for every letter of the axes of the arrays in `call`.
+    """Return pairs (letter, size), such as ("T", 64), for the letters of all axes of the arrays in `call`.
 
-    `call` has the checked arguments of the op, as `op.prepare` returns them. An axis of two times F elements has the
-    letters "2F". Such an axis is left out: "F" gives its size.
+    `call` has the checked arguments of the op, as `op.prepare` returns them. An axis of 2 * F elements has the letters
+    "2F". Such an axis is left out, because the axis "F" of another array gives its size.
     """
     if op.letters is None:
         return ()
@@ -180,10 +184,11 @@ def recorded() -> Iterator[Counter]:
 
     Only choices in this thread are collected. An op chooses its implementation when JAX traces the op. So trace the
     program in the context: with `jax.jit(f).trace(...)`, `jax.eval_shape`, or the first call of a jitted function. A
-    second call of your jitted function collects nothing, because JAX does not trace your program again. On a mesh, JAX
-    also stores a trace of every op. If a new trace of your program uses the stored trace of an op, the choices from the
-    stored trace are collected. On a mesh of Auto axes, the sizes in the choices are the sizes of the undivided arrays,
-    because XLA divides the arrays only when it compiles.
+    second call of your jitted function collects nothing, because JAX does not trace your program again.
+
+    On a mesh, JAX also stores a trace of every op. If a new trace of your program uses the stored trace of an op, the
+    choices from the stored trace are collected. On a mesh of Auto axes, the sizes in the choices are global sizes,
+    because XLA shards the arrays only when it compiles.
 
     >>> import jax, jax.numpy as jnp
     >>> from pallas_kernels import stick_breaking_attention
@@ -208,10 +213,10 @@ def _record(choices: Counter) -> None:
 
 
 def _key(op: Op, call: Any, wanted: Sequence[str] | None) -> Any:
-    """Return the key of a call of an op in `_traced`, which stores the choices that the op made when it was traced.
+    """Return a key for one call of an op. Two calls have equal keys exactly if JAX uses one trace for both of them.
 
-    Two calls of an op have equal keys exactly if JAX uses one trace for both. `call` has the checked arguments of the
-    op. `wanted` has the names of the implementations that the caller named, or is None.
+    `call` has the checked arguments of the op. `wanted` has the names of the implementations that the caller named, or
+    is None. The key is used in the dict `_traced`, which stores the choices that the op made when JAX traced the call.
     """
     leaves, tree = jax.tree.flatten(call)
     types = tuple(jax.typeof(x) if isinstance(x, jax.Array) else x for x in leaves)
@@ -222,8 +227,8 @@ def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
     """Choose an implementation for one call of an op, run it, and return the results of the op.
 
     `call` has the checked arguments, as `op.prepare` returns them. `implementation` is a name, names in order of
-    preference, or None for the first one that can run the call. On a mesh, every device runs the op on its part of the
-    arrays.
+    preference, or None for the first implementation that can run the call. On a mesh, every device runs the op on its
+    shards of the arrays.
     """
     wanted = None if implementation is None else tuple(_wanted(implementation))
     compute = partition.Bound(_run_here, (op.name, wanted))
@@ -248,8 +253,9 @@ def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
 def _run_here(call: Any, op_name: str, implementation: tuple[str, ...] | None) -> Any:
     """Choose an implementation for the call on one device, record the choice, and run the implementation.
 
-    `call` has the checked arguments of the op, with this device's part of the arrays. If the caller named no
-    implementation, the choice is logged as one line. The same line is logged only once.
+    `call` has the checked arguments of the op, with this device's shards of the arrays. `implementation` has the names
+    that the caller of the op passed, or is None. If it is None, the choice is logged as one line, but only the first
+    time that this line occurs.
     """
     op = _ops[op_name]
     choice = _choice(op, call, implementation)
@@ -285,7 +291,7 @@ def explain(op_name: str, *args, **kwargs) -> str:
       NotImplementedError: no implementation, or none of the named ones, can run the call.
     """
     if op_name not in _ops:
-        raise ValueError(f"{op_name!r} is no op; the ops are {', '.join(_ops)}")
+        raise ValueError(f"there is no op {op_name!r}; the ops are {', '.join(_ops)}")
     op = _ops[op_name]
     implementation = kwargs.pop("implementation", None)
 

@@ -8,8 +8,8 @@ from . import automatic, platform
 def refuses(x) -> str | None:
     """Return the reason why no kernel for Hopper GPUs can run in this process on the array `x`, or None if one can.
 
-    This function checks the GPU, the CUDA compiler, and the mesh that divides `x`. The caller checks the shape and the
-    dtype of `x`.
+    This function checks the GPU, the CUDA compiler, and the mesh over which `x` is sharded. The caller checks the shape
+    and the dtype of `x`.
     """
     if not platform.is_interpreted() and (chip := platform.chip()) != "sm_90":
         return f"needs compute capability 9.0, found {chip}"
@@ -19,7 +19,7 @@ def refuses(x) -> str | None:
 def compiler_refuses() -> str | None:
     """Return the reason why the CUDA compiler of this process must not be used, or None if it can be used.
 
-    Programs from some versions of the compiler compute wrong results.
+    Some versions of the compiler translate kernels wrongly, so that the kernels compute wrong results.
     """
     if platform.is_interpreted() or jax.default_backend() != "gpu":
         return None
@@ -33,9 +33,9 @@ def compiler_refuses() -> str | None:
 def mesh_refuses(x) -> str | None:
     """Return the reason why no kernel can run on the mesh of the array `x`, or None if a kernel can run on it.
 
-    On a mesh of several devices, a kernel runs only inside `jax.shard_map`, or in the program of one device that XLA's
-    partitioner requests (`automatic.is_tracing_part`). Elsewhere XLA divides the work over the mesh, and it all-gathers
-    every array that a kernel reads.
+    On a mesh of several devices, a kernel can run in two places: inside `jax.shard_map`, and in the program of one
+    device that XLA's partitioner requests (`automatic.is_tracing_part`). Elsewhere XLA would all-gather every array
+    that the kernel reads.
     """
     if automatic.is_tracing_part():
         return None

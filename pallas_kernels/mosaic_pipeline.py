@@ -4,9 +4,9 @@ A block of a kernel has several warpgroups. One of them copies tiles into shared
 tiles. (There is one exception: in the attention kernel `d_key_value`, with a head dimension of the keys or of the
 values above 128, the first warpgroup both copies and computes.)
 
-A kernel works in steps. A pipeline stage is a part of shared memory that has room for the tiles of one step. The stages
-form a ring: with n stages, the tiles of step s are in stage s % n. docs/design/attention_kernels.md and
-docs/design/expert_kernels.md explain the barriers of every kernel.
+A kernel is a loop. One pass of this loop is called a step. A pipeline stage is a part of shared memory that has room
+for the tiles of one step. The stages form a ring: with n stages, the tiles of step s are in stage s % n.
+docs/design/attention_kernels.md and docs/design/expert_kernels.md explain the barriers of every kernel.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Ring(NamedTuple):
     """The barriers of a ring of pipeline stages in shared memory: two barriers for every stage.
 
     `full`: completes when the tiles of the stage are in shared memory. The warpgroups that compute wait for it.
-    `used`: completes when all readers have read the tiles of the stage. The warpgroup that copies waits for it.
+    `used`: completes when the warpgroups that compute have read these tiles. The warpgroup that copies waits for it.
     """
 
     full: Any
@@ -30,11 +30,11 @@ class Ring(NamedTuple):
 
 
 def ring(stages: int, *, arrivals: int, readers: int) -> Ring:
-    """Return the barriers of a ring of pipeline stages, in the form in which a kernel declares its scratch memory.
+    """Declare the barriers of a ring of pipeline stages. A kernel takes the result as a part of its scratch memory.
 
     Args:
       stages: the number of stages.
-      arrivals: how many copies and warpgroups arrive at the barrier `full` of a stage before the stage can be read.
+      arrivals: how many copies and warpgroups must arrive at the barrier `full` of a stage before it completes.
       readers: the number of warpgroups that read a stage.
     """
     return Ring(
@@ -46,9 +46,10 @@ def ring(stages: int, *, arrivals: int, readers: int) -> Ring:
 def free_stage(ring: Ring, step, stages: int, *, when=None):
     """Wait until the pipeline stage of step `step` can be overwritten. Return the index of the stage, step % stages.
 
-    The warpgroup that copies calls this before it copies the tiles of the step into shared memory. The wait ends when
-    all readers have read the tiles of step `step` - `stages`. There is no wait in the first `stages` steps, when the
-    stages are empty, and no wait if the traced condition `when` is false.
+    The warpgroup that copies calls this function before it copies the tiles of the step into shared memory. Each stage
+    is used again after `stages` steps. So the wait ends when all warpgroups that compute have read the tiles of step
+    `step` - `stages`. In the first `stages` steps there is no wait, because the stages are still empty. If the traced
+    condition `when` is false, there is no wait either.
     """
     stage = step % stages
     is_occupied = step >= stages if when is None else when & (step >= stages)
@@ -61,9 +62,10 @@ def free_stage(ring: Ring, step, stages: int, *, when=None):
 
 
 def full_stage(ring: Ring, step, stages: int):
-    """Wait until the pipeline stage of step `step` can be read. Return the index of the stage, step % stages.
+    """Wait until the tiles of step `step` are in shared memory. Return the index of their stage, step % stages.
 
-    A warpgroup that computes calls this. The wait ends when the tiles of the step are in shared memory.
+    A stage is a part of shared memory that has room for the tiles of one step. A warpgroup that computes calls this
+    function before it reads the tiles.
     """
     stage = step % stages
     plgpu.barrier_wait(ring.full.at[stage])

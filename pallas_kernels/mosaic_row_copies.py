@@ -1,9 +1,9 @@
 """Copies of single rows between an array in global memory and a tile in shared memory, for the ScatterMoE kernels.
 
-The rows of an expert may be scattered over the array. So every row of the tile comes with its row number in the array.
-Hopper's copy engine copies consecutive rows only. So the threads of a warpgroup copy single rows, in chunks of 16
-bytes. Each operation has a GPU body and a body for the Mosaic GPU interpreter. docs/design/expert_kernels.md explains
-the barriers around these copies.
+The rows that one expert computes may be anywhere in the array. So a kernel has the row number in the array for every
+row of the tile. Hopper's copy engine copies only consecutive rows. So the threads of a warpgroup copy single rows, in
+chunks of 16 bytes. Each function has a body for GPUs and a body for the Mosaic GPU interpreter.
+docs/design/expert_kernels.md explains the barriers around these copies.
 
 In shared memory, a tile has the layout that the tensor cores read. It consists of atoms of 8 rows x 128 bytes, one row
 of atoms after the other. In an atom, chunk c of row r is at position c XOR r of the row.
@@ -22,22 +22,25 @@ THREADS = 128  # of a warpgroup
 
 
 def atoms(dtype) -> tuple:
-    """Return the Pallas transforms that give a tile of `dtype` in shared memory the layout that tensor cores read.
+    """Return the Pallas transforms that give a tile in shared memory the layout that tensor cores read.
 
-    The tile consists of atoms of 8 rows x 128 bytes. In an atom, chunk c (16 bytes) of row r is at position c XOR r of
-    the row (a swizzle).
+    `dtype` is the type of the elements. The tile consists of atoms of 8 rows x 128 bytes. In an atom, chunk c (16
+    bytes) of row r is at position c XOR r of the row (a swizzle).
     """
     return plgpu.TilingTransform((ATOM[0], ATOM[1] // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(ATOM[1])
 
 
 def chunks(ops, rows: int, columns: int, itemsize: int):
-    """Return (place, distances): the place of a thread's first chunk, and the distances from there to all its chunks.
+    """Return (place, distances): which chunks of 16 bytes one thread copies.
 
-    The 128 threads of a warpgroup copy a tile [rows, columns] of elements of `itemsize` bytes, in chunks of 16 bytes.
-    A place is (row, column, byte): the row and the column in the tile, and the offset in bytes from the start of the
-    tile in shared memory. The place depends on the thread, so `ops`, a `_Thread`, computes it. `distances` is a list of
-    (rows, columns, bytes) with one entry for every chunk of the thread. The first entry is (0, 0, 0). The entries are
-    Python numbers, because they are the same for all threads.
+    The 128 threads of a warpgroup together copy a tile [rows, columns] in shared memory. `itemsize` is the number of
+    bytes of an element.
+
+    `place`: where the first chunk of the thread begins: (row of the tile, column of the tile, offset in bytes from the
+      start of the tile in shared memory). It depends on the thread, so `ops`, a `_Thread`, computes it.
+    `distances`: a list of (rows, columns, bytes) with one entry for every chunk of the thread: how far this chunk is
+      from the first chunk. The first entry is (0, 0, 0). The entries are Python numbers, because they are equal in all
+      threads.
     """
     per_atom, across = ATOM[1] // CHUNK, columns * itemsize // ATOM[1]
     chunk, row = ops.remainder(ops.thread, per_atom), ops.divide(ops.thread, per_atom)
@@ -54,10 +57,10 @@ def chunks(ops, rows: int, columns: int, itemsize: int):
 
 
 def gather(source, rows, column, tile) -> None:
-    """Start to copy rows of an array into a tile: tile[r] = source[rows[r], column : column + C].
+    """Start to copy rows of an array into a tile in shared memory: tile[r] = source[rows[r], column : column + C].
 
     A row of the tile is zero if rows[r] is negative. Columns of the tile beyond the last column of the source are zero
-    too. The copies are only started: `gather_commit` closes a group of copies, and `gather_wait` waits for groups.
+    too. This function does not wait for the copies: call `gather_commit`, then `gather_wait`.
 
     Args:
       source: reference to an array [R, D] in global memory. A row of D elements is a multiple of 16 bytes.
@@ -81,18 +84,18 @@ def gather(source, rows, column, tile) -> None:
 
 
 def gather_commit() -> None:
-    """Close a group of copies: all copies that this warpgroup started with `gather` since it closed the previous group.
+    """Put all copies that this warpgroup has started with `gather` since the last call of this function into one group.
 
-    `gather_wait` waits for groups.
+    `gather_wait` waits for such groups.
     """
     _asm("cp.async.commit_group;")
 
 
 def gather_wait(pending: int) -> None:
-    """Wait until copies of `gather` are in shared memory: all groups except the newest `pending` groups.
+    """Wait until all copies that this warpgroup started with `gather` are done, except the newest `pending` groups.
 
-    The groups are those of this warpgroup (`gather_commit`). After the wait, tensor cores can read the copied rows. The
-    copies (`cp.async`) write shared memory by one path, and tensor cores read it by another path. `commit_smem` is the
+    `gather_commit` puts copies into a group. After the wait, tensor cores can read the copied rows. The copies
+    (`cp.async`) and the tensor cores use two different paths to shared memory, so this function calls `commit_smem`, a
     fence between the two paths.
     """
     _asm(f"cp.async.wait_group {pending};")
@@ -100,7 +103,7 @@ def gather_wait(pending: int) -> None:
 
 
 def scatter(tile, rows, column, target) -> None:
-    """Copy the rows of a tile to rows of an array: target[rows[r], column : column + C] = tile[r].
+    """Copy the rows of a tile in shared memory to rows of an array: target[rows[r], column : column + C] = tile[r].
 
     A row with a negative rows[r] is not written, and nothing is written beyond the last column of the target. A thread
     copies chunks that other threads wrote. So the warpgroup needs a barrier (`plgpu.commit_smem`) before this call, and
@@ -137,8 +140,9 @@ _SCALAR = plgpu.Layout.WG_SPLAT
 def _read_rows(source, rows, column, shape):
     """Return a tile [M, C] whose row r is source[rows[r], column : column + C]: the interpreter body of `gather`.
 
-    `shape` is (M, C). A row is zero if rows[r] is negative. Every access to a reference is slow in the interpreter. So
-    `source` and `rows` are each read only once, with all their elements.
+    `source` [R, D] and `rows` [M] are references to global memory, and `shape` is (M, C). A row of the tile is zero if
+    rows[r] is negative. Every access to a reference is slow in the interpreter, so `source` and `rows` are each read
+    only once, with all their elements.
     """
     numbers = rows[...]
     there = source[...][jnp.maximum(numbers, 0)]
@@ -149,7 +153,8 @@ def _read_rows(source, rows, column, shape):
 def _write_rows(tile, rows, column, target) -> None:
     """Set target[rows[r], column : column + C] = tile[r] for every row r: the interpreter body of `scatter`.
 
-    A row with a negative rows[r] is not written. `plgpu.copy_smem_to_gmem` copies one row at a time, and writes nothing
+    `tile` [M, C] is a reference to shared memory; `rows` [M] and `target` [R, D] are references to global memory. A row
+    with a negative rows[r] is not written. `plgpu.copy_smem_to_gmem` copies one row at a time, and writes nothing
     beyond the last column of `target`.
     """
     numbers = rows[...]
@@ -168,7 +173,7 @@ def _write_rows(tile, rows, column, target) -> None:
 def _asm(text: str) -> None:
     """Run the PTX instruction `text` in every thread of the warpgroup. In the interpreter, do nothing.
 
-    The instruction must not use registers: its only operands are numbers in `text`.
+    The instruction has no registers as operands, only numbers that are written in `text`.
     """
     if platform.is_interpreted():
         return
@@ -181,7 +186,7 @@ def _asm(text: str) -> None:
 
 
 class _Thread:
-    """The integer arithmetic of one GPU thread: each function emits an MLIR operation into the kernel.
+    """Integer arithmetic in one GPU thread. Each function emits an MLIR operation into the kernel.
 
     Tests replace this class with arithmetic on Python numbers.
     """
@@ -211,13 +216,18 @@ class _Thread:
 
 
 def _copies(array, rows, column, tile):
-    """Yield a `_Thread` for each chunk of 16 bytes that a thread copies between `array` and `tile`.
+    """Yield the addresses of every chunk of 16 bytes that one thread copies between `array` and `tile`.
 
-    `array` is [R, D] in global memory, `tile` is [M, C] in shared memory, and `rows` is int32 [M] in global memory. Row
-    r of the tile corresponds to array[rows[r], column : column + C]. The attributes of the `_Thread` describe the
-    chunk: `shared` + `step` is its address in shared memory, and `far` is its address in global memory. `inside` is
-    true if the chunk is inside the array: its row number is not negative, and its first column is less than D. Use the
-    attributes before the next chunk, because the same `_Thread` is yielded each time, with new attributes.
+    `array` [R, D] and the row numbers `rows`, int32 [M], are in global memory. `tile` [M, C] is in shared memory. Row r
+    of the tile corresponds to array[rows[r], column : column + C]. For each chunk, a `_Thread` is yielded with the
+    attributes:
+
+    `shared` + `step`: the address of the chunk in shared memory.
+    `far`: the address of the chunk in global memory.
+    `inside`: whether the chunk is inside the array: its row number is not negative, and its first column is less than
+      D.
+
+    It is the same `_Thread` each time, with new attributes. So use its attributes before the next chunk is yielded.
     """
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, llvm

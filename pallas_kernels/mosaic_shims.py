@@ -3,10 +3,10 @@
 The Mosaic kernels call these operations. The GPU body runs on a GPU. The interpreter body runs on a CPU, when the
 interpreter runs a kernel. docs/design/attention_kernels.md says which barriers the GPU bodies rely on.
 
-The register layout of an array [64, C] that tensor cores compute: the 128 threads of a warpgroup form quads of four
-neighbouring threads. A quad holds all C columns of two rows: an upper row, and the row 8 rows below it. Thread t of the
-quad (0 to 3) holds the columns 8 g + 2 t and 8 g + 2 t + 1 of every group g of 8 columns, in both rows. In the code of
-this module, `half` is 0 for the upper row and 1 for the lower row.
+An array [64, C] that tensor cores compute has this layout in registers. The 128 threads of a warpgroup form quads of
+four neighbouring threads. A quad holds all C columns of two rows: an upper row, and the row 8 rows below it. Thread t
+of the quad (0 to 3) holds the columns 8 g + 2 t and 8 g + 2 t + 1 of every group g of 8 columns, in both rows. In the
+code of this module, `half` is 0 for the upper row and 1 for the lower row.
 """
 
 import jax
@@ -23,10 +23,9 @@ COLUMN = plgpu.Layout.WGMMA.reduce(0)  # [C], one value per column
 
 
 def product(a, b):
-    """Return the matrix product a @ b, [64, C] in fp32 in registers.
+    """Compute the matrix product a @ b on the tensor cores. Return it as an fp32 array [64, C] in registers.
 
-    `a` [64, D] and `b` [D, C] are references to shared memory, where D is the axis that is summed. Each of them may be
-    a transposed view of a tile.
+    `a` [64, D] and `b` [D, C] are references to shared memory. Each of them may be a transposed view of a tile.
     """
 
     def run(acc):
@@ -37,10 +36,10 @@ def product(a, b):
 
 
 def add_product(acc, a, b):
-    """Return acc + a @ b, [64, C] in fp32 in registers, where `a` is [64, D] and `b` is [D, C].
+    """Compute acc + a @ b on the tensor cores. Return it as an fp32 array [64, C] in registers.
 
-    D is the axis that is summed. `acc` [64, C] is in registers. `a` is in registers or is a reference to shared memory.
-    `b` is a reference to shared memory.
+    `acc` [64, C] is in registers. `a` [64, D] is in registers or is a reference to shared memory. `b` [D, C] is a
+    reference to shared memory.
     """
     if is_interpreted():
         result = acc + jnp.dot(a if isinstance(a, jax.Array) else a[...], b[...], preferred_element_type=jnp.float32)
@@ -52,11 +51,11 @@ def add_product(acc, a, b):
 
 
 def exp2_of_minus_abs(x):
-    """Return 2^-|x| in fp32, for an array x [64, C] in registers.
+    """Return 2^-|x| in fp32, for every element of an array x [64, C] in registers.
 
-    The attention kernels use it for log2(1 + 2^x) = max(x, 0) + log2(1 + 2^-|x|), where x are the logits times log2(e).
-    The GPU's exponential instruction can set the sign of its operand, so this function takes one instruction. LLVM
-    would emit another instruction for the sign.
+    The attention kernels use it to compute log2(1 + 2^x) = max(x, 0) + log2(1 + 2^-|x|), where x are the logits times
+    log2(e). This function takes one instruction for each element, because the GPU's exponential instruction can change
+    the sign of its operand. LLVM would emit one more instruction for the sign.
     """
     if is_interpreted():
         return jnp.exp2(-jnp.abs(x))
@@ -78,11 +77,13 @@ def exp2_of_minus_abs(x):
 
 
 def any_at_most(x, limit: float):
-    """Return whether x[r] <= limit for at least one row r, for an array x [64] in registers, one value per row.
+    """Return whether x[r] <= limit for at least one row r. `x` [64] is in registers, with one value for every row.
 
-    The forward attention kernel uses it to stop early. There, `x` is the cumulative log-decay (-log2 of the rest of the
-    stick) of the 64 query rows of a warpgroup. The warpgroup needs more keys as long as x[r] <= limit in at least one
-    row. The threads vote on a named barrier that only this warpgroup uses. `jnp.any` would use shared memory that all
+    The forward attention kernel uses it to stop early. There, x[r] is the cumulative log-decay of query row r: -log2 of
+    the part of the stick that is left for further keys. The warpgroup needs more keys as long as x[r] <= limit in at
+    least one row.
+
+    The threads vote on a named barrier that only this warpgroup uses. `jnp.any` would use shared memory that all
     warpgroups of a block share: two warpgroups that compute would overwrite each other's values.
     """
     if is_interpreted():
@@ -113,9 +114,9 @@ def any_at_most(x, limit: float):
 def row_numbers():
     """Return the row numbers 0 to 63 of a tile, int32 [64] in registers. Every call computes them again.
 
-    `broadcasted_iota` would give the same numbers. But the compiler computes equal `broadcasted_iota`s of a kernel only
-    once. If a kernel used these numbers before a loop and in the loop, they would occupy registers during the loop. So
-    this function computes them from the index of the thread.
+    This needs fewer registers than `broadcasted_iota`, which gives the same numbers. The compiler computes equal
+    `broadcasted_iota`s of a kernel only once. So if a kernel uses them before a loop and in the loop, they occupy
+    registers during the whole loop. This function computes the numbers from the index of the thread instead.
     """
     if is_interpreted():
         return jnp.arange(64, dtype=jnp.int32)
@@ -142,28 +143,30 @@ def row_numbers():
 
 
 def row_of_thread(thread, half: int, right, bits, either):
-    """Return the number (0 to 63) of a row of a tile [64, C] in registers, of which a thread holds some elements.
+    """Return the number (0 to 63) of one of the two rows that a thread holds, in an array [64, C] in registers.
 
-    A thread holds elements of two rows: `half` 0 means the upper row, and `half` 1 means the row 8 rows below it.
-    `thread` is the index of the thread in its block. Each of the four warps of a warpgroup holds 16 rows. Each quad
-    (four neighbouring threads) holds one of the first 8 of these rows and the row 8 rows below it. `right(x, n)`,
-    `bits(x, n)` and `either(x, y)` are x >> n, x & n and x | y, on numbers or on MLIR values.
+    `thread`: the index of the thread in its block.
+    `half`: 0 for the upper row of the thread, 1 for its lower row, which is 8 rows below.
+    `right(x, n)`, `bits(x, n)`, `either(x, y)`: the functions x >> n, x & n and x | y, on numbers or on MLIR values.
+
+    Each of the four warps of a warpgroup holds 16 rows. In each warp, quad q (four neighbouring threads; q is 0 to 7)
+    holds the rows q and q + 8 of these 16 rows.
     """
     warp, quad = bits(right(thread, 1), 48), bits(right(thread, 2), 7)
     return either(warp, either(quad, 8 * half))
 
 
 def minus_sum_right(minuend, factor, x, start):
-    """Return (y, sums): `minuend` minus the sum of `x` on the right of each column, and the sum of each row of `x`.
+    """Subtract from each element of `minuend` the sum of `x` on its right. Return (y, sums).
 
       y[r, c] = minuend[r, c] - factor[r, c] * (start[r] + sum of x[r, m] over m > c)
       sums[r] = sum of x[r, m] over all m
 
-    `minuend`, `factor`, `x` and y are [64, C]. `start` and sums are [64]. All are in registers. A factor of None means
-    1. In the attention kernels, beta is the sigmoid of the logits, `minuend` is log2(beta), `x` is the log-decay
-    -log2(1 - beta) of each key, and `start` is the cumulative log-decay of the keys further right. Then y is log2 of
-    the attention weights. This is one operation, so that the sums over m > c of all columns are never in registers at
-    the same time.
+    All arrays are in registers. `minuend`, `factor`, `x` and y are [64, C]; `start` and sums are [64]. If `factor` is
+    None, it counts as 1. In the attention kernels, y is log2 of the attention weights. There, beta is the sigmoid of
+    the logits, `minuend` is log2(beta), `x` is the log-decay -log2(1 - beta) of each key, and `start` is the sum of the
+    log-decays of the keys further right. One operation computes all of y, so that the sums over m > c of all columns
+    are never in registers at the same time.
     """
     if is_interpreted():
         total = jnp.cumsum(x[:, ::-1], axis=1)[:, ::-1]
@@ -173,15 +176,16 @@ def minus_sum_right(minuend, factor, x, start):
 
 
 def minus_sum_left(minuend, factor, x, start):
-    """Return (y, sums): `minuend` minus the sum of `x` on the left of each column, and the sum of each row of `x`.
+    """Subtract from each element of `minuend` the sum of `x` on its left. Return (y, sums).
 
       y[r, c] = minuend[r, c] - factor[r, c] * (start[r] + sum of x[r, m] over m < c)
       sums[r] = sum of x[r, m] over all m
 
-    `minuend`, `factor`, `x` and y are [64, C]. `start` and sums are [64]. All are in registers. A factor of None means
-    1. In the backward attention kernels, y is the gradient of the logits. There, `x` is a = A dA (the attention weights
-    times their gradients), `minuend` is (1 - beta) a, and `factor` is beta, the sigmoid of the logits. `start` is the
-    sum of a over the keys further left plus the gradient of the output log_rem.
+    All arrays are in registers. `minuend`, `factor`, `x` and y are [64, C]; `start` and sums are [64]. If `factor` is
+    None, it counts as 1. In the backward attention kernels, y is the gradient of the logits. There, `x` is a = A dA
+    (the attention weights times their gradients), beta is the sigmoid of the logits, `minuend` is (1 - beta) a, and
+    `factor` is beta. `start` is the sum of a over the keys further left plus the gradient of log_rem, the logarithm of
+    the part of the stick that remains after all keys.
     """
     if is_interpreted():
         total = jnp.cumsum(x, axis=1)
@@ -191,14 +195,17 @@ def minus_sum_left(minuend, factor, x, start):
 
 
 def _like(x, registers):
-    """Return a Mosaic array in registers that consists of `registers` and has the register layout of `x`."""
+    """Make a Mosaic array in registers from an array of MLIR values, one for each register of this thread.
+
+    `registers` are these values. The new array has the register layout of the Mosaic array `x`.
+    """
     from jax.experimental.mosaic.gpu import FragmentedArray
 
     return FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
 
 
 class _GpuThread:
-    """The arithmetic of one GPU thread: each function emits MLIR operations into the kernel.
+    """Arithmetic in one GPU thread. Each function emits MLIR operations into the kernel.
 
     Tests replace this class with arithmetic on Python numbers.
     """
@@ -223,13 +230,17 @@ class _GpuThread:
 
 
 def scan_registers(ops, minuend, factor, x, start, *, right: bool):
-    """Compute `minus_sum_right` (if `right`) or `minus_sum_left` in one thread. Return its registers of y and sums.
+    """Compute `minus_sum_right` (if `right`) or `minus_sum_left` in one thread. Return the registers of y and sums.
 
-    `ops` is the arithmetic of the thread, a `_GpuThread`. The other arguments are arrays of this thread's registers. A
-    thread holds elements of two rows of the tile. `minuend`, `factor` and `x` are [1, groups, 1, 1, 2 rows, ..]: a
-    register has the two elements of the thread in one row and one group of 8 columns. `start` is [1, 1, 2 rows, ..]: a
-    register has the start value of one row. For each group and row, the thread exchanges two sums with the other
-    threads of its quad (four neighbouring threads).
+    `ops` is the arithmetic of the thread, a `_GpuThread`. The other arguments are arrays of this thread's registers.
+    The thread holds elements of two rows of the tile.
+
+    `minuend`, `factor`, `x`: [1, groups, 1, 1, 2 rows, ..]. One register has the two elements of the thread in one row
+      and in one group of 8 columns.
+    `start`: [1, 1, 2 rows, ..]. One register has the value of one row.
+
+    For each group and row, the thread exchanges two sums with the other threads of its quad (four neighbouring
+    threads).
     """
     # `near` and `far` are for the partner threads at distance 1 and 2. They are 1 if the columns of the partner are
     # summed before the columns of this thread, else 0.
@@ -263,7 +274,7 @@ def scan_registers(ops, minuend, factor, x, start, *, right: bool):
 
 
 def _scan(minuend, factor, x, start, *, right: bool):
-    """Return (y, sums), computed on a GPU: the GPU body of `minus_sum_right` (if `right`) or of `minus_sum_left`."""
+    """Compute `minus_sum_right` (if `right`) or `minus_sum_left` on a GPU. Return (y, sums), as these functions do."""
     arrays = (x, minuend) if factor is None else (x, minuend, factor)
 
     @plgpu.inline_mgpu(

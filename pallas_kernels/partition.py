@@ -1,16 +1,16 @@
-"""Runs an op on arrays that are divided over the devices of a mesh.
+"""Runs an op on arrays that are sharded over the devices of a mesh.
 
 An op is a public function of this package, such as `stick_breaking_attention`. It names every axis of its arrays by a
-letter, such as B, T, N, H. It also names the letters along which its arrays may be divided, because every device can
-then compute its own part of the results without communication. What the op does depends on the axes of the mesh:
+letter, such as B, T, N, H. It also names the axes that may be sharded: along such an axis, every device can compute its
+shard of the results without communication. What the op does depends on the type of the mesh axes:
 
-- On Explicit axes, the types of the arrays (`jax.typeof`) say how the arrays are divided. The op wraps itself in
-  `jax.shard_map`. If an array is divided along a letter that the op does not permit, the op raises an error.
-- On a mesh of Auto axes, the types do not say how the arrays are divided. There the op is one operation of the program
-  for XLA's partitioner, which decides the division and then asks for the program of one device (`automatic.py`).
-- On Manual axes, inside a `jax.shard_map` of the caller, the op runs on the part of the arrays that this device has. An
-  array varies over a mesh axis if it differs between the devices along this axis. If one array varies over a mesh axis,
-  the op first marks all arrays as varying over it. So JAX sums the gradients of the arrays that did not vary over it.
+- Explicit axes: the types of the arrays (`jax.typeof`) contain their shardings. The op wraps itself in `jax.shard_map`.
+  If an array is sharded along an axis that must not be sharded, the op raises an error.
+- Auto axes: the types of the arrays do not contain their shardings. To XLA, the op is one operation of the program. XLA
+  chooses the shardings, and then asks for the program of one device (`automatic.py`).
+- Manual axes, inside a `jax.shard_map` of the caller: the op computes with the shards of this device. An array varies
+  over a mesh axis if it differs between the devices along this axis. If one array varies over a mesh axis, the op first
+  marks all its arrays as varying over this axis. So JAX sums the gradients of the arrays that did not vary over it.
 """
 
 import functools
@@ -29,17 +29,17 @@ STATIC, RECOMPUTED = "static", "anew"
 
 
 class Letters(NamedTuple):
-    """The letters of the axes of all arrays in one call of an op, and the letters along which a mesh may divide the op.
+    """The letters of all array axes in one call of an op, and which of these axes may be sharded over a mesh.
 
     `name`: the name of the op, for messages.
-    `call`: a tree with the structure of the checked arguments of the call. Each leaf has the letters of an array, such
-      as "B T N H" for an array with four axes. The mark STATIC means that the argument is not an array. The mark
-      RECOMPUTED means that every device computes this array itself, from its part of the other arrays.
-    `results`: a tree with the letters of every result.
-    `maps`: {letter: group} for the letters along which arrays may be divided. A group is a name. Axes whose letters
-      have the same group are divided over the same mesh axes: query heads N and key heads K, for example.
-    `inside`: computes the arrays marked RECOMPUTED on one device. It takes the arguments of this device, in which these
-      arrays are None, and returns the complete arguments.
+    `call`: a pytree with the structure of the checked arguments of the call. It has a text for every argument: the
+      letters of an array, such as "B T N H" for an array with four axes; STATIC for an argument that is not an array;
+      or RECOMPUTED for an array that every device computes itself, from its shards of the other arrays.
+    `results`: a pytree with the letters of every result.
+    `maps`: {letter: group} for the axes that may be sharded. A group is a name. Axes in the same group are sharded over
+      the same mesh axes: the axis N of query heads and the axis K of key heads, for example.
+    `inside`: a function that computes the RECOMPUTED arrays on one device. It takes the arguments of the op with None
+      in the place of these arrays, and returns the complete arguments.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Letters(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """A function with its last arguments fixed: `Bound(f, static)(*values)` is `f(*values, *static)`.
+    """A function whose last arguments are fixed: `Bound(f, static)(*values)` is `f(*values, *static)`.
 
     Two `Bound`s with the same function and the same static values are equal, so that jit compiles them once.
     """
@@ -74,14 +74,14 @@ class _Array(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """The program of one device, as a function: `part(*arrays)` returns the results of the op on this device.
+    """The program of one device: `part(*shards)` returns the results of the op on this device.
 
-    `arrays` are the device's part of the arrays of the op. The function puts them into the arguments of the op, and
-    returns `compute` of these arguments.
+    `shards` are this device's shards of the op's arrays. They are put into the arguments of the op, which `compute`
+    takes.
 
-    `compute`: computes the results of the op from its complete arguments.
-    `inside`: the function `Letters.inside`. On every device it computes the arrays marked RECOMPUTED from the others.
-    `tree`: the structure of the arguments.
+    `compute`: computes the results of the op from its arguments.
+    `inside`: computes the arrays that are marked RECOMPUTED in `Letters`, and adds them to the arguments.
+    `tree`: the pytree structure of the arguments.
     `static`: the leaves of the arguments, with the class `_Array` in the place of every array.
     """
 
@@ -97,18 +97,18 @@ class _Part(NamedTuple):
 
 
 def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
-    """Return `compute(call)`, the results of an op. On a mesh, every device runs `compute` on its part of the arrays.
+    """Return `compute(call)`, the results of an op. On a mesh, every device runs `compute` on its shards of the arrays.
 
     Args:
-      letters: the letters of the axes of all arrays of the call, and the letters along which a mesh may divide them.
+      letters: the letters of all array axes in the call, and which of these axes may be sharded.
       call: a NamedTuple of the arrays and settings of one call of the op.
       compute: a hashable function of such a call, for example a `Bound`. Two functions that do the same work must be
         equal, so that they are compiled once.
 
     Raises:
-      ValueError: an array is divided along a letter that is not in `letters.maps`; two arrays are divided differently
-        along letters of one group; a mesh axis divides two groups; the size of an axis is not a multiple of the number
-        of devices along the mesh axes that divide it.
+      ValueError: an array is sharded along an axis that is not in `letters.maps`; two axes of one group are sharded
+        over different mesh axes; axes of two groups are sharded over the same mesh axis; or the size of an axis is not
+        a multiple of the number of shards.
     """
     arrays, part = _arrays(letters, call, compute)
     mesh = _mesh(arrays)
@@ -127,12 +127,12 @@ def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
 
 
 def look(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
-    """Return `compute` of the arguments of an op, for a `compute` that reads only the shapes and dtypes of the arrays.
+    """Return `compute` of the arguments of an op, where `compute` reads only the shapes and dtypes of the arrays.
 
-    Nothing is executed. `dispatch.explain` uses this function: its `compute` returns a description of the chosen
-    implementation. `letters` and `call` are the arguments of `run`. On Explicit axes, `compute` receives tracers with
-    the shapes of one device's part of the arrays. On a mesh of Auto axes, the tracers have the shapes of the undivided
-    arrays, because XLA divides arrays only when it compiles. Otherwise `compute` receives `call` itself.
+    Nothing is executed on a device. `dispatch.explain` uses this function: its `compute` returns a description of the
+    chosen implementation. `letters` and `call` are as in `run`. On Explicit axes, `compute` receives tracers with the
+    shapes of one device's shards. On a mesh of Auto axes, the tracers have the global shapes, because XLA shards arrays
+    only when it compiles. Otherwise `compute` receives `call` itself.
     """
     arrays, part = _arrays(letters, call, compute)
     mesh = _mesh(arrays)
@@ -149,9 +149,9 @@ def look(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
 
 
 def whole(function: Callable, x, *static) -> Any:
-    """Return `function(x, *static)`. On a mesh of Explicit axes, every device computes it from the undivided array `x`.
+    """Return `function(x, *static)`. On a mesh of Explicit axes, every device computes it from the complete array `x`.
 
-    If the mesh divides `x`, it is all-gathered first.
+    If `x` is sharded, it is all-gathered first.
     """
     mesh = _mesh([_Array("", (), x)])
     if AxisType.Explicit not in mesh.axis_types:
@@ -160,9 +160,9 @@ def whole(function: Callable, x, *static) -> Any:
 
 
 def alike(*values) -> list:
-    """Return the values as a list, with all arrays marked as varying over the same mesh axes, inside a `jax.shard_map`.
+    """Mark all arrays as varying over the same mesh axes, inside a `jax.shard_map`. Return the values as a list.
 
-    An array varies over a mesh axis if its value differs between the devices along this axis. Every array is marked as
+    An array varies over a mesh axis if it may differ between the devices along this axis. Every array is marked as
     varying over all mesh axes over which at least one of the arrays varies. A value that is no array is not changed.
     """
     axes = [_varying(x) for x in values]
@@ -184,21 +184,22 @@ def _varying(x) -> frozenset:
 
 
 def _mesh(arrays: list[_Array]) -> AbstractMesh:
-    """Return the mesh of the context, else the mesh of the first array that has one, else a mesh without axes.
+    """Return the mesh on which an op runs: the mesh of the context, or else the mesh of the first array that has one.
 
-    The `axis_types` of the returned mesh are always a tuple, never None.
+    If there is neither, return a mesh without axes. The `axis_types` of the returned mesh are always a tuple, never
+    None.
     """
     meshes = [get_abstract_mesh(), *(jax.typeof(array.value).sharding.mesh for array in arrays)]
     return next((mesh for mesh in meshes if mesh.axis_names), AbstractMesh((), (), axis_types=()))
 
 
 def _is_automatic(mesh: AbstractMesh) -> bool:
-    """Return whether the mesh has more than one device and all of its axes are Auto."""
+    """Return whether the mesh has more than one device and all its axes are of type Auto."""
     return mesh.size > 1 and set(mesh.axis_types) == {AxisType.Auto}
 
 
 class _Specs(NamedTuple):
-    """A tree of PartitionSpecs in a hashable tuple, so that it can be a static argument of jit."""
+    """A pytree of PartitionSpecs, wrapped in a hashable tuple so that it can be a static argument of jit."""
 
     tree: Any
 
@@ -208,10 +209,10 @@ def _over_mesh(function, mesh, ins, outs, *values):
     """Return `function(*values)`, computed by `jax.shard_map` over the Explicit axes of the mesh.
 
     `ins` has the PartitionSpec of every value. `outs` has the PartitionSpecs of the results. `function` receives one
-    device's part of every value.
+    device's shard of every value.
     """
     values = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(values, ins, strict=True)]
-    # By default shard_map makes all axes Manual, except the axes that vmap has taken.
+    # By default, shard_map makes all mesh axes Manual, except those over which vmap runs.
     explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is AxisType.Explicit}
     names = dict(axis_names=explicit) if AxisType.Auto in mesh.axis_types else {}
 
@@ -219,7 +220,7 @@ def _over_mesh(function, mesh, ins, outs, *values):
         kinds = zip(get_abstract_mesh().axis_names, get_abstract_mesh().axis_types, strict=True)
         if left := [name for name, kind in kinds if kind is AxisType.Explicit]:
             raise ValueError(
-                f"jax.vmap runs over an array axis that {_sizes(mesh, left)} divides, which this op does not support; "
+                f"this op does not support jax.vmap over an array axis that is sharded over {_sizes(mesh, left)}; "
                 "merge this array axis into the axis B or T of the op instead of using jax.vmap"
             )
         return function(*values)
@@ -228,9 +229,10 @@ def _over_mesh(function, mesh, ins, outs, *values):
 
 
 def _arrays(letters: Letters, call, compute) -> tuple[list[_Array], _Part]:
-    """Return (arrays, part): the arrays of a call of an op, and the program of one device, a `_Part`.
+    """Return (arrays, part): the arrays in one call of an op, and the program that one device runs, a `_Part`.
 
-    `part` is a function of the device's part of `arrays`. `letters`, `call` and `compute` are the arguments of `run`.
+    `part` is a function of this device's shards of `arrays`. `letters`, `call` and `compute` are the arguments of
+    `run`.
     """
     named, tree = jax.tree.flatten_with_path(letters.call)
     arrays, static = [], []
@@ -244,31 +246,32 @@ def _arrays(letters: Letters, call, compute) -> tuple[list[_Array], _Part]:
 
 
 def _divided(array: _Array) -> dict[str, tuple[str, ...]]:
-    """Return {letter: the names of the mesh axes that divide this axis}, for the divided axes of an array."""
+    """Return {letter of an axis: names of the mesh axes over which it is sharded}, for the sharded axes of an array."""
     entries = jax.typeof(array.value).sharding.spec
     entries = [(axes,) if isinstance(axes, str) else axes for axes in entries]
     return {at: tuple(axes) for at, axes in zip(array.letters, entries, strict=True) if isinstance(axes, tuple)}
 
 
 def _sizes(mesh: AbstractMesh, axes) -> str:
-    """Return the names and sizes of mesh axes for a message: "mesh axis 'data'=2 and mesh axis 'model'=4"."""
-    return " and ".join(f"mesh axis {axis!r}={mesh.shape[axis]}" for axis in axes)
+    """Return the names and sizes of mesh axes for a message: "the mesh axis 'data' of size 2"."""
+    return " and ".join(f"the mesh axis {axis!r} of size {mesh.shape[axis]}" for axis in axes)
 
 
 def _spec(maps, axes, letters) -> PartitionSpec:
     """Return the PartitionSpec of an array whose axes have the letters `letters`.
 
-    `maps` is {letter: group}, as in `Letters`. `axes` is {group: the mesh axes that divide the axes of this group}.
+    `maps` is {letter: group}, as in `Letters`. `axes` is {group: the mesh axes over which the axes of the group are
+    sharded}.
     """
     entries = (axes.get(maps.get(at), ()) for at in letters)
     return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))
 
 
 def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, ...]]:
-    """Return {group: the mesh axes that divide the axes of this group}, for every group along which arrays are divided.
+    """Return {group: the mesh axes over which the axes of this group are sharded}, for every group with a sharded axis.
 
-    `letters.maps` is {letter: group}. The types of the arrays say how they are divided. Raise ValueError if the op
-    cannot run on arrays that are divided in this way.
+    A group is a name in `letters.maps`, {letter of an axis: group}. The types of the arrays contain their shardings.
+    Raise ValueError if the op cannot run with these shardings.
     """
     maps, found, owners = letters.maps, {}, {}
 
@@ -279,22 +282,22 @@ def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, 
             if at not in maps:
                 allowed = _spec({letter: letter for letter in maps}, divided, array.letters)
                 raise ValueError(
-                    f"{array} is divided along {at} by {sizes(axes)}, and {letters.name} can be divided along "
-                    f"{', '.join(maps)} only; pass jax.sharding.reshard({array.name}, {allowed}) instead"
+                    f"{array} is sharded along {at} over {sizes(axes)}, but {letters.name} can be sharded only along "
+                    f"{', '.join(maps)}; pass jax.sharding.reshard({array.name}, {allowed}) instead"
                 )
             owner = owners.setdefault(maps[at], (at, array))
             if found.setdefault(maps[at], axes) != axes:
                 raise ValueError(
-                    f"{at} of {array} is divided by {sizes(axes)}, but {owner[0]} of {owner[1]} by "
-                    f"{sizes(found[maps[at]])}; divide both in the same way with jax.sharding.reshard"
+                    f"{at} of {array} is sharded over {sizes(axes)}, but {owner[0]} of {owner[1]} is sharded over "
+                    f"{sizes(found[maps[at]])}; shard both over the same mesh axes with jax.sharding.reshard"
                 )
     for at, axes in found.items():
         for other, more in found.items():
             if at < other and set(axes) & set(more):
                 pair = " and ".join(f"{letter} of {array}" for letter, array in (owners[at], owners[other]))
                 raise ValueError(
-                    f"{sizes(axes)} divides both {pair}, but it may divide only one of them; "
-                    "change the division of one array with jax.sharding.reshard"
+                    f"both {pair} are sharded over {sizes(axes)}, but only one of them may be; "
+                    "reshard one of the arrays with jax.sharding.reshard"
                 )
     for array in arrays:
         for at, size in zip(array.letters, array.value.shape, strict=True):
@@ -302,7 +305,8 @@ def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, 
             if size % math.prod(mesh.shape[axis] for axis in axes):
                 owner = owners[maps[at]]
                 raise ValueError(
-                    f"{at}={size} of {array} must be divided like {owner[0]} of {owner[1]}, but cannot be divided into "
-                    f"equal parts by {sizes(axes)}; change the division of {owner[1].name} with jax.sharding.reshard"
+                    f"{at}={size} of {array} must be sharded like {owner[0]} of {owner[1]}, over {sizes(axes)}, but "
+                    f"{size} is not a multiple of the number of shards; reshard {owner[1].name} with "
+                    "jax.sharding.reshard"
                 )
     return found

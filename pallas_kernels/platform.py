@@ -21,7 +21,7 @@ _interpreted = contextvars.ContextVar("interpreted", default=False)
 
 @contextlib.contextmanager
 def absent_gpu() -> Iterator[None]:
-    """In this context, JAX traces and lowers programs for a Hopper GPU (an H200), which this machine need not have."""
+    """In this context, JAX traces and lowers programs for an H200, a Hopper GPU. This machine needs no GPU for that."""
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=HOPPER)):
         yield
 
@@ -51,7 +51,7 @@ def interpret(*, detect_races: bool = False) -> Iterator[None]:
 
 
 def is_interpreted() -> bool:
-    """Return whether Mosaic GPU kernels run in the interpreter, inside a context of `interpret`."""
+    """Return whether Mosaic GPU kernels run in the interpreter, that is, whether this is a context of `interpret`."""
     return _interpreted.get()
 
 
@@ -67,8 +67,8 @@ def name() -> str:
 def chip() -> str:
     """Return the compute capability of the GPU for which JAX traces code, such as "sm_90".
 
-    Inside `absent_gpu`, it is the compute capability of the absent GPU. If the table CAPABILITIES does not have this
-    GPU, return the name of the GPU. Without a GPU, return the name of the platform, such as "cpu".
+    In a context of `absent_gpu`, this is the compute capability of the absent GPU. If the table CAPABILITIES does not
+    have the absent GPU, return the name of the GPU. Without a GPU, return the name of the platform, such as "cpu".
     """
     device = get_abstract_mesh().abstract_device
     if device is not None and device.platform == "gpu":

@@ -1,8 +1,8 @@
 """Compares the results and gradients of two implementations of an op, for tests and notebooks.
 
-A tolerance is the largest allowed relative L2 error. It depends on the dtype of the arguments. FORWARD has the
-tolerances for outputs, and GRADIENT has the tolerances for gradients. The tests of this project use the same
-tolerances.
+An op is a public function of this package, such as `stick_breaking_attention`. A tolerance is the largest allowed
+relative L2 error. It depends on the dtype of the arguments. FORWARD has the tolerances for outputs, and GRADIENT has
+the tolerances for gradients. The tests of this project use the same tolerances.
 """
 
 import collections
@@ -21,14 +21,14 @@ WIDE = ("reference", "xla")  # the implementations that take float64
 
 
 class Difference(NamedTuple):
-    """How one array, an output or a gradient of an op, differs from the expected array.
+    """How one array differs from the array that is expected. The array is an output or a gradient of an op.
 
-    `name`: which output or gradient it is.
+    `name`: the name of the output or gradient, such as "gradient of query".
     `tolerance`: the largest allowed `error`.
     `error`: the relative L2 error of the array.
     `largest`: the largest |element - expected element|, divided by the largest |expected element|.
     `index`: the position of the element with the largest difference.
-    `value`, `expected`: what the element at `index` is, and what it should be.
+    `value`, `expected`: the element at `index`, and what it should be.
     `problem`: a text if the array cannot be compared (NaN, infinity, wrong shape or wrong type), else None.
     """
 
@@ -122,7 +122,10 @@ def difference(name: str, value, expected, tolerance: float) -> Difference:
 
 
 def _without_numbers(name: str, problem: str | None = None) -> Difference:
-    """Return a `Difference` for an array without elements, or for one that cannot be compared (`problem` says why)."""
+    """Return a `Difference` whose numbers are all 0: for an array without elements, or one that cannot be compared.
+
+    If the array cannot be compared, `problem` says why.
+    """
     return Difference(name, 0.0, 0.0, 0.0, (), 0.0, 0.0, problem)
 
 
@@ -210,7 +213,8 @@ class _Call:
     def outputs(self, implementation, floats, others):
         """Run the op with an implementation. Return {name: output} for the floating-point outputs.
 
-        `floats` and `others` are {name: array}, for the floating-point arrays and for all other arrays of the call.
+        `floats` is {name: array} of all floating-point arrays of the call. `others` is {name: array} of all its other
+        arrays.
         """
         leaves = self.leaves | others | floats
         bound = inspect.BoundArguments(self.signature, self.tree.unflatten(leaves.values()))
@@ -225,18 +229,19 @@ class _Call:
     def run(self, implementation, floats, others, cotangents):
         """Run the op with an implementation, forward and backward. Return ({name: output}, {name: gradient}).
 
-        `floats` and `others` are {name: array}. Every array in `floats` gets a gradient. `cotangents` is {name:
-        cotangent of the output}.
+        `floats`: {name: array} of all floating-point arrays of the call. Each of them gets a gradient.
+        `others`: {name: array} of all other arrays of the call.
+        `cotangents`: {name: cotangent} of all floating-point outputs.
         """
         values, vjp = jax.vjp(lambda floats: self.outputs(implementation, floats, others), floats)
         return values, vjp({name: cotangents[name].astype(y.dtype) for name, y in values.items()})[0]
 
 
 def _different_shapes(own_shapes, shapes) -> list[Difference]:
-    """Return a `Difference` for every output whose shape or dtype is wrong, or that only one implementation returns.
+    """Return a `Difference` for every output whose shape or dtype is wrong, or that one implementation does not return.
 
-    `own_shapes` has {name: shape and dtype} of the outputs of the implementation to check, and `shapes` has them for
-    the expected outputs.
+    Both arguments are {name of the output: shape and dtype}: `own_shapes` for the implementation that is checked,
+    `shapes` for the implementation that computes the expected outputs.
     """
 
     def described(y) -> str:

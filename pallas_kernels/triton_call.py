@@ -38,7 +38,7 @@ def interpret() -> Iterator[None]:
     try:
         if "triton" in sys.modules and not _was_imported_to_interpret():
             raise RuntimeError(
-                "triton was imported before triton_call.interpret(), in order to compile kernels; call "
+                "this process has imported triton to compile kernels, so it cannot interpret them; call "
                 "triton_call.interpret() before the import, or in another process"
             )
         if is_installed():
@@ -80,8 +80,8 @@ def _was_imported_to_interpret() -> bool:
 def refuses(x) -> str | None:
     """Return the reason why no Triton kernel can run in this process on the array `x`, or None if a kernel can run.
 
-    This function checks the GPU, the installed packages, the CUDA compiler, and the mesh that divides `x`. The caller
-    checks the shape and the dtype of `x`.
+    This function checks the GPU, the installed packages, the CUDA compiler, and the mesh over which `x` is sharded. The
+    caller checks the shape and the dtype of `x`.
     """
     if platform.is_interpreted() and not is_interpreted():
         return "cannot run in the Mosaic GPU interpreter (Triton has its own interpreter: triton_call.interpret())"
@@ -95,7 +95,8 @@ def refuses(x) -> str | None:
 def capability() -> int | None:
     """Return the compute capability of the GPU for which JAX traces code, as an int, such as 90 for 9.0.
 
-    The GPU may be absent (`platform.absent_gpu`). Without an NVIDIA GPU, return None.
+    In a context of `platform.absent_gpu`, this is the compute capability of the absent GPU. Without an NVIDIA GPU,
+    return None.
     """
     name = platform.chip().removeprefix("sm_")
     return int(name) if name.isdecimal() else None
@@ -136,11 +137,12 @@ def launch(
 
 
 def _compiled(kernel, *arrays, out, grid, num_warps, num_stages, constants):
-    """Compile a Triton kernel, run it on a GPU, and return its outputs. It takes the arguments of `launch`."""
+    """Compile a Triton kernel, run it on a GPU, and return its outputs. The arguments are as in `launch`."""
     jax_triton = _jax_triton()
     if _was_imported_to_interpret():
         raise RuntimeError(
-            "triton was imported to interpret kernels (TRITON_INTERPRET=1); compile kernels in another process"
+            "this process has imported triton to interpret kernels (TRITON_INTERPRET=1), so it cannot compile them; "
+            "compile kernels in another process"
         )
     if jax_triton.__version_info__ >= (0, 4):
         options = dict(out_type=out, backend_options={"enable_fp_fusion": True, "ptx_version": PTX})
@@ -154,11 +156,10 @@ def _compiled(kernel, *arrays, out, grid, num_warps, num_stages, constants):
 
 @functools.cache
 def _jax_triton():
-    """Import jax_triton and return the module.
+    """Import jax_triton, make it work with the installed JAX, and return the module.
 
-    jax_triton registers a dead-code rule, by which JAX removes a kernel whose results are not used. JAX 0.12 and newer
-    cannot call this rule of jax_triton 0.4.1 and older. For these versions, this function removes the rule, and JAX
-    uses its default rule.
+    JAX uses a dead-code rule of jax_triton to remove a kernel whose results are not used. JAX 0.12 and newer cannot
+    call this rule of jax_triton 0.4.1 and older. In this case, the rule is removed, and JAX uses its default rule.
     """
     import jax_triton
     from jax._src.interpreters import partial_eval

@@ -13,7 +13,7 @@ _NAMES = {"f": "fp", "i": "i", "u": "u", "b": "i"}
 
 
 class _Tensor:
-    """A NumPy array with the methods of a torch tensor that Triton's interpreter calls. The array is not copied."""
+    """A NumPy array with the methods that Triton's interpreter calls on a torch tensor. The array is not copied."""
 
     def __init__(self, array: np.ndarray):
         bits = 1 if array.dtype == bool else 8 * array.dtype.itemsize

@@ -174,6 +174,6 @@ def register(what, name: str | None = None) -> None:
         register_attention(name, what)
     else:
         raise ValueError(
-            f"register(what={what!r}, name={name!r}): register a Family without a name, or an AttentionVariant with "
-            "a name"
+            "register() takes a Family without a name, or an AttentionVariant with a name, got "
+            f"what={what!r}, name={name!r}"
         )

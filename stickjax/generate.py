@@ -185,12 +185,12 @@ def _check_options(max_new_tokens, temperature, top_k, top_p, seed) -> None:
 def _prompt_ids(row: int, prompt, eot: int | None, vocab_size: int) -> np.ndarray:
     ids = np.asarray(prompt if np.size(prompt) or eot is None else [eot])
     if not ids.size:
-        raise ValueError(f"prompt {row} is empty: give it a token, or set the end-of-text id (eot)")
+        raise ValueError(f"prompts[{row}] is empty: give it a token, or set the end-of-text id (eot)")
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"prompt {row} must be a list of token ids, not {ids.dtype}{list(ids.shape)}")
+        raise ValueError(f"prompts[{row}] must be a list of token ids, not {ids.dtype}{list(ids.shape)}")
     if ids.min() < 0 or ids.max() >= vocab_size:
         raise ValueError(
-            f"prompt {row} has ids {ids.min()}..{ids.max()}; ids must be at least 0 and below {vocab_size}"
+            f"prompts[{row}] has ids from {ids.min()} to {ids.max()}, but ids must be at least 0 and below {vocab_size}"
         )
     return ids
 
@@ -256,7 +256,7 @@ def generate_text(
     2
     """
     if isinstance(prompts, str) or isinstance(stop, str) or "" in stop:
-        raise ValueError("prompts and stop must be lists of strings, as ['a', 'b'], and no stop string may be empty")
+        raise ValueError("prompts and stop must be lists of strings, like ['a', 'b'], and no stop string may be empty")
     if (tokenizer := loaded.tokenizer) is None:
         raise ValueError(
             f"the tokenizer {loaded.config.data.tokenizer}, which the model needs to read and write text, does not "

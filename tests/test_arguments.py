@@ -79,8 +79,8 @@ X, W, W_IN, W_OUT, G = (jnp.zeros(s) for s in ((6, 4), (3, 4, 5), (3, 4, 10), (3
             lambda: jax.eval_shape(lambda i: route(i, 9), jax.ShapeDtypeStruct((2**29, 4), jnp.int32)),
             "T=536870912 tokens with k=4 choices make T \\* k rows, which must be below 2",
         ),
-        (lambda: route(np.array([[0, 1], [4, 1]]), 3), r"expert_indices\[1,0\]=4 is not from 0 to E=3"),
-        (lambda: route(np.array([[0, -1]]), 3), r"expert_indices\[0,1\]=-1 is not from 0 to E=3"),
+        (lambda: route(np.array([[0, 1], [4, 1]]), 3), r"expert_indices\[1,0\]=4 must be from 0 to E=3"),
+        (lambda: route(np.array([[0, -1]]), 3), r"expert_indices\[0,1\]=-1 must be from 0 to E=3"),
         (lambda: route(jnp.zeros(6, int), 3), r"expert_indices must be integers \[T,k\], got int32\[6\]"),
         (lambda: route(jnp.zeros((6, 2)), 3), r"expert_indices must be integers \[T,k\], got float32\[6, 2\]"),
         (lambda: route(jnp.zeros((6, 2), int), 0), "num_experts=0 must be at least 1"),
@@ -93,7 +93,7 @@ X, W, W_IN, W_OUT, G = (jnp.zeros(s) for s in ((6, 4), (3, 4, 5), (3, 4, 10), (3
         (lambda: expert_linear(X, W[0], R), r"weight must be \[E,D,F\]"),
         (lambda: expert_linear(X.astype(int), W, R), "x must be floating point, got x.dtype=int32"),
         (lambda: expert_linear(X, W.astype(jnp.bfloat16), R), "x, weight must have one dtype, got float32, bfloat16"),
-        (lambda: expert_linear(X, W, R, gates=G, grouped_out=True), "gates .* need grouped_out=False"),
+        (lambda: expert_linear(X, W, R, gates=G, grouped_out=True), "with gates, .* grouped_out must be False"),
         (lambda: expert_linear(X, W, R, gates=G[:, :1]), r"gates must be \[T,k\]=\[6, 2\], got gates.shape=\(6, 1\)"),
         (
             lambda: expert_linear(X, W, R, bias=jnp.zeros((3, 4))),
@@ -132,7 +132,7 @@ def test_bad_calls_of_experts_name_letters_and_sizes(call, message):
 
 
 def test_wrong_indices_are_found_in_a_program_under_checks():
-    with jax.enable_checks(True), pytest.raises(Exception, match=r"expert_indices\[0,1\]=7 is not from 0 to E=3"):
+    with jax.enable_checks(True), pytest.raises(Exception, match=r"expert_indices\[0,1\]=7 must be from 0 to E=3"):
         jax.block_until_ready(jax.jit(lambda i: route(i, 3))(jnp.array([[0, 7]])))
         jax.effects_barrier()
 

@@ -248,7 +248,7 @@ def test_damaged_is_passed_over_and_set_aside(tmp_path):
     folder, tree = write(tmp_path, 1, 2, 3), abstract(small(0))
     flip_manifest(folder / "3")
     with Checkpoints(tmp_path, keep=3) as checkpoints:
-        with pytest.warns(UserWarning, match="checkpoints/3: ValueError: the crc32 of manifest.json differs"):
+        with pytest.warns(UserWarning, match="checkpoints/3: ValueError: manifest.json is damaged: its crc32 differs"):
             assert checkpoints.restore(tree).step == 2
         assert checkpoints.steps() == [1, 2, 3]
         with pytest.warns(UserWarning, match="step 3 is trained again, .*3.aside"):
@@ -270,7 +270,7 @@ def test_none_intact_is_an_error_that_deletes_nothing(tmp_path):
     folder, tree = write(tmp_path, 1, 2), abstract(small(0))
     flip_manifest(folder / "1")
     (folder / "2").rename(folder / "7")  # an intact checkpoint with a wrong name
-    with pytest.raises(DamagedCheckpoint, match="(?s)7: .*checkpoint of step 2.*1: .*crc32"), pytest.warns(UserWarning):
+    with pytest.raises(DamagedCheckpoint, match="(?s)7: .*must be 7, .* got 2.*1: .*crc32"), pytest.warns(UserWarning):
         Checkpoints(tmp_path).restore(tree)
     with pytest.raises(DamagedCheckpoint, match="1: .*crc32"):
         Checkpoints(tmp_path).restore(tree, step=1)
@@ -292,7 +292,7 @@ def test_arrays_are_compared_with_those_on_the_device(tmp_path, monkeypatch):
         checkpoints.save(1, small(1), {})
         changed_on_the_way(monkeypatch)
         checkpoints.save(2, small(2), {})
-    with pytest.raises(DamagedCheckpoint, match="checksum of params/b"):
+    with pytest.raises(DamagedCheckpoint, match="params/b is damaged: its checksum differs"):
         Checkpoints(tmp_path).restore(abstract(small(0)), step=2)
 
 
@@ -301,7 +301,7 @@ def test_the_first_save_is_read_back(tmp_path, monkeypatch, at_once):
     monkeypatch.setattr(stickjax.storage.checkpoints, "READ_BACK_BYTES", at_once)
     folder = write(tmp_path, 1)
     changed_on_the_way(monkeypatch)
-    message = "step 2 was not saved: .*checksum of params/b differs .*; the run has checkpoints \\[1\\]"
+    message = "step 2 was not saved: .*params/b is damaged: its checksum differs .*; the run has checkpoints \\[1\\]"
     with pytest.raises(OSError, match=message):
         write(tmp_path, 2)
     assert [path.name for path in folder.iterdir()] == ["1"]

@@ -224,16 +224,16 @@ def test_json_that_is_no_config(tree, message, tmp_path):
 
 
 FILES = {
-    "deep.json": ("[" * 100_000, "deep.json: not a config: it is nested too deeply"),
-    "none.json": ("", "none.json: not JSON: Expecting value"),
-    "cut.json": ('{"model": ', "cut.json: not JSON"),
-    "latin.json": (b'{"\xe9": 1}', "latin.json: not JSON: 'utf-8' codec can't decode"),
+    "deep.json": ("[" * 100_000, "deep.json: the JSON is nested too deeply"),
+    "none.json": ("", "none.json: the file is not JSON: Expecting value"),
+    "cut.json": ('{"model": ', "cut.json: the file is not JSON"),
+    "latin.json": (b'{"\xe9": 1}', "latin.json: the file is not JSON: 'utf-8' codec can't decode"),
     "syntax.py": ("def get_config()\n    pass\n", "syntax.py:1: expected ':'"),
     "nul.py": (b"x = 1\n\0", "nul.py"),
     "raises.py": ("\n1 / 0\n", "raises.py:2: ZeroDivisionError: division by zero"),
     "imports.py": ("import nowhere_at_all\n", "imports.py:1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
     "exits.py": ("raise SystemExit(0)\n", "exits.py:1: SystemExit: 0"),
-    "nothing.py": ("x = 1\n", "nothing.py: it defines no function get_config()"),
+    "nothing.py": ("x = 1\n", "nothing.py: the file defines no function get_config()"),
     "number.py": ("get_config = 3\n", "number.py:1: get_config() must take no arguments: 3 is not a callable object"),
     "needs.py": ("\n\ndef get_config(x, y=1): pass\n", "needs.py:3: get_config() must take no arguments: missing a"),
     "returns.py": (

@@ -259,8 +259,8 @@ def test_bad_token_files(tmp_path, edit, message):
         ("x.jsonl", b'{"text": "a"}\n\n{"body": "b"}', r"x.jsonl:3: no text in the field 'text' .data.text_field.;"),
         ("x.jsonl", b'{"text": 3}', "x.jsonl:1: no text"),
         ("x.jsonl", b'["text"]', "x.jsonl:1: no text"),
-        ("x.jsonl", b'{"text": "a"}\n{"text"', "x.jsonl:2: not a line of JSON"),
-        ("x.jsonl", b'{"text": "\xff"}', "x.jsonl:1: not a line of JSON"),
+        ("x.jsonl", b'{"text": "a"}\n{"text"', "x.jsonl:2: this line is not JSON"),
+        ("x.jsonl", b'{"text": "\xff"}', "x.jsonl:1: this line is not JSON"),
         ("x.jsonl", b'{"text": "\\ud800"}', "x.jsonl:1: the field 'text' contains half of a surrogate pair"),
     ],
 )

@@ -80,7 +80,7 @@ def test_the_choice_is_logged_once_with_its_reasons(op, caplog):
 
 def test_explain_of_an_unknown_op():
     with pytest.raises(
-        ValueError, match="'softmax' is no op; the ops are expert_linear, expert_mlp, stick_breaking_attention"
+        ValueError, match="there is no op 'softmax'; the ops are expert_linear, expert_mlp, stick_breaking_attention"
     ):
         explain("softmax", 1)
 

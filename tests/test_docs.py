@@ -14,6 +14,10 @@ from pathlib import Path
 import pytest
 
 from stickjax.config import field_names
+from stickjax.config.attention import ATTENTION
+from stickjax.config.family import MODEL_CONFIGS
+from stickjax.models.families import FAMILIES
+from stickjax.models.parameters import PARAMETERS
 
 ROOT = Path(__file__).parent.parent
 MADE = {"docs/reference/config.md", "docs/_build/html"}  # the build of the documentation writes them
@@ -39,6 +43,17 @@ NEW_FILES = {match for name in FILES for _, text in blocks(name) for match in re
 RUN = [name for name in PAGES if name not in FILES and any(kind == "python" for kind, _ in blocks(name))]
 
 
+@pytest.fixture
+def registries():
+    """After the test, remove what it registered: other tests of this process may register the same names."""
+    before = [(registry, dict(registry)) for registry in (MODEL_CONFIGS, FAMILIES, PARAMETERS, ATTENTION)]
+    yield
+    for registry, content in before:
+        registry.clear()
+        registry.update(content)
+
+
+@pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize("name", RUN)
 def test_the_python_of_a_page_runs(name, tmp_path, monkeypatch):
     """The Python blocks of a page run from top to bottom in one namespace, and print every line that the page shows."""

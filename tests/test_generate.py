@@ -180,14 +180,14 @@ def test_rows_end_at_eot_or_when_asked_and_the_run_ends_with_the_last_row(model,
 def test_empty_prompts(model):
     assert generate(model, [], 5) == []
     assert generate(model, [[], [7]], 5, eot=7)[0] == generate(model, [[7]], 5, eot=7)[0]
-    with pytest.raises(ValueError, match="prompt 1 is empty"):
+    with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
         generate(model, [[1], []], 5)
 
 
 @pytest.mark.parametrize(
     "prompt, options, message",
     [
-        ([24], {}, r"prompt 0 has ids 24..24; ids must be at least 0 and below 24"),
+        ([24], {}, r"prompts\[0\] has ids from 24 to 24, but ids must be at least 0 and below 24"),
         ([0, -1], {}, "ids must be at least 0"),
         ([0, 20], dict(vocab_size=20), "and below 20"),
         ([0.5], {}, r"not float64\[1\]"),

@@ -195,7 +195,7 @@ def test_rounding_is_for_training_alone():
     assert (trained.logits != whole.logits).any()
     # The load counts the choices of the router before token rounding.
     np.testing.assert_array_equal(trained.router.load[0], whole.router.load[0])
-    with pytest.raises(ValueError, match="token_rounding=8 needs experts"):
+    with pytest.raises(ValueError, match="token_rounding=8 needs E >= 1 experts"):
         ModelConfig(**SMALL, experts=ExpertsConfig(token_rounding=8))
 
 

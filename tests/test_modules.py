@@ -325,7 +325,7 @@ def test_uneven_layers_and_the_new_denominator(model):
     assert not pruned.blocks.ffn.w_in[1, 3].any()
     with pytest.raises(ValueError, match="are no longer there"):
         prune(pruned, {"ffn": np.ones((2, 4))}, count=2, denominator="old")
-    with pytest.raises(ValueError, match="count=4 of ffn modules must be at least 2, which .* at most 3"):
+    with pytest.raises(ValueError, match="count=4 of ffn modules per layer must be at least 2, .* at most 3"):
         prune(pruned, {"ffn": np.ones((2, 4))}, count=4, denominator="new")
 
 
@@ -344,13 +344,13 @@ def test_mutual_information_against_its_definition():
     [
         (lambda m: extend(m, jax.random.key(0)), "must be 0 or more, and not both 0"),
         (lambda m: extend(m, jax.random.key(0), experts=-1), "to add, experts=-1 and attention_experts=0, must be"),
-        (lambda m: prune(m, {}), "one of count=None and threshold=None must be given"),
-        (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=1), "uses in a layer, and at most 6, as many as the layer"),
-        (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=7), "count=7 of ffn modules must be"),
+        (lambda m: prune(m, {}), "give either count or threshold, got count=None"),
+        (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=1), "a token uses, and at most 6, the number in the layer"),
+        (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=7), "count=7 of ffn modules per layer must be"),
         (lambda m: prune(m, {"ffn": np.ones((2, 5))}, count=3), r"has shape \[2, 5\], but must have \[2, 6\]"),
         (lambda m: prune(m, {"ffn": np.ones((2, 6))}, threshold=2), "threshold=2 must be a share"),
         (lambda m: prune(m, {}, count=3, denominator="odd"), "denominator='odd' is not one of 'old', 'new'"),
-        (lambda m: prune(m, {"heads": np.ones((2, 6))}, count=3), "use has counts for heads, but the model has"),
+        (lambda m: prune(m, {"heads": np.ones((2, 6))}, count=3), "the argument use names heads, but the model has"),
         (lambda m: report(m, {}), "at least one source"),
         (lambda m: save(".", m, Config(CONFIG)), r"\. exists"),
     ],
@@ -480,14 +480,17 @@ def test_concentration_stops_the_bias_that_balances(trained, tmp_path):
             "unknown config key 'optim.trainabel' (did you mean 'optim.trainable'?)",
         ),
         ("extend OUT OUT2 --experts 2", "is not a run folder"),
-        ("prune BASE OUT --count 1 --tokens 48", "count=1 of attention modules must be"),
+        ("prune BASE OUT --count 1 --tokens 48", "count=1 of attention modules per layer must be"),
         (
             "prune BASE OUT --count 5 --tokens 48",
-            "count=5 of attention modules must be at least 2, as many as a token uses in a layer, and at most 4",
+            "count=5 of attention modules per layer must be at least 2, the number that a token uses, and at most 4",
         ),
         ("prune BASE OUT --count 3 --source logik", "source='logik' is not one of"),
         ("report BASE --source text", "source='text' needs a path"),
-        ("concentrate BASE OUT --model.V=300", "has another model than this config (model.V: 257 -> 300"),
+        (
+            "concentrate BASE OUT --model.V=300",
+            "another model than this config (the run's value -> your value: model.V: 257 -> 300",
+        ),
         ("freeze BASE OUT *.routers.*", "no parameter matches '*.routers.*'"),
         ("freeze BASE OUT *", "freezes every parameter"),
     ],

@@ -206,15 +206,15 @@ def test_bad_commands_are_one_clear_line(capsys, config, monkeypatch):
     alone = [str(config), "--coordinator", "localhost:1234"]
     refused(train.main, alone, "needs --processes N and --process I")
     refused(train.main, [*alone, "--processes", "2"], "belong together")
-    refused(train.main, [*alone, "--processes", "2", "--process", "2"], "process 2 of 2")
+    refused(train.main, [*alone, "--processes", "2", "--process", "2"], "from 0 to 1 (with 2 processes), got 2")
     for name in ("SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", "3")
-    refused(train.main, [str(config)], "process 3 of 3")
+    refused(train.main, [str(config)], "from 0 to 2 (with 3 processes), got 3")
     for name in ("SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(f"OMPI_COMM_WORLD_{name}")
     for environment, message in (
         ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "PMI_RANK=1 of PMI_SIZE=2: the address of process 0 is unknown"),
-        ({"PMI_SIZE": "2", "PMI_RANK": "2"}, "process 2 of 2"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "2"}, "from 0 to 1 (with 2 processes), got 2"),
         ({"PMIX_RANK": "0"}, "PMIX_RANK=0 in the environment: this may be one of several processes"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "RANK=0 in the environment: this may be one of several processes"),
         ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE='two' in the environment must be a whole number"),

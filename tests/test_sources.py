@@ -79,7 +79,7 @@ def test_json_without_records_is_read_as_it_stands_and_that_is_said(tmp_path, co
             "x.json: record 2: no text in .*; the fields of this object are 'body'",
         ),
         ("x.json", LINE + b"[]", "x.json:2: no text in the field"),
-        ("a\nb.jsonl", b"{", r"a\\nb.jsonl:1: not a line of JSON"),
+        ("a\nb.jsonl", b"{", r"a\\nb.jsonl:1: this line is not JSON"),
         ("x.txt", "one".encode("utf-16"), "x.txt' is UTF-16 or UTF-32, not UTF-8 text: convert it"),
         ("x.jsonl", LINE.decode().encode("utf-32"), "x.jsonl' is UTF-16 or UTF-32, not UTF-8 text: convert it"),
         ("x.txt", "one".encode("utf-16-le"), "x.txt' is not UTF-8 text: it has NUL bytes \\(0x00\\), as UTF-16 has"),
@@ -200,13 +200,13 @@ def test_a_token_file_that_is_not_its_sha256(tokens, monkeypatch, caplog, capsys
     content = bytearray(file.read_bytes())
     content[0] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="t.bin is damaged or another file: its sha256 is"):
+    with pytest.raises(ValueError, match="t.bin is damaged or was replaced: its sha256 is"):
         load_corpus(config)
     monkeypatch.setattr(token_files, "_VERIFIED", len(content) - 1)
     load_corpus(config)
     assert "not verified; python -m stickjax.data verify" in caplog.text, "training on a large file must print a notice"
     assert main(["verify", str(tokens)]) == 1
-    assert re.match("error: OUT=.* is damaged or another file", capsys.readouterr().err)
+    assert re.match("error: OUT=.* is damaged or was replaced", capsys.readouterr().err)
     content[0] ^= 1
     file.write_bytes(content)
     main(["verify", str(file)])

@@ -196,7 +196,7 @@ def test_what_a_step_takes_is_counted():
         ({"model.classes": 3}, "classes=3 must be 7, the number of labels of pairs of logic"),
         (
             {"model.classes": 0, "data.curriculum": 9},
-            "curriculum=9 is for examples, such as pairs of sentences, but this model reads a text; set it to 0",
+            "curriculum=9 is for examples, such as pairs of sentences, but this model reads a text; set data.curriculum=0",
         ),
         ({"data.T": 20}, "T=20 must be at least 37, the number of tokens of the longest sentence"),
         ({"model.V": 5}, "V=5 is smaller than the 12 ids of pairs of logic"),
@@ -211,7 +211,9 @@ def test_data_that_do_not_fit(tmp_path, changes, message):
 def test_what_only_decoders_have(pairs, tmp_path):
     with pytest.raises(ValueError, match="accumulate=2: a model of family='sut' needs all B sequences"):
         PAIRS.replace({"train.accumulate": 2})
-    with pytest.raises(ValueError, match="fsdp=2 and tensor=2: a model of family='sut' supports data parallelism only"):
+    with pytest.raises(
+        ValueError, match="fsdp=2 and tensor=2 must be 1: a model of family='sut' supports data parallelism only"
+    ):
         make_mesh(PAIRS.replace({"mesh.fsdp": 2, "mesh.tensor": 2}))
     with pytest.raises(ValueError, match="no Hugging Face model_type fits a model of family='sut'"):
         export(load(pairs).model, str(tmp_path / "out"))

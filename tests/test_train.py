@@ -322,7 +322,7 @@ def bad_runs(tmp_path, uninterrupted):
     yield [], "CONFIG is missing"
     yield ["--train.stesp=3", "CONFIG"], "did you mean 'train.steps'?"
     yield ["CONFIG", "--model.V=100"], "V=100 is smaller than the 257 ids of"
-    yield ["CONFIG", "--data.source=text", f"--data.path={tmp_path / 'short.txt'}"], "T=32 needs 33 tokens"
+    yield ["CONFIG", "--data.source=text", f"--data.path={tmp_path / 'short.txt'}"], "T=32 needs at least 33 tokens"
     yield ["CONFIG", "--data.source=text", f"--data.path={tmp_path / 'none.txt'}"], "does not exist"
     yield ["CONFIG", f"--run={uninterrupted[0]}", "--model.D=8", "--data.seed=3"], "model.D: 16 -> 8; data.seed: 0 -> 3"
     yield ["CONFIG", "--from", "nowhere@3"], "--from needs a new folder"

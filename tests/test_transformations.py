@@ -341,27 +341,31 @@ def refusals():
     attend = functools.partial(stick_breaking_attention, value=VALUE)
     mlp = functools.partial(expert_mlp, gates=gates, activation="relu")
     return {
-        "query [B,T,N,H]=[2, 6, 4, 32] is divided along T by mesh axis 'model'=2, and stick_breaking_attention can be "
-        "divided along B, N, K only; pass jax.sharding.reshard(query, P('data', None, None, None)) instead":
+        "query [B,T,N,H]=[2, 6, 4, 32] is sharded along T over the mesh axis 'model' of size 2, but "
+        "stick_breaking_attention can be sharded only along B, N, K; pass jax.sharding.reshard(query, P('data', None, "
+        "None, None)) instead":
             lambda: attend(divide(QUERY, "data", "model"), KEY),
-        "key [B,S,K,H]=[2, 6, 2, 32] is divided along H by mesh axis 'data'=2":
+        "key [B,S,K,H]=[2, 6, 2, 32] is sharded along H over the mesh axis 'data' of size 2":
             lambda: attend(QUERY, divide(KEY, None, None, None, "data")),
-        "B of key [B,S,K,H]=[2, 6, 2, 32] is divided by mesh axis 'model'=2, but B of query [B,T,N,H]=[2, 6, 4, 32] by "
-        "mesh axis 'data'=2":
+        "B of key [B,S,K,H]=[2, 6, 2, 32] is sharded over the mesh axis 'model' of size 2, but B of query [B,T,N,H]="
+        "[2, 6, 4, 32] is sharded over the mesh axis 'data' of size 2":
             lambda: attend(divide(QUERY, "data"), divide(KEY, "model")),
-        "mesh axis 'data'=2 divides both B of query":
+        "both B of query [B,T,N,H]=[2, 6, 4, 32] and K of key [B,S,K,H]=[2, 6, 2, 32] are sharded over the mesh axis "
+        "'data' of size 2, but only one of them may be":
             lambda: attend(divide(QUERY, "data"), divide(KEY, None, None, "data")),
-        "K=2 of key [B,S,K,H]=[2, 6, 2, 32] must be divided like N of query [B,T,N,H]=[2, 6, 4, 32], but cannot be "
-        "divided into equal parts by mesh axis 'data'=2 and mesh axis 'model'=2":
+        "K=2 of key [B,S,K,H]=[2, 6, 2, 32] must be sharded like N of query [B,T,N,H]=[2, 6, 4, 32], over the mesh "
+        "axis 'data' of size 2 and the mesh axis 'model' of size 2, but 2 is not a multiple of the number of shards":
             lambda: attend(divide(QUERY, None, None, ("data", "model")), KEY),
-        "x [T,D]=[4, 8] is divided along D by mesh axis 'data'=2, and expert_mlp can be divided along T only":
+        "x [T,D]=[4, 8] is sharded along D over the mesh axis 'data' of size 2, but expert_mlp can be sharded only "
+        "along T;":
             lambda: mlp(divide(tokens, None, "data"), weight, weight, route(slots, E)),
-        "x [R,D]=[8, 8] is divided along R by mesh axis 'data'=2, and expert_linear of sorted rows can be "
-        "divided along F only":
+        "x [R,D]=[8, 8] is sharded along R over the mesh axis 'data' of size 2, but expert_linear of sorted rows can "
+        "be sharded only along F;":
             lambda: expert_linear(divide(normal(8, 8), "data"), weight, route(slots, E), grouped_in=True),
-        "expert_indices [T,k]=[4, 2] is divided along T by mesh axis 'data'=2, and expert_linear of sorted rows":
+        "expert_indices [T,k]=[4, 2] is sharded along T over the mesh axis 'data' of size 2, but expert_linear of "
+        "sorted rows can be sharded only along F;":
             lambda: expert_linear(tokens, weight, route(divide(slots, "data"), E), grouped_out=True),
-        "jax.vmap runs over an array axis that mesh axis 'model'=2 divides":
+        "this op does not support jax.vmap over an array axis that is sharded over the mesh axis 'model' of size 2;":
             lambda: jax.vmap(lambda x: attend(x, KEY))(divide(normal(2, B, T, N, H), "model", "data")),
     }  # fmt: skip
 

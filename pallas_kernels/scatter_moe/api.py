@@ -1,6 +1,7 @@
-"""The public functions of sparse experts, `expert_linear` and `expert_mlp`, and the checks of their arguments.
+"""The public functions `expert_linear` and `expert_mlp` for sparse experts, and the checks of their arguments.
 
-Both compute grouped matrix products (grouped GEMMs): every row is multiplied by the weight matrix of its own expert.
+Both functions compute grouped matrix products (grouped GEMMs): every row of x is multiplied by the weight matrix of its
+own expert.
 """
 
 from collections.abc import Sequence
@@ -30,17 +31,18 @@ def expert_linear(
 
       y[t,s] = x[t,s] weight[e] + bias[e],   and with gates   out[t] = sum_s gates[t,s] y[t,s]   (in fp32).
 
-    The rows of x and of the result are "scattered" (in the order of the tokens) or "grouped" (sorted by expert, in the
-    order of `routing.order`). No rows are padded, and no array has a copy of x for every expert. An expert index of E
-    means that the pair has no expert: y[t,s] is exactly zero, and no bias is added.
+    If expert_indices[t,s] is E, the number of experts, then choice s of token t has no expert: y[t,s] is exactly zero,
+    and no bias is added. No rows are padded, and no array has a copy of x for every expert.
 
     Args:
       x: [T, D], where row t is the input of all k choices of token t, or [T*k, D], where row t * k + s is the input of
-        choice s of token t. With `grouped_in`, x is [T*k, D] and its rows are sorted by expert.
+        choice s of token t. With `grouped_in`, x is [T*k, D] and its rows are sorted by expert: row i is the input of
+        the choice with the number t * k + s = routing.order[i].
       weight: [E, D, F], one matrix for each expert.
       routing: a result of `route`, which has the expert of every (token, choice) pair.
       grouped_in: whether the rows of x are sorted by expert.
-      grouped_out: whether to return the rows sorted by expert.
+      grouped_out: whether to return the rows of y sorted by expert, in the order of `routing.order`. Otherwise row
+        t * k + s of the result is y[t,s].
       gates: [T, k], the weights for the sum of the k outputs of a token. Without gates, the outputs are not summed.
       bias: [E, F], one vector for each expert.
       implementation: "mosaic", "triton", "xla", "reference", a sequence of them in order of preference, or None for
@@ -50,9 +52,9 @@ def expert_linear(
       y [T*k, F], or out [T, F] with gates, in the dtype of x.
 
     Raises:
-      ValueError: the shapes or dtypes of the arrays do not fit together (the message names the axes by their letters);
-        gates are given and `grouped_out` is True; an array is divided over a mesh along an axis other than T and F, or
-        along T while rows are sorted by expert (docs/reference/transformations.md).
+      ValueError: the shape or the dtype of an array does not fit the other arguments; gates are given and `grouped_out`
+        is True; an array is sharded over mesh axes along an axis other than T and F, or along T although the rows of x
+        or of the result are sorted by expert (docs/reference/transformations.md).
       NotImplementedError: none of the implementations named in `implementation` can run this call.
       TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" supports it.
 
@@ -93,8 +95,8 @@ def expert_mlp(
       gates: [T, k], the weights for the sum of the k outputs of a token.
       b_in: [E, F], or [E, 2F] if w_in is [E, D, 2F].
       b_out: [E, D].
-      activation: "swiglu" (silu(a) * b), "geglu" (gelu_tanh(a) * b), "reglu" (relu(a) * b), "gelu" (exact), "gelu_tanh"
-        (the tanh form of gelu), "relu", "relu2" (relu squared) or "silu".
+      activation: the name of act: "swiglu" (silu(a) * b), "geglu" (gelu_tanh(a) * b), "reglu" (relu(a) * b), "gelu"
+        (exact), "gelu_tanh" (the tanh form of gelu), "relu", "relu2" (relu squared) or "silu".
       implementation: "mosaic", "triton", "xla", "reference", a sequence of them in order of preference, or None for
         the best one that can run this call (see `explain`).
 
@@ -102,9 +104,8 @@ def expert_mlp(
       out [T, D], in the dtype of x. The output of a token without experts (all its expert indices are E) is exactly 0.
 
     Raises:
-      ValueError: the shapes or dtypes of the arrays do not fit together (the message names the axes by their letters);
-        the activation is unknown; an array is divided over a mesh along an axis other than T
-        (docs/reference/transformations.md).
+      ValueError: the shape or the dtype of an array does not fit the other arguments; the activation is unknown; an
+        array is sharded over mesh axes along an axis other than T (docs/reference/transformations.md).
       NotImplementedError: none of the implementations named in `implementation` can run this call.
       TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" supports it.
 
@@ -124,7 +125,7 @@ def expert_mlp(
 def _check_one_dtype(**arrays):
     """Raise ValueError if the arrays do not all have the same dtype.
 
-    The keywords are the names of the arrays, which the message repeats.
+    The name of each keyword argument is the name of its array in the message.
     """
     dtypes = [str(a.dtype) for a in arrays.values()]
     if len(set(dtypes)) > 1:
@@ -132,9 +133,10 @@ def _check_one_dtype(**arrays):
 
 
 def _floats(name, a, shape, letters):
-    """Check that `a` is None or a floating-point array of shape `shape`, and return it. Else raise ValueError.
+    """Return the array `a` if it has a floating-point dtype and the shape `shape`, or None if `a` is None.
 
-    `name` is the name of the argument, and `letters` are the letters of its axes, such as "T,k", for the message.
+    Otherwise raise ValueError. In its message, `name` is the name of the argument, and `letters`, such as "T,k", are
+    the letters of its axes.
     """
     if a is None:
         return None
@@ -145,14 +147,17 @@ def _floats(name, a, shape, letters):
 
 
 def _sizes(routing):
-    """Check that `routing` is a `Routing`. Return (T, k, E): the numbers of tokens, choices per token and experts."""
+    """Return (T, k, E): the numbers of tokens, of choices per token and of experts in `routing`.
+
+    Raise ValueError if `routing` is not a `Routing`, the result of `route`.
+    """
     if not isinstance(routing, Routing):
         raise ValueError(f"routing must be the result of route(expert_indices, E), got {type(routing).__name__}")
     return *routing.expert_indices.shape, routing.num_experts
 
 
 def _prepare_linear(x, weight, routing, *, grouped_in=False, grouped_out=False, gates=None, bias=None) -> LinearCall:
-    """Check the arguments of `expert_linear`, and return them as a `LinearCall`."""
+    """Check the arguments of `expert_linear`, and return them as a `LinearCall`, a named tuple."""
     (T, k, E), grouped_in = _sizes(routing), arguments.flag("grouped_in", grouped_in)
     grouped_out = arguments.flag("grouped_out", grouped_out)
     x = arguments.floats("x", x, "R,D")
@@ -165,7 +170,7 @@ def _prepare_linear(x, weight, routing, *, grouped_in=False, grouped_out=False, 
         names = "T*k rows (because grouped_in=True)" if grouped_in else "T or T*k rows"
         raise ValueError(f"x must have {names} with T={T}, k={k}, got x.shape={x.shape}")
     if gates is not None and grouped_out:
-        raise ValueError("gates sum the k outputs of each token, so they need grouped_out=False, got grouped_out=True")
+        raise ValueError("with gates, which sum the k outputs of each token, grouped_out must be False, got True")
     gates, bias = _floats("gates", gates, (T, k), "T,k"), _floats("bias", bias, (E, weight.shape[2]), "E,F")
     x_rows = "sorted" if grouped_in else "token" if x.shape[0] == T else "pair"
     out_rows = "token" if gates is not None else "sorted" if grouped_out else "pair"
@@ -173,7 +178,7 @@ def _prepare_linear(x, weight, routing, *, grouped_in=False, grouped_out=False, 
 
 
 def _prepare_mlp(x, w_in, w_out, routing, gates, *, b_in=None, b_out=None, activation="swiglu") -> MlpCall:
-    """Check the arguments of `expert_mlp`, and return them as an `MlpCall`."""
+    """Check the arguments of `expert_mlp`, and return them as an `MlpCall`, a named tuple."""
     T, k, E = _sizes(routing)
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")
@@ -198,11 +203,14 @@ def _refuses_nothing(call) -> None:
 
 
 def _register(name, prepare, letters, mosaic_run, triton_run, xla_run, reference_run):
-    """Register an expert op with its four implementations in `dispatch`, and return the op.
+    """Register `expert_linear` or `expert_mlp` with its four implementations in `dispatch`, and return the op.
 
-    `prepare` takes the arguments of the public function, checks them, and returns a call: a `LinearCall` or an
-    `MlpCall`. `letters(call)` returns the letters of the axes of the arrays, such as "T D" for x. `mosaic_run(call)`
-    and the other three run functions return the result of the call.
+    A `call` is the checked arguments of the op, a `LinearCall` or an `MlpCall`.
+
+    `prepare`: takes the arguments of the public function, checks them, and returns them as a call.
+    `letters`: takes a call, and returns a `partition.Letters`: the letters of the axes of every array, such as "T D"
+      for x, and which of these axes may be sharded over a mesh.
+    `mosaic_run`, `triton_run`, `xla_run`, `reference_run`: take a call, and return the result of the op.
     """
     implementations = {
         "mosaic": dispatch.Implementation(mosaic_run, mosaic.refuses, mosaic.detail),

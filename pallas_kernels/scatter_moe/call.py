@@ -1,4 +1,4 @@
-"""The checked arguments of the ops `expert_linear` and `expert_mlp`, and the activation functions."""
+"""The checked arguments of `expert_linear` and `expert_mlp`, their axes for sharding, and the activation functions."""
 
 import math
 from collections.abc import Iterator
@@ -19,9 +19,10 @@ Rows = Literal["token", "pair", "sorted"]
 class LinearCall(NamedTuple):
     """The checked arguments of a call of `expert_linear`.
 
-    The result has x @ weight[e] + bias[e] for every (token, choice) pair, where x is the row of the pair and e is its
-    expert. If gates are given, every result row is multiplied by its gate, and the k result rows of a token are summed.
-    `x_rows` and `out_rows` say how the rows of x and of the result are ordered (`Rows`).
+    For every (token, choice) pair, the op multiplies the row of x by the weight matrix of the expert e of the pair, and
+    adds the bias of e. If gates are given, it multiplies every result row by its gate, and sums the k result rows of a
+    token. `x_rows` and `out_rows` say which rows x and the result have: "token" (one per token), "pair" (one per pair)
+    or "sorted" (one per pair, sorted by expert).
     """
 
     x: jax.Array  # [T, D] or [T*k, D]
@@ -36,8 +37,8 @@ class LinearCall(NamedTuple):
 class MlpCall(NamedTuple):
     """The checked arguments of a call of `expert_mlp`.
 
-    The result is the sum over the k choices of a token of gate * (act(x @ w_in[e] + b_in[e]) @ w_out[e] + b_out[e]),
-    where e is the expert of the choice and act is the activation.
+    The output of a token is the sum over its k choices of gate * (act(x @ w_in[e] + b_in[e]) @ w_out[e] + b_out[e]),
+    where x is the row of the token, e is the expert of the choice, and act is the function named by `activation`.
     """
 
     x: jax.Array  # [T, D]
@@ -54,10 +55,11 @@ _ROUTING = Routing(order=RECOMPUTED, inverse=RECOMPUTED, offsets=RECOMPUTED, exp
 
 
 def linear_letters(call: LinearCall) -> Letters:
-    """Return the letters of the axes of the arrays of `expert_linear`, and those along which a mesh may divide the op.
+    """Return the letters of the axes of all arrays of `expert_linear`, and which of these axes may be sharded.
 
-    A mesh may divide the op along the tokens T and along the columns F of the result. If the rows of x or of the result
-    are sorted by expert, it may divide the op only along F, because the sort mixes the tokens of all devices.
+    The letters of x are "T D", for example. Arrays may be sharded over mesh axes along the tokens T and along the
+    columns F of the result. But if the rows of x or of the result are sorted by expert, arrays may be sharded only
+    along F, because the sort mixes the tokens of all devices.
     """
     arrays = LinearCall("T D", "E D F", "E F", "T k", _ROUTING, x_rows=STATIC, out_rows=STATIC)
     if "sorted" in (call.x_rows, call.out_rows):
@@ -66,14 +68,21 @@ def linear_letters(call: LinearCall) -> Letters:
 
 
 def mlp_letters(call: MlpCall) -> Letters:
-    """Return the letters of the axes of the arrays of `expert_mlp`. A mesh may divide the op along T only."""
+    """Return the letters of the axes of all arrays of `expert_mlp`, and which of these axes may be sharded.
+
+    The letters of x are "T D", for example. Arrays may be sharded over mesh axes only along the tokens T.
+    """
     hidden = "2F" if call.activation in GATED else "F"
     arrays = MlpCall("T D", f"E D {hidden}", "E F D", f"E {hidden}", "E D", "T k", _ROUTING, activation=STATIC)
     return Letters("expert_mlp", arrays, "T D", {"T": "T"}, _routed)
 
 
 def _routed(call):
-    """Return the call of one device of a mesh with a new `routing`, which sorts only the pairs of this device."""
+    """Return `call` with a new `routing`, which sorts the (token, choice) pairs of one device of a mesh by expert.
+
+    `call`, a `LinearCall` or an `MlpCall`, has the part of the arrays that is on this device. Its routing was made from
+    the pairs of all devices, so it does not fit this part.
+    """
     weight = call.weight if isinstance(call, LinearCall) else call.w_out
     return call._replace(routing=route(call.routing.expert_indices, weight.shape[0]))
 
@@ -95,10 +104,11 @@ _POINTWISE = {
 
 
 def activate(name: str, gate, up=None):
-    """Apply the activation `name`, such as "swiglu", to a hidden layer, element by element. Return an array [.., F].
+    """Apply the activation `name`, such as "swiglu", to a pre-activation, element by element. Return an array [.., F].
 
-    A gated activation takes the two halves of the hidden layer, `gate` [.., F] and `up` [.., F], and returns
-    f(gate) * up, where f is silu for "swiglu". Any other activation takes the complete hidden layer [.., F] as `gate`.
+    The gated activations "swiglu", "geglu" and "reglu" take the two halves of the pre-activation, `gate` [.., F] and
+    `up` [.., F], and return f(gate) * up, where f is silu for "swiglu". Any other activation takes the complete
+    pre-activation [.., F] as `gate`, and no `up`.
     """
     return _POINTWISE[name](gate) if up is None else _POINTWISE[name](gate) * up
 
@@ -136,10 +146,10 @@ _SLOPES = {
 
 
 def d_activate(name: str, d, gate, up=None) -> Iterator:
-    """Yield the gradient of `gate` and then, for a gated activation, the gradient of `up`.
+    """Yield the gradients of the arguments of `activate(name, gate, up)`: of `gate`, and then of `up` if it is given.
 
-    d is the cotangent of `activate(name, gate, up)`, of the shape of `gate`. A kernel can store the first gradient
-    before it computes the second one, which saves registers.
+    `d` [.., F] is the cotangent of the result of `activate`. All arrays have the same shape. A kernel can store the
+    first gradient before it computes the second one, which saves registers.
     """
     slope = d * _SLOPES[name](gate)
     yield slope if up is None else slope * up
@@ -148,9 +158,9 @@ def d_activate(name: str, d, gate, up=None) -> Iterator:
 
 
 def _activation(name: str):
-    """Return the activation `name` as a function of one array, the hidden layer.
+    """Return the activation `name`, such as "swiglu", as a function of one array, the pre-activation.
 
-    The function takes [.., F], or [.., 2F] for a gated activation, and returns [.., F].
+    The function takes [.., F], or [.., 2F] for the gated activations "swiglu", "geglu" and "reglu". It returns [.., F].
     """
     parts = 2 if name in GATED else 1
 

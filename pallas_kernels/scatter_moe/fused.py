@@ -1,10 +1,12 @@
-"""Code around the GPU kernels of the experts, shared by Mosaic and Triton: derivatives, and sums over the k choices.
+"""`expert_linear` and `expert_mlp` by GPU kernels, of Mosaic or of Triton: the forward and the backward passes.
 
-The forward pass of `mlp` saves its arguments and the pre-activation h. Let d_out be the cotangent of the output, y =
-act(h) w_out and dy = d_out w_out^T. Then the gradient of a gate is <y, d_out> = <act(h), dy>, so the backward pass does
-not need y. The kernels gather the rows of x and d_out when they load them, so no array with k copies of these rows is
-made. For every token, the k rows of the output and the k rows of the gradient of x are summed. XLA computes both sums
-as gathers, which it fuses. `kernels.py` says what the kernels take and return.
+The functions call the kernels by the interface `kernels.Kernels`. The forward pass of `mlp` saves its arguments and the
+pre-activation h = x w_in + b_in. The backward pass does not need y = act(h) w_out: if d_out is the cotangent of the
+output, and dy = d_out w_out^T, then the gradient of a gate is the dot product <y, d_out> = <act(h), dy>.
+
+The kernels gather the rows of x and d_out when they load them, so no array with k copies of these rows is made. XLA,
+and not a kernel, sums the k rows of every token in the output and in the gradient of x. It computes these sums as
+gathers, which it fuses.
 """
 
 from functools import partial
@@ -23,28 +25,31 @@ STEP = 256  # the number of columns of a group is a multiple of this
 
 
 def by_tile(gates, tasks: Tasks):
-    """Return the gate of every row of the tiles in `tasks`, fp32 [tiles * M], from gates [T, k].
+    """Return the gates in the order in which the kernels compute the rows: fp32 [tiles * M], from gates [T, k].
 
-    M is the number of rows of a tile. A tile row without a (token, choice) pair gets 0.
+    `tasks` cuts the (token, choice) pairs, sorted by expert, into tiles of M rows. A row of a tile gets the gate of its
+    pair. An empty row gets 0.
     """
     return jnp.where(tasks.pairs < 0, 0, gates.astype(jnp.float32).reshape(-1)[jnp.maximum(tasks.pairs, 0)])
 
 
 def _combine(y, routing, gates=None):
-    """Return the sum of the k expert outputs of each token, fp32 [T, F]. The outputs y [T*k, F] are sorted by expert.
+    """Return the sum of the k expert outputs of each token, fp32 [T, F].
 
-    With gates [T, k], each output is multiplied by its gate before the sum.
+    y [T*k, F] has one output for every (token, choice) pair, sorted by expert. With gates [T, k], each output is first
+    multiplied by its gate.
     """
     y = y[routing.inverse].reshape(*routing.expert_indices.shape, y.shape[-1]).astype(jnp.float32)
     return (y if gates is None else gates.astype(jnp.float32)[..., None] * y).sum(1)
 
 
 def _combined(kernels: Kernels, x, weight, routing, tasks, gates=None, bias=None, *, dtype, transposed=False):
-    """Return, for each token, the sum over its k choices of gate * (x @ weight[e] + bias[e]): [T, F] in `dtype`.
+    """Multiply rows by the weights of their experts, and sum the k results of each token. Return [T, F] in `dtype`.
 
-    x has one row for every (token, choice) pair, and the rows are sorted by expert. The weight is [E, D, F], or
-    [E, F, D] if `transposed`. Without gates, every gate is 1. The columns are computed in groups, so that the terms of
-    the sum, [T*k, columns of a group], take about UNCOMBINED bytes or less.
+    The result for a token is the sum over its choices of gate * (row of x @ weight[e] + bias[e]), where e is the expert
+    of the choice. Without gates, every gate is 1. x has one row for every (token, choice) pair, sorted by expert. The
+    weight is [E, D, F], or [E, F, D] if `transposed`. The columns of the result are computed in groups, so that the
+    terms of the sum, [T*k, columns of a group], take about 1 GiB or less.
     """
     columns = weight.shape[1 if transposed else 2]
     at_once = max(1, UNCOMBINED // (routing.order.shape[0] * dtype.itemsize) // STEP) * STEP
@@ -60,11 +65,11 @@ def _combined(kernels: Kernels, x, weight, routing, tasks, gates=None, bias=None
 
 
 def _d_gates(gates, d_gate, bias, d_out, routing):
-    """Return the gradient of the gates, [T, k].
+    """Return the gradient of the gates, [T, k]: <y, d_out[t]> + <bias[e], d_out[t]> for every choice of token t.
 
-    The output of a token is the sum over its choices of gate * (y + bias), where y is the result of the matrix product.
-    So the gradient of a gate is <y, d_out> + <bias, d_out>. `d_gate` has <y, d_out> of every (token, choice) pair,
-    [T*k]. `bias` is [E, F] or None, and `d_out` [T, F] is the cotangent of the output.
+    The output of token t is the sum over its choices of gate * (y + bias[e]), where y is the row of the choice times
+    the weight of its expert e. d_out [T, F] is the cotangent of the output. `d_gate` [T*k] has the dot products
+    <y, d_out[t]>. `bias` is [E, F], or None for zero.
     """
     d_gates = d_gate.reshape(gates.shape)
     if bias is not None:
@@ -77,9 +82,9 @@ def _d_gates(gates, d_gate, bias, d_out, routing):
 
 
 def mlp(kernels: Kernels, call: MlpCall):
-    """Return the result of `expert_mlp`, [T, D].
+    """Return the result of `expert_mlp`, [T, D], computed by GPU kernels. The backward pass uses GPU kernels too.
 
-    `kernels` are the GPU kernels of Mosaic or Triton.
+    `kernels` are the kernels of Mosaic or of Triton. `call` has the checked arguments.
     """
     arrays = call.x, call.w_in, call.w_out, call.b_in, call.b_out, call.gates
     return _mlp(*arrays, call.routing, call.activation, kernels)
@@ -119,9 +124,10 @@ _mlp.defvjp(_mlp_forward, _mlp_backward)
 
 
 def linear(kernels: Kernels, call: LinearCall):
-    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates.
+    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates, computed by GPU kernels.
 
-    `kernels` are the GPU kernels of Mosaic or Triton.
+    The backward pass uses GPU kernels too. `kernels` are the kernels of Mosaic or of Triton. `call` has the checked
+    arguments.
     """
     arrays = call.x, call.weight, call.bias, call.gates
     return _linear(*arrays, call.routing, call.x_rows, call.out_rows, kernels)

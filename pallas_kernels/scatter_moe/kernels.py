@@ -1,4 +1,4 @@
-"""The interface between `fused` and its backends, Mosaic and Triton: a set of kernels for grouped matrix products."""
+"""The interface to the GPU kernels of the experts: Mosaic and Triton implement it, and `fused.py` calls it."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,25 +9,25 @@ from .tasks import Tasks, make_tasks
 
 @runtime_checkable
 class Kernels(Protocol):
-    """The expert kernels of one backend, Mosaic or Triton.
+    """The GPU kernels of `expert_linear` and `expert_mlp`, written in Mosaic or in Triton.
 
-    The object is hashable, so that it can be a static argument of a jitted function.
+    The object is hashable, so that it can be a static argument of a jitted function. Its methods share these terms:
 
-    `tasks` cuts the rows of the experts into tiles of M rows. A tile has rows of one expert e, and R is the number of
-    (token, choice) pairs. The arguments `source`, `target`, `numbers`, `left_numbers` and `right_numbers` are int32
-    [tiles * M]: for every row i of the tiles, the index of this row in an array, or -1 if tile row i is empty
-    (`tasks.row_numbers`). For example, x[source[i]] is the row of x for tile row i.
-
-    h is the pre-activation of `expert_mlp`, with rows sorted by expert. Each backend chooses the shape of h. `product`
-    accepts this shape as `x`, and `d_weights` and `d_bias` accept it as `right`.
+    `tasks`: the R = T * k (token, choice) pairs, sorted by expert and cut into tiles of M rows. All rows of a tile
+      belong to one expert. A row of a tile is one pair, or it is empty.
+    `source`, `target`, `numbers`, `left_numbers`, `right_numbers`: int32 [tiles * M]. The rows of all tiles are
+      numbered i = 0, 1, and so on. Entry i is the index of a row in some array, or -1 if row i is empty. For example,
+      the kernel multiplies x[source[i]] for row i.
+    `h`: the pre-activation x @ w_in + b_in of `expert_mlp`, with rows sorted by expert. Its shape differs between
+      Mosaic and Triton. `product` accepts this shape as `x`, and `d_weights` and `d_bias` accept it as `right`.
     """
 
     def rows_of_tile(self, routing: Routing, x) -> int: ...
 
     def tasks(self, routing: Routing, x) -> Tasks:
-        """Return the work list of the kernels: the (token, choice) pairs, sorted by expert and cut into tiles.
+        """Sort the (token, choice) pairs of `routing` by expert, cut them into tiles of rows, and return the tiles.
 
-        x is the array whose rows are multiplied. The number of rows of a tile depends on the routing and on x.
+        x is the array whose rows the kernels multiply. The number of rows of a tile depends on the routing and on x.
         """
         return make_tasks(routing, self.rows_of_tile(routing, x))
 
@@ -35,58 +35,67 @@ class Kernels(Protocol):
         self, x, source, weight, tasks: Tasks, target, bias=None, *, first: int = 0, columns: int | None = None,
         transposed: bool = False,
     ) -> Any:  # fmt: skip
-        """Return an array `out` [R, columns] with out[target[i]] = x[source[i]] @ weight[e] + bias[e].
+        """Multiply rows of x by the weights of their experts. Return `out` [R, columns].
 
-        The kernel does this for every row i of the tiles in `tasks`, where e is the expert of the tile. R is the number
-        of (token, choice) pairs. The weight is [E, D, F], or [E, F, D] if `transposed`. Of its F columns, `columns` are
-        used, from column `first` on. If `columns` is None, all columns are used. A bias [E, F] of None is zero.
+        For every row i of the tiles in `tasks`, out[target[i]] = x[source[i]] @ weight[e] + bias[e], where e is the
+        expert of the tile. R is the number of (token, choice) pairs. `source` and `target` have a row index for every
+        row of the tiles, or -1 for an empty row. The weight is [E, D, F], or [E, F, D] if `transposed`. Of the F
+        columns of the result, only `columns` are computed, from column `first` on. If `columns` is None, all are
+        computed. The bias is [E, F], or None for zero.
         """
 
     def activated(self, activation: str, x, source, weight, tasks: Tasks, bias, *, keep: bool) -> tuple:
-        """Return (act(h) [R, F],) or, with `keep`, (act(h) [R, F], h), where h = x[source] @ weight[e] + bias[e].
+        """Compute the hidden layer of `expert_mlp`. Return (act(h),), or (act(h), h) if `keep`.
 
-        For every row of the tiles in `tasks`, `source` has the index of its row in x, and e is the expert of the tile.
-        The rows of both results are sorted by expert. `activation` is the name of act, such as "swiglu". `weight` and
-        `bias` are w_in and b_in of `expert_mlp`. R is the number of (token, choice) pairs.
+        For every row i of the tiles in `tasks`, whose expert is e, the pre-activation h is
+        x[source[i]] @ weight[e] + bias[e]. `source` has, for every row of the tiles, a row index in x, or -1 for an
+        empty row. `activation` is the name of act, such as "swiglu". `weight` and `bias` are w_in and b_in of
+        `expert_mlp`. The rows of the results are sorted by expert. act(h) is [R, F], where R is the number of
+        (token, choice) pairs.
         """
 
     def d_activated(self, activation: str, d_out, source, weight, tasks: Tasks, h, gates) -> tuple:
-        """Return (dh, gate * act(h) [R, F], <act(h), dy> [tiles * M]), for the backward pass of `expert_mlp`.
+        """Compute the backward pass of gate * act(h) @ weight[e], the output of one expert in `expert_mlp`.
 
-        The output of a token is the sum over its choices of gate * act(h) @ weight[e], where h is the pre-activation
-        and `weight` is w_out [E, F, D]. d_out [T, D] is the cotangent of the output, and
-        dy = d_out[source] @ weight[e]^T. `gates` [tiles * M] has the gate of every row of the tiles in `tasks`
-        (`fused.by_tile`).
+        h is the pre-activation, sorted by expert, and `weight` [E, F, D] is w_out. d_out [T, D] is the cotangent of the
+        output of `expert_mlp`. Row i of the tiles in `tasks` has the token source[i] and the gate gates[i]. The
+        cotangent of its gate * act(h) is dy = d_out[source[i]] @ weight[e]^T. Return (dh, gated, d_gate):
 
         `dh`: the gradient of h, in the shape of h: gate * dy times the derivative of act.
-        `gate * act(h)`: not a derivative. `d_weights` takes it as `left`, for the gradient of the weight.
-        `<act(h), dy>`: for every row of the tiles, the gradient of its gate, except for the term <bias, d_out>,
-          which the caller adds.
+        `gated` [R, F]: gate * act(h), sorted by expert. The caller multiplies it by d_out for the gradient of the
+          weight.
+        `d_gate`: for every row of the tiles, the dot product <act(h), dy>. It is the gradient of the gate of the row,
+          except for the term <bias[e], d_out>, which the caller adds.
         """
 
     def d_gated(self, d_out, source, weight, tasks: Tasks, x, x_rows: Rows, gates, routing: Routing) -> tuple:
-        """Return (gate * dy, gate * x, left_numbers, <x, dy> [R]), for the backward pass of `expert_linear` with gates.
+        """Compute the backward pass of gate * (x @ weight[e]), the output of one expert in `expert_linear` with gates.
 
-        d_out [T, F] is the cotangent of the output, and dy = d_out[source] @ weight[e]^T. `x_rows` is the order of the
-        rows of x: "token", "pair" or "sorted".
+        d_out [T, F] is the cotangent of the output of `expert_linear`. Row i of the tiles in `tasks` has the token
+        source[i]. The cotangent of its gate * x is dy = d_out[source[i]] @ weight[e]^T. `x_rows` says how the rows of x
+        are ordered: "token", "pair" or "sorted". `gates` is [T, k]. Return (dx, gated, gated_numbers, d_gate):
 
-        `gate * dy`: the gradient of x, with rows in the order of x. If x has one row per token, this gradient has one
-          row per (token, choice) pair, and the caller sums the k rows of a token.
-        `gate * x`, `left_numbers`: the arguments `left` and `left_numbers` of `d_weights`, for the gradient of the
-          weight.
-        `<x, dy>`: the gradient of the gate of every pair, except for the term <bias, d_out>, which the caller adds.
+        `dx`: the gradient of x, gate * dy, in the order of x. If x has one row per token, dx has one row per
+          (token, choice) pair, and the caller sums the k rows of a token.
+        `gated`, `gated_numbers`: gate * x, and the index of its row for every row of the tiles. The caller passes both
+          to `d_weights` as `left` and `left_numbers`, for the gradient of the weight.
+        `d_gate`: for every (token, choice) pair, the dot product <x, dy>. It is the gradient of the gate of the pair,
+          except for the term <bias[e], d_out>, which the caller adds.
         """
 
     def d_weights(self, left, left_numbers, right, right_numbers, tasks: Tasks) -> Any:
-        """Return the gradient of the weights of all experts. The caller reshapes it to [E, D, F].
+        """Compute the gradients of the weights of all experts: sums of products of rows, left^T right.
 
-        For every expert, it is the sum of left[left_numbers[i]]^T right[right_numbers[i]] over all rows i of the tiles
-        of this expert in `tasks`. Rows of `left` have D elements, and rows of `right` have F elements.
+        The gradient of the weight of expert e is the sum of left[left_numbers[i]]^T right[right_numbers[i]] over every
+        row i of its tiles in `tasks`. `left` has the inputs of the products, rows of D elements. `right` has the
+        cotangents of their results, rows of F elements. `left_numbers` and `right_numbers` have a row index for every
+        row of the tiles, or -1 for an empty row. The caller reshapes the result to [E, D, F].
         """
 
     def d_bias(self, bias, right, numbers, tasks: Tasks, gates=None) -> Any:
-        """Return the gradient of `bias`, with the shape of `bias`: for every expert, the sum of right[numbers[i]].
+        """Compute the gradient of `bias` [E, F]: for every expert, the sum of the cotangents of its outputs.
 
-        The sum is over all rows i of the tiles of this expert in `tasks`. With gates [T, k], each term is multiplied by
-        the gate of its (token, choice) pair.
+        `right` has rows of F elements, the cotangents. Expert e has the rows right[numbers[i]], for every row i of its
+        tiles in `tasks`. `numbers` has a row index for every row of the tiles, or -1 for an empty row. With gates
+        [T, k], each cotangent is multiplied by the gate of its (token, choice) pair.
         """

@@ -1,4 +1,7 @@
-"""Sparse experts by Pallas Mosaic kernels, for Hopper GPUs: which calls the kernels can run, and their launches."""
+"""The implementation "mosaic" of `expert_linear` and `expert_mlp`: Pallas Mosaic kernels for Hopper GPUs.
+
+This file says which calls the kernels can run. It pads the arrays, and launches the kernels.
+"""
 
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -34,23 +37,23 @@ def detail(call: LinearCall | MlpCall) -> str:
 
 
 def _widths(call) -> tuple[int, ...]:
-    """Return the sizes of the axes of the weight of one expert: (D, F) of `weight`, or (F, D) of `w_out`."""
+    """Return the shape of the weight matrix of one expert: (D, F), or (F, D) of `w_out` for `expert_mlp`."""
     return call.weight.shape[1:] if isinstance(call, LinearCall) else call.w_out.shape[1:]
 
 
 def _warpgroups(rows: int, experts: int) -> int:
-    """Return how many warpgroups of a block multiply, for `rows` rows in total that are routed to `experts` experts.
+    """Return how many warpgroups of a thread block run matrix products, if `rows` rows are routed to `experts` experts.
 
-    A tile has 64 rows for each of these warpgroups. The number is 2 if an expert has 128 rows or more on average. With
-    fewer rows, as in decoding, most tiles of 128 rows would have many empty rows, and the number is 1.
+    Each of these warpgroups multiplies 64 rows of a tile. The number is 2 if an expert has 128 rows or more on average.
+    With fewer rows, as in decoding, most tiles of 128 rows would have many empty rows, so the number is 1.
     """
     return 2 if rows >= 2 * ROWS * experts else 1
 
 
 def _padded(x, *axes: int):
-    """Return x, padded with zeros so that its sizes along `axes` are multiples of 64.
+    """Return x, padded with zeros so that its size along every axis in `axes` is a multiple of 64.
 
-    An array that needs no padding is not copied.
+    `axes` are the indices of these axes. An array that needs no padding is not copied.
     """
     return jnp.pad(x, [(0, -n % WIDTH if axis in axes else 0) for axis, n in enumerate(x.shape)])
 
@@ -79,10 +82,10 @@ def mlp(call: MlpCall):
 
 
 def _is_unfused(call: LinearCall | MlpCall) -> bool:
-    """Return whether XLA computes the activation of `expert_mlp`, and not a kernel: for "gelu" and for float32.
+    """Return whether this is a call of `expert_mlp` in which XLA computes the activation, and not a kernel.
 
-    Mosaic kernels have no error function, which "gelu" needs. For float32, there is only a kernel without activation,
-    because float32 is only for checks and small models.
+    XLA computes it for "gelu", because Mosaic kernels have no error function. XLA also computes it for float32, which
+    is only for checks and small models: there the only kernel is a matrix product without activation.
     """
     return isinstance(call, MlpCall) and (call.activation == "gelu" or call.x.dtype == jnp.float32)
 
@@ -107,7 +110,7 @@ def linear(call: LinearCall):
     return fused.linear(KERNELS, padded)[:, : call.weight.shape[2]]
 
 
-# The functions of `Kernels`. The pre-activation h is [parts, R, F]: the halves for a gated activation are two parts.
+# The methods of `Kernels`. The pre-activation h is [parts, R, F]. A gated activation has two parts, the halves of h.
 
 
 def _rows_of_tile(routing, x) -> int:
@@ -115,27 +118,30 @@ def _rows_of_tile(routing, x) -> int:
 
 
 def _parts(x):
-    """Return x as an array [parts, rows, width]. The halves of a gated hidden layer are two parts.
+    """Return x as an array [parts, rows, width].
 
-    An array [rows, width] becomes [1, rows, width]. An array [parts, rows, width] is returned unchanged.
+    An array [rows, width] becomes [1, rows, width]. An array [parts, rows, width] is returned unchanged. It has two
+    parts, the halves of the hidden layer, for a gated activation, else one.
     """
     return x if x.ndim == 3 else x[None]
 
 
 def _plan(tasks, x, columns: int, *, parts: int = 1, **options) -> Plan:
-    """Return the `Plan` of a kernel that takes x [parts of x, rows, width] and returns an array [parts, rows, columns].
+    """Return the static sizes of a kernel launch: x [parts of x, rows, width] gives a result [parts, rows, columns].
 
-    The rows are cut into the tiles of `tasks`. `options` are other fields of `Plan`.
+    The number of multiplying warpgroups follows from the tiles in `tasks`: each one has 64 rows of a tile. `options`
+    are other fields of `Plan`.
     """
     warpgroups = tasks.rows_of_tile // ROWS
     return Plan(x.shape[0], x.shape[2], columns, parts, x.dtype, warpgroups, **options)
 
 
 def _bias(bias, parts: int = 1):
-    """Return the bias of all experts as the kernels take it: fp32 [E + 1, parts, F padded to a multiple of 256].
+    """Return the biases of all experts in the form that the kernels read: fp32 [E + 1, parts, F padded].
 
-    `bias` is [E, parts * F], or None, which is returned unchanged. There are two parts for the halves of a gated hidden
-    layer. Entry E of the result is zero: it is the bias of rows without an expert.
+    F is padded to a multiple of 256. `bias` is [E, parts * F], or None, which is returned unchanged. There are two
+    parts for the halves of the hidden layer of a gated activation, else one. Entry E of the result is zero: it is the
+    bias of rows without an expert.
     """
     if bias is None:
         return None
@@ -163,10 +169,11 @@ def _d_activated(activation, d_out, source, weight, tasks, h, gates):
 
 
 def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
-    """Return the four results of `Kernels.d_gated`, for the backward pass of `expert_linear` with gates.
+    """Compute the backward pass of gate * (x @ weight[e]), the output of one expert in `expert_linear` with gates.
 
-    A Mosaic kernel computes dy = d_out[source] @ weight^T. XLA computes the results from dy, in arrays with one row per
-    (token, choice) pair.
+    A Mosaic kernel computes dy = d_out[source] @ weight[e]^T, with one row per (token, choice) pair. XLA computes from
+    dy the four results, which `Kernels.d_gated` explains: the gradient of x, gate * x with the indices of its rows, and
+    the gradient of the gates.
     """
     k = gates.shape[1]
     dy = _product(d_out, source, weight, tasks, tasks.pairs, transposed=True).astype(jnp.float32)
@@ -184,9 +191,11 @@ def _d_weights(left, left_numbers, right, right_numbers, tasks):
 
 
 def _d_bias(bias, right, numbers, tasks, gates=None):
-    """Return the gradient of the bias, as `Kernels.d_bias` says: for every expert, the sum of its rows of `right`.
+    """Return the gradient of `bias`, with its shape: for every expert, the sum of the cotangents of its outputs.
 
-    A Mosaic kernel computes the sum as a matrix product with ones, or with the gates.
+    The cotangents of an expert are the rows right[numbers[i]], for every row i of its tiles in `tasks`. With gates,
+    each of them is multiplied by its gate. A Mosaic kernel computes the sums as a matrix product with ones, or with the
+    gates.
     """
     gate_of_pair = jnp.ones((1, 1)) if gates is None else gates.reshape(-1, 1)
     left = jnp.broadcast_to(gate_of_pair.astype(right.dtype), (tasks.num_pairs, ONES))
@@ -195,7 +204,7 @@ def _d_bias(bias, right, numbers, tasks, gates=None):
 
 
 class MosaicKernels(Kernels):
-    """The expert kernels for Hopper GPUs, as functions that `fused` calls (`Kernels`)."""
+    """The expert kernels for Hopper GPUs as an object that `fused.py` calls. `Kernels` says what each method does."""
 
     rows_of_tile, product = staticmethod(_rows_of_tile), staticmethod(_product)
     activated, d_activated = staticmethod(_activated), staticmethod(_d_activated)

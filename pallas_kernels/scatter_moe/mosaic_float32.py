@@ -25,7 +25,7 @@ PRODUCTS = (1, 1), (0, 2), (2, 0), (0, 1), (1, 0), (0, 0)
 
 
 def split(x):
-    """Return three bfloat16 arrays, the largest first, whose sum is the float32 array x up to rounding.
+    """Split the float32 array x into three bfloat16 arrays, the largest first, whose sum is x up to rounding.
 
     For infinity and NaN, the second and third arrays are zero. `lax.reduce_precision` rounds x to bfloat16, because XLA
     removes a conversion to bfloat16 and back.
@@ -39,10 +39,11 @@ def split(x):
 
 
 def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias=None):
-    """Return x[source] @ weight + bias, as `mosaic_product.product` does, also for float32.
+    """Multiply rows of x by the weights of their experts, in bfloat16, float16 or float32.
 
-    The arguments are those of `mosaic_product.product`. If `plan.dtype` is float32, the result is the sum of six
-    products of bfloat16 arrays.
+    Return `out` [rows, columns]: for row i of the tiles in `tasks`, whose expert is e,
+    out[target[i]] = x[source[i]] @ weight[e] + bias[e]. The arguments are those of `mosaic_product.product`, which runs
+    the kernel. For float32, the result is the sum of six products of bfloat16 arrays.
     """
     if plan.dtype == jnp.float32:
         if plan.x_parts != 1:
@@ -56,10 +57,10 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
 
 
 def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks):
-    """Return the gradients of expert weights, as `mosaic_weights.d_weights` does, also for float32.
+    """Return the gradients of the weights of all experts, in bfloat16, float16 or float32.
 
-    The arguments are those of `mosaic_weights.d_weights`. For a float32 `left`, the result is the sum of six products
-    of bfloat16 arrays.
+    The arguments and the result are those of `mosaic_weights.d_weights`, which runs the kernel. For float32, the result
+    is the sum of six products of bfloat16 arrays.
     """
     if left.dtype != jnp.float32:
         return mosaic_weights.d_weights(left, left_numbers, right, right_numbers, tasks)

@@ -1,11 +1,11 @@
 """The kernels that multiply rows by the weights of their experts on Hopper GPUs (Pallas Mosaic GPU).
 
-They compute out[target[i]] = x[source[i]] @ weight[expert of i] for every row i of the tiles in `tasks`. `source` and
-`target` are row numbers from `tasks.row_numbers`, so one kernel can read and write rows in any order: by token, by pair
-or sorted by expert. A block computes one tile of the result after the other. One or two warpgroups multiply 64 rows of
-the tile each, with one or two accumulators of 64 x 128 in registers. Another warpgroup copies the rows x[source[i]] to
-shared memory before they are needed, and the copy engine copies weights. The operation after the product (an activation
-or its derivative) runs on the accumulators. docs/design/expert_kernels.md explains the barriers.
+The rows are sorted by expert and cut into tiles (`Tasks`). For row i of the tiles, whose expert is e, the kernels
+compute out[target[i]] = x[source[i]] @ weight[e]. The indices `source` and `target` let one kernel read and write rows
+in any order: by token, by pair or sorted by expert. A block computes one tile of the result after the other. One or two
+warpgroups multiply 64 rows of the tile each, with one or two accumulators of 64 x 128 in registers. Another warpgroup
+copies rows x[source[i]] to shared memory, and the copy engine copies weights. An activation or its derivative is
+applied to the accumulators. docs/design/expert_kernels.md explains the barriers.
 """
 
 from collections.abc import Callable
@@ -34,9 +34,9 @@ DEPTH = 64  # the size of a step along the dimension that is summed
 
 
 class Plan(NamedTuple):
-    """The static sizes of one call of a kernel, for x [x_parts, rows, width] and a result [parts, rows, columns].
+    """The static sizes of one launch of a kernel, for x [x_parts, rows, width] and a result [parts, rows, columns].
 
-    A row may have several parts of the same width, such as the two halves of a gated hidden layer.
+    A row has two parts for the halves of a gated hidden layer, six parts in x for a float32 product, and else one part.
     """
 
     x_parts: int
@@ -61,13 +61,13 @@ class Plan(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What differs between the kernels `product`, `activated` and `d_activated`: the work after the matrix product.
+    """One of the kernels `product`, `activated` and `d_activated`, which differ in what follows the matrix product.
 
-    After the matrix product of a tile, every multiplying warpgroup calls `finish(at, accumulators, inputs, outputs,
-    scratch)`. The `per_tile` accumulators are sums [64, 128] in registers: accumulator p has 128 columns of the
-    product, from at.column + p * apart on. `finish` reads `inputs` and writes `outputs` (global memory). `scratch` is
-    shared memory and barriers. When the copying warpgroup has started all copies of a tile, it calls
-    `prefetch(tile, inputs, scratch)`, which starts to copy rows for `finish` and returns the barrier of their arrival.
+    `finish`: `finish(at, accumulators, inputs, outputs, scratch)` runs in every multiplying warpgroup after the product
+      of a tile. It reads the sums in `accumulators` and the arrays `inputs`, and writes `outputs` in global memory.
+    `per_tile`: the number of accumulators [64, 128] of a warpgroup. Number p begins at column at.column + p * apart.
+    `prefetch`: `prefetch(tile, inputs, scratch)` runs in the copying warpgroup. It starts to copy rows of `inputs` to
+      shared memory for `finish`, and returns the barrier at which the warpgroup arrives when they are there.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Kind(NamedTuple):
 
     @property
     def step(self) -> int:
-        """The number of columns of the result that a tile covers: in each half, if the hidden layer has two halves."""
+        """The number of columns of a tile of the result: 256 in `product`, and 128 in the other kernels."""
         return self.per_tile * COLUMNS if self.apart == COLUMNS else COLUMNS
 
 
@@ -94,7 +94,7 @@ class Operands(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A piece of work of a block: the elements of the result in one tile of rows and one tile of columns."""
+    """One tile of the result, which a block computes: a tile of rows, all of one expert, and a range of columns."""
 
     i: jax.Array  # the index of this piece among the pieces of the block
     number: jax.Array  # the index of the tile of rows
@@ -104,7 +104,7 @@ class Tile(NamedTuple):
 
 
 class At(NamedTuple):
-    """The position of one warpgroup's accumulators in the result: 64 rows of one expert, from a column on."""
+    """The part of the result in the accumulators of one warpgroup: 64 rows of one expert, from column `column` on."""
 
     wg: jax.Array  # the index of the warpgroup
     rows: pl.Slice  # the indices of the 64 rows, counted over the rows of all tiles
@@ -113,7 +113,7 @@ class At(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """Shared memory of a block: STAGES stages, each for the rows of x and the weights of one step, and barriers."""
+    """Shared memory of a block for rows of x and weights of STAGES steps of the matrix product, and its barriers."""
 
     x: Any  # [STAGES, W, ROWS, DEPTH]
     weights: tuple  # for every accumulator: [STAGES, DEPTH, COLUMNS] or transposed
@@ -121,21 +121,21 @@ class Steps(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """References to the arrays that `Kind.finish` reads in the kernels `product` and `activated`."""
+    """Arrays in global memory that the kernels `product` and `activated` read after the matrix product of a tile."""
 
     rows: Any  # [tiles * rows]: for every row of the tiles, the index of its row in the result
     bias: Any  # [E + 1, parts, columns padded], or None
 
 
 class Activated(NamedTuple):
-    """The results of `activated`: act(h) and, if kept, the pre-activation h, with rows sorted by expert."""
+    """The results of the kernel `activated`, sorted by expert: act(h) and, with `keep`, the pre-activation h."""
 
     activated: Any  # [R, F]
     hidden: Any  # [parts, R, F], or None
 
 
 class Derivative(NamedTuple):
-    """References to the arrays that `Kind.finish` reads in the kernel `d_activated`. h is the pre-activation."""
+    """Arrays in global memory that the kernel `d_activated` reads after the matrix product. h is the pre-activation."""
 
     rows: Any  # [tiles * rows]: for every row of the tiles, the index of its row in h and in the results
     hidden: Any  # [parts, R, F]: h
@@ -143,7 +143,7 @@ class Derivative(NamedTuple):
 
 
 class Derivatives(NamedTuple):
-    """The results of `d_activated`. `gate` is the router's weight of a row; h is the expert's pre-activation."""
+    """The results of the kernel `d_activated`. `gate` is the router's weight of a row, and h is its pre-activation."""
 
     d_hidden: Any  # [parts, R, F]: the gradient of h
     gated: Any  # [R, F]: gate * act(h)
@@ -151,7 +151,7 @@ class Derivatives(NamedTuple):
 
 
 class DerivativeScratch(NamedTuple):
-    """Shared memory for the pre-activation h and gate * act(h) in `d_activated`, besides `Steps`, and two barriers."""
+    """Shared memory of `d_activated` for rows of the pre-activation h and of gate * act(h), and two barriers."""
 
     hidden: Any  # [parts, W, ROWS, COLUMNS]: h, which is then overwritten by its gradient
     gated: Any  # [W, ROWS, COLUMNS]: gate * act(h), before it is copied to global memory
@@ -160,11 +160,11 @@ class DerivativeScratch(NamedTuple):
 
 
 def _product(plan: Plan, kind: Kind, x, source, weight, tasks: Tasks, inputs, out_type, scratch):
-    """Launch the kernel of this kind and return its results, a pytree like `out_type`.
+    """Launch the kernel `kind` and return its results, a pytree of arrays like `out_type`.
 
-    x is [parts, rows, width]. `source` [tiles * rows of a tile] has, for every row of the tiles in `tasks`, the index
-    of its row in x. The weight is [E, parts * width, F], or [E, F, parts * width] if `plan.transposed`. `kind.finish`
-    receives references to `inputs`, to the outputs, and to shared memory and barriers as declared in `scratch`.
+    For row i of the tiles in `tasks`, whose expert is e, the kernel computes x[source[i]] @ weight[e]. From this and
+    from `inputs`, `kind.finish` computes the results. `scratch` declares its memory and barriers. x is
+    [parts, rows, width]. The weight is [E, parts * width, F], or [E, F, parts * width] if `plan.transposed`.
     """
     W, E = plan.warpgroups, weight.shape[0]
     across = -(-plan.columns // kind.step)
@@ -205,10 +205,10 @@ def _product(plan: Plan, kind: Kind, x, source, weight, tasks: Tasks, inputs, ou
 
 
 def _copy(plan: Plan, kind: Kind, operands: Operands, steps_mem: Steps, own, for_each_tile: Callable) -> None:
-    """Run the copying warpgroup of a block: copy the rows and weights of every step from global to shared memory.
+    """In the copying warpgroup, copy x and the weights from global to shared memory, 64 columns of x per step.
 
-    `for_each_tile(body, state)` calls `state = body(tile, state)` for each tile of the block. `own` is the shared
-    memory and the barriers that only this kind of kernel has.
+    `for_each_tile(body, state)` calls `state = body(tile, state)` for each tile of the block. `steps_mem` is the
+    target. `own` has the shared memory and the barriers for `kind.prefetch`.
     """
     ring, per_part = steps_mem.ring, plan.steps_of_part
 
@@ -239,7 +239,7 @@ def _copy(plan: Plan, kind: Kind, operands: Operands, steps_mem: Steps, own, for
 
 def _multiply(plan: Plan, kind: Kind, wg, operands: Operands, outputs, steps_mem: Steps, own,
               for_each_tile: Callable) -> None:  # fmt: skip
-    """Run multiplying warpgroup `wg`: multiply 64 rows of x of every tile, then call `kind.finish` with the sums."""
+    """In multiplying warpgroup `wg`, multiply 64 rows of each tile by weights, and pass the sums to `kind.finish`."""
 
     def multiply_tile(tile: Tile, step):
         def multiply(stage, accumulators):
@@ -272,17 +272,17 @@ def _store(values, numbers, memory, column, out_ref) -> None:
 
 
 def _biased(accumulator, bias_ref, part, at):
-    """Return the accumulator [64, 128] plus the bias of part `part` for the expert and columns of `at`."""
+    """Return the accumulator [64, 128] in registers plus 128 columns of bias_ref[at.expert, part] from at.column on."""
     bias = plgpu.load(bias_ref.at[at.expert, part, pl.ds(at.column, COLUMNS)], layout=shims.COLUMN, optimized=False)
     return accumulator + lax.broadcast_in_dim(bias, accumulator.shape, [1])
 
 
 def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias=None):
-    """Return `out` [rows, columns] with out[target] = x[source] @ weight + bias. Rows not in `target` are not written.
+    """Multiply rows of x by the weights of their experts. Return `out` [rows, columns].
 
-    For every row of the tiles in `tasks`, `source` has the index of its row in x, and `target` has the index of its row
-    in `out`. x is [parts, rows of x, width]. The weight is [E, parts * width, F], or [E, F, parts * width] if
-    `plan.transposed`. The bias is [E + 1, 1, columns padded]. Its entry E is zero, for rows without an expert.
+    For row i of the tiles in `tasks`, whose expert is e, out[target[i]] = x[source[i]] @ weight[e] + bias[e]. Other
+    rows of `out` are not written. x is [parts, rows of x, width]. The weight is [E, parts * width, F], or
+    [E, F, parts * width] if `plan.transposed`. The bias is [E + 1, 1, columns padded]. bias[E] is zero.
     """
 
     def finish(at, accumulators, inputs: Finish, out_ref, out_mem):
@@ -299,9 +299,10 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
 
 
 def activated(plan: Plan, activation: str, x, source, weight, tasks: Tasks, bias=None, *, keep: bool):
-    """Return (act(h) [R, F],) or, with `keep`, (act(h) [R, F], h [parts, R, F]), where h = x[source] @ weight + bias.
+    """Compute the hidden layer of `expert_mlp`. Return (act(h) [R, F],), or (act(h), h [parts, R, F]) if `keep`.
 
-    The rows of both results are sorted by expert. For a gated activation, h has two parts, its two halves.
+    For row i of the tiles in `tasks`, whose expert is e, h = x[source[i]] @ weight[e] + bias[e]. The rows of both
+    results are sorted by expert. For a gated activation, the two parts of h are its two halves.
     """
     R, P = tasks.num_pairs, plan.parts
 
@@ -328,15 +329,14 @@ def activated(plan: Plan, activation: str, x, source, weight, tasks: Tasks, bias
 
 
 def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks, hidden, gates):
-    """Return (dh [parts, R, F], gated [R, F], d_gate), for the backward pass of `expert_mlp`.
+    """Compute the backward pass of gate * act(h) @ weight[e], the output of one expert in `expert_mlp`.
 
-    The output of `expert_mlp` sums gate * act(h) @ weight over the choices of a token, `d_out` is its cotangent, and
-    dy = d_out[source] @ weight^T. `hidden` is the pre-activation h, sorted by expert. `gates` has a gate per tile row.
+    `hidden` is the pre-activation h, sorted by expert. For row i of the tiles in `tasks`, of token source[i], the
+    cotangent of gates[i] * act(h) is dy = d_out[source[i]] @ weight[e]^T. Return (dh, gated, d_gate):
 
-    `dh`: the gradient of h, act'(h) * gate * dy.
-    `gated`: gate * act(h). It is not a derivative, but a factor of the gradient of the weight.
-    `d_gate`: [tiles of columns, tiles * rows], <act(h), dy> over the columns of each tile of columns. Its sum over the
-      first axis is the gradient of the gates.
+    `dh` [parts, R, F]: the gradient of h, gate * dy times the derivative of act.
+    `gated` [R, F]: gate * act(h), which the caller multiplies by d_out for the gradient of the weight.
+    `d_gate`: [tiles of columns, tiles * rows]. Its sum over the first axis is <act(h), dy>, the gradient of the gates.
     """
     R, (P, _, F) = tasks.num_pairs, hidden.shape
     W, dtype = plan.warpgroups, plan.dtype

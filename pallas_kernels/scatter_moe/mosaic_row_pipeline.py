@@ -1,10 +1,11 @@
 """The pipeline of the Mosaic expert kernels: one warpgroup copies rows and weights, the other warpgroups multiply them.
 
-Shared memory has a ring of STAGES stages. A step is the piece of the matrix product whose operands fit into one stage,
-and it uses stage `step % STAGES`. The copying warpgroup starts to copy the rows of a step (`row_copies.gather`) and
-goes on to the next step. AHEAD steps later, it waits until the rows have arrived, and hands the step over: it arrives
-at the barrier `full` of the stage. The copy engine copies the weights, and it arrives at `full` itself.
-docs/design/expert_kernels.md explains the barriers.
+A step is the part of a matrix product whose operands are in shared memory at the same time: 64 rows or columns of the
+axis that is summed. Shared memory has a ring of STAGES stages. A stage has room for the operands of one step, and step
+s uses stage s % STAGES. The copying warpgroup starts to copy the rows of a step (`row_copies.gather`) and goes on to
+the next step. AHEAD steps later, it waits until the rows have arrived, and then it arrives at the barrier `full` of the
+stage: it hands the step over to the multiplying warpgroups. The copy engine copies the weights, and it arrives at
+`full` itself. docs/design/expert_kernels.md explains the barriers.
 """
 
 from collections.abc import Callable
@@ -27,8 +28,9 @@ AHEAD = 2
 
 
 def ring(*, warpgroups: int, copies: int = 0) -> Ring:
-    """Return the declaration of the barriers of the ring: one barrier `full` and one barrier `used` for every stage.
+    """Declare the barriers of the ring of stages: one barrier `full` and one barrier `used` for every stage.
 
+    `full` completes when the operands of a step are in the stage, and `used` when they have been multiplied.
     `warpgroups` is the number of warpgroups that read every stage. `copies` is how many times the copy engine copies
     something into a stage, in addition to the rows that the copying warpgroup copies.
     """
@@ -36,10 +38,11 @@ def ring(*, warpgroups: int, copies: int = 0) -> Ring:
 
 
 class Sent(NamedTuple):
-    """Two counts of steps since the start of the kernel, in the copying warpgroup.
+    """The progress of the copying warpgroup, as two numbers of steps since the start of the kernel.
 
-    `started`: the number of steps whose copies the warpgroup has started.
-    `handed_over`: the number of steps that the warpgroup has handed over to the multiplying warpgroups.
+    `started`: the number of steps whose copies to shared memory the warpgroup has started.
+    `handed_over`: the number of steps whose copies have arrived, and which the multiplying warpgroups may therefore
+      read.
     """
 
     started: jax.Array
@@ -47,16 +50,16 @@ class Sent(NamedTuple):
 
 
 def nothing_sent() -> Sent:
-    """Return the counts of steps at the start of a kernel: zero started, zero handed over."""
+    """Return the progress of the copying warpgroup at the start of a kernel: no copies started, none arrived."""
     return Sent(jnp.int32(0), jnp.int32(0))
 
 
 def send(ring: Ring, steps, copy: Callable, sent: Sent) -> Sent:
-    """Copy the rows and weights of `steps` steps to shared memory, in the copying warpgroup.
+    """Copy the rows and weights of the next `steps` steps to shared memory. The copying warpgroup calls this.
 
-    Return the new counts of steps. For each step s, wait until its stage is free, and call `copy(s, stage)`, which
-    starts the copies. Then hand over all started steps except the newest AHEAD steps. Each one is handed over after its
-    rows have arrived.
+    For each s from 0 to `steps` - 1, wait until the next stage of the ring is free, and call `copy(s, stage)`, which
+    starts the copies. Then let the multiplying warpgroups read all started steps, except the newest AHEAD steps, after
+    their rows have arrived. `sent` is the progress before, and the returned `Sent` is the progress after these steps.
     """
 
     def one(s, sent):
@@ -68,10 +71,11 @@ def send(ring: Ring, steps, copy: Callable, sent: Sent) -> Sent:
 
 
 def hand_over(ring: Ring, sent: Sent, *, leave: int = 0, before=None) -> Sent:
-    """Hand steps over to the multiplying warpgroups, the oldest first, until at most `leave` are left to hand over.
+    """Let the multiplying warpgroups read the steps that are being copied, except the newest `leave` of them.
 
-    Before a step is handed over, wait until its rows have arrived. If `before` is given, hand over only the steps
-    before step number `before`. Return the new counts of steps.
+    For each of these steps, the oldest first, wait until its rows are in shared memory, and then arrive at the barrier
+    `full` of its stage. If `before` is given, do this only for steps with a number below `before`. `sent` is the
+    progress of the copying warpgroup, and the returned `Sent` is its progress after this.
     """
     for others in range(AHEAD, leave - 1, -1):
         go = sent.started - sent.handed_over > others
@@ -88,10 +92,11 @@ def hand_over(ring: Ring, sent: Sent, *, leave: int = 0, before=None) -> Sent:
 
 
 def receive(ring: Ring, steps, multiply: Callable, products: int, step):
-    """Multiply `steps` steps, from step number `step` on, in a multiplying warpgroup. Return the next step number.
+    """Multiply the operands of `steps` steps, from step number `step` on. A multiplying warpgroup calls this.
 
     For each step, wait until its stage can be read, and call `multiply(stage)`, which starts `products` products on the
-    tensor cores. One step later these products are done, and the copying warpgroup may overwrite the stage.
+    tensor cores. One step later these products are done, and the copying warpgroup may overwrite the stage. Return the
+    number of the next step.
     """
 
     def one(s, step):
@@ -115,10 +120,11 @@ def receive(ring: Ring, steps, multiply: Callable, products: int, step):
 
 
 def accumulate(ring: Ring, steps, multiply: Callable, shape: tuple[int, int], count: int, step):
-    """Multiply `steps` steps, from step number `step` on, in a multiplying warpgroup, and sum the products.
+    """Multiply the operands of `steps` steps, from step number `step` on, and sum the products.
 
-    Return (the next step number, the sums): `count` arrays of this `shape`, in fp32, in registers. For each step,
-    `multiply(stage, accumulators)` starts one product on the tensor cores for each accumulator.
+    A multiplying warpgroup calls this. For each step, `multiply(stage, accumulators)` starts one product on the tensor
+    cores for each accumulator. Return (the number of the next step, sums): the sums are `count` arrays of the shape
+    `shape`, in fp32, in registers.
     """
 
     def run(*accumulators):
@@ -130,18 +136,18 @@ def accumulate(ring: Ring, steps, multiply: Callable, shape: tuple[int, int], co
 
 
 def blocks(most: int) -> int:
-    """Return the number of blocks of a kernel: one for each multiprocessor, but at most one for each piece of work.
+    """Return the number of blocks of a kernel: one for each multiprocessor of the GPU, but at most `most`.
 
-    `most` is the number of pieces of work.
+    `most` is the number of tiles that the blocks compute.
     """
     return min(platform.multiprocessors(), most)
 
 
 def every(blocks: int, total, body: Callable, state):
-    """Call `state = body(i, number, state)` for every piece of work of this block, and return the last state.
+    """Call `state = body(i, number, state)` for every tile that this block computes, and return the last state.
 
-    The `blocks` blocks take the `total` pieces of work in turn: block b takes the pieces b, b + blocks, and so on.
-    `number` is the index of the piece among all pieces, and i is its index among the pieces of this block.
+    The `blocks` blocks take `total` tiles in turn: block b takes the tiles b, b + blocks, and so on. `number` is the
+    index of the tile among all tiles, and i is its index among the tiles of this block.
     """
     block = lax.axis_index("block")
     count = (total - block + blocks - 1) // blocks
@@ -149,8 +155,8 @@ def every(blocks: int, total, body: Callable, state):
 
 
 def memory(shape, dtype):
-    """Return the declaration of shared memory of shape `shape`, [.., rows, columns], for tiles [rows, columns].
+    """Declare shared memory of shape `shape`, [.., rows, columns], for tiles [rows, columns].
 
-    The elements of a tile are in the order that `row_copies.gather` writes and tensor cores read.
+    The elements of a tile are in the order in which `row_copies.gather` writes them and tensor cores read them.
     """
     return plgpu.SMEM(shape, dtype, transforms=row_copies.atoms(dtype))

@@ -1,10 +1,11 @@
 """The kernel for the gradients of expert weights on Hopper GPUs (Pallas Mosaic GPU).
 
-The gradient of the weight of expert e is the sum of left[r]^T right[r] over the rows r of the expert. The kernel copies
-the rows of `left` and `right` by their row numbers, so neither array is transposed or padded in memory. The empty rows
-of a tile are zeros. The gradient of an expert without rows is zero. Each multiplying warpgroup computes 64 x 256
-elements of a gradient at a time. The experts with the most rows come first, which balances the work of the blocks.
-docs/design/expert_kernels.md explains the barriers.
+The gradient of the weight of expert e is the sum of left[r]^T right[r] over the rows r of the expert: `left` has the
+inputs of the matrix product, and `right` has the cotangents of its results. The kernel copies the rows of `left` and
+`right` by their row numbers, so neither array is transposed or padded in memory. Empty rows are copied as zeros. The
+gradient of an expert without rows is zero. Each multiplying warpgroup computes 64 x 256 elements of a gradient at a
+time. The experts with the most rows come first, which balances the work of the blocks. docs/design/expert_kernels.md
+explains the barriers.
 """
 
 from collections.abc import Callable
@@ -34,7 +35,7 @@ ACCUMULATORS = 2  # accumulators of a warpgroup
 class Scratch(NamedTuple):
     """Shared memory of a block, and its barriers.
 
-    `left` and `right` have the operands of STAGES steps. The multiplying warpgroups write a part of the gradient to
+    `left` and `right` have the operands of STAGES steps. Each multiplying warpgroup writes a part of the gradient to
     `out`, from where the copy engine copies it to global memory.
     """
 
@@ -47,8 +48,8 @@ class Scratch(NamedTuple):
 class Operands(NamedTuple):
     """References to the arrays in global memory that the kernel reads.
 
-    The rows of every expert are cut into tiles of M rows. For every row of the tiles, `left_numbers` has the index
-    of its row in `left`, and `right_numbers` has the index of its row in `right`, or -1 for an empty row.
+    The rows of every expert are cut into tiles of M rows. For every row of the tiles, `left_numbers` has the index of
+    its row in `left`, and `right_numbers` has the index of its row in `right`, or -1 for an empty row.
     """
 
     left: Any  # [rows of left, D]
@@ -61,7 +62,7 @@ class Operands(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A piece of work of a block: 128 x 256 elements of the gradient of the weight of one expert."""
+    """What a block computes at a time: 128 x 256 elements of the gradient of the weight of one expert."""
 
     expert: jax.Array
     row: jax.Array  # the first row of the gradient
@@ -71,12 +72,12 @@ class Piece(NamedTuple):
 
 
 def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=None):
-    """Return the gradients of the weights [E, D, parts, F]: for every expert, the sum of left^T right over its rows.
+    """Compute the gradients of the weights of all experts, [E, D, parts, F], as sums of products of rows, left^T right.
 
-    `left` is [rows, D]. `right` is [parts, rows, F]: the two parts are the halves of a gated hidden layer, and other
-    layers have one part. `left_numbers` and `right_numbers` [tiles * M] have, for every row of the tiles in `tasks`,
-    the index of its row in `left` and in `right` (`tasks.row_numbers`). The result has the dtype `out_dtype`, or the
-    dtype of `left` if `out_dtype` is None.
+    The gradient for expert e is the sum of left[left_numbers[i]]^T right[:, right_numbers[i]] over every row i of its
+    tiles in `tasks`. `left` is [rows, D], and `right` is [parts, rows, F], with two parts for the halves of a gated
+    hidden layer, else one. `left_numbers` and `right_numbers` have a row index for every row of the tiles, or -1 for an
+    empty row. The dtype of the result is `out_dtype`, or the dtype of `left` if `out_dtype` is None.
     """
     (_, D), (P, _, F), E = left.shape, right.shape, tasks.rows.shape[0]
     dtype, out_dtype = left.dtype, jnp.dtype(out_dtype or left.dtype)
@@ -120,10 +121,10 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
 
 
 def _copy(rows_of_tile: int, operands: Operands, scratch: Scratch, for_each_piece: Callable) -> None:
-    """Run the copying warpgroup of a block: copy rows of `left` and `right`, step by step, to shared memory.
+    """In the copying warpgroup, copy the rows of `left` and `right` to shared memory, 64 rows of an expert per step.
 
     `rows_of_tile` is M, the number of rows of a tile in `tasks`. `for_each_piece(body, state)` calls
-    `state = body(piece, state)` for each piece of the block.
+    `state = body(piece, state)` for each piece of the gradients that this block computes.
     """
 
     def copy_piece(piece: Piece, sent):
@@ -142,10 +143,10 @@ def _copy(rows_of_tile: int, operands: Operands, scratch: Scratch, for_each_piec
 
 
 def _multiply(wg, out_ref, scratch: Scratch, for_each_piece: Callable) -> None:
-    """Run multiplying warpgroup `wg` of a block: compute and write 64 rows of the gradient of every piece.
+    """In multiplying warpgroup `wg`, compute 64 rows of every piece of the gradients, and write them to `out_ref`.
 
     These rows of the gradient belong to 64 columns of `left`. `out_ref` is the result [E, D, parts, F] in global
-    memory. `for_each_piece(body, state)` calls `state = body(piece, state)` for each piece of the block.
+    memory. `for_each_piece(body, state)` calls `state = body(piece, state)` for each piece that this block computes.
     """
     at_once = scratch.out.shape[2]  # columns that are copied to global memory at the same time
 

@@ -1,4 +1,4 @@
-"""The reference implementation of the expert ops: one expert after the other, each computed for all rows.
+"""The reference implementation of `expert_linear` and `expert_mlp`: each expert in turn is computed for all rows.
 
 It is slow and simple, to check the other implementations. All sums are in fp32 (fp64 for fp64 arrays), and all matrix
 products have the highest precision.

@@ -1,6 +1,6 @@
-"""The routing of tokens to experts: the (token, choice) pairs, sorted by expert.
+"""The routing of tokens to experts: `route` sorts the (token, choice) pairs by expert.
 
-A layer calls `route` once and passes the result to all its expert ops.
+A layer calls `route` once and passes the result to all its calls of `expert_linear` and `expert_mlp`.
 """
 
 from typing import NamedTuple
@@ -19,15 +19,15 @@ class Routing(NamedTuple):
     """The result of `route`: the R = T * k (token, choice) pairs, sorted by expert.
 
     Choice s of token t is the pair with the number t * k + s. The sorted row of a pair is its place in the sorted list,
-    from 0 to R - 1. Pairs without an expert (index E) are sorted last.
+    from 0 to R - 1. Pairs without an expert (their index is E, the number of experts) are sorted last.
 
     `order`: [R], for every sorted row, the number t * k + s of its pair.
     `inverse`: [R], for every pair, in the order of the numbers t * k + s, its sorted row.
     `offsets`: [E+1], where expert e has the sorted rows from offsets[e] to offsets[e+1] - 1.
     `expert_indices`: [T,k], the expert of every pair, from 0 to E.
 
-    On a mesh, `order`, `inverse` and `offsets` describe the pairs of all devices. An expert op that is divided along T
-    sorts the pairs of each device again.
+    On a mesh, `order`, `inverse` and `offsets` describe the pairs of all devices. If the arrays of an expert op are
+    sharded along T, each device sorts its own pairs again.
     """
 
     order: jax.Array
@@ -51,11 +51,11 @@ def _check_indices(indices, E: int) -> None:
     wrong = np.argwhere((indices < 0) | (indices > E))
     if len(wrong):
         t, s = wrong[0]
-        raise ValueError(f"expert_indices[{t},{s}]={indices[t, s]} is not from 0 to E={E}, where E means no expert")
+        raise ValueError(f"expert_indices[{t},{s}]={indices[t, s]} must be from 0 to E={E}, where E means no expert")
 
 
 def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
-    """Sort the T * k (token, choice) pairs by expert, for the expert ops.
+    """Sort the T * k (token, choice) pairs by expert, for `expert_linear` and `expert_mlp`.
 
     The sort is stable: the pairs of one expert stay in the order of their numbers t * k + s.
 
@@ -102,9 +102,12 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
 
 
 def _sorted(expert_indices, num_experts: int):
-    """Return (order, inverse, offsets), the fields of a `Routing` that describe the sorted (token, choice) pairs.
+    """Sort the (token, choice) pairs by expert. Return (order, inverse, offsets), the fields of a `Routing`.
 
-    `expert_indices` [T,k] has the expert of every pair, from 0 to E = `num_experts`, where E means no expert.
+    `expert_indices` [T,k] has the expert of every pair, from 0 to E = `num_experts`, where E means no expert. `order`
+    [R] lists the numbers t * k + s of the pairs, sorted by expert. `inverse` [R] has the place of every pair in this
+    list. `offsets` [E+1] has the place of the first pair of every expert, and at the end the number of pairs that have
+    an expert.
     """
     experts = expert_indices.reshape(-1)
     rows = experts.shape[0]

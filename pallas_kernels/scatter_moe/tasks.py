@@ -17,16 +17,17 @@ from .routing import Routing, first_positions
 class Tasks(NamedTuple):
     """The (token, choice) pairs, sorted by expert and cut into tiles of M rows, as arrays of int32.
 
-    The arrays are long enough for any routing of R pairs. Only the first `count` tiles are in use. The rows of
-    all tiles are numbered: row m of tile i is tile row i * M + m. It holds one pair, or it is empty.
+    All rows of a tile belong to one expert. The rows of all tiles are numbered: row m of tile i has the number
+    i * M + m. A row is one pair, or it is empty. The arrays are long enough for any routing of R pairs, and only the
+    first `count` tiles are in use.
 
     `expert`: [tiles], the expert of every tile, in ascending order.
     `count`: [1], the number of tiles in use.
     `first`: [E], the index of the first tile of every expert.
     `rows`: [E], the number of pairs of every expert.
-    `pairs`: [tiles * M], for every tile row the number of its pair, token * k + choice, or -1 if the tile row is empty.
-    `sorted`: [tiles * M], for every tile row the place of its pair in the list sorted by expert, or -1.
-    `tile_row`: [R], the tile row of every pair.
+    `pairs`: [tiles * M], for every row of the tiles the number of its pair, token * k + choice, or -1 if it is empty.
+    `sorted`: [tiles * M], for every row of the tiles the place of its pair in the list sorted by expert, or -1.
+    `tile_row`: [R], for every pair the number of its row of the tiles.
     """
 
     expert: jax.Array
@@ -49,7 +50,7 @@ class Tasks(NamedTuple):
 
 
 def make_tasks(routing: Routing, M: int) -> Tasks:
-    """Cut the sorted pairs of a routing into tiles of M rows, and return the tiles as `Tasks`."""
+    """Cut the (token, choice) pairs of `routing`, sorted by expert, into tiles of M rows. Return the tiles."""
     R, E = routing.order.shape[0], routing.num_experts
     starts = routing.offsets
     rows = jnp.append(routing.counts, R - starts[-1]).astype(jnp.int32)
@@ -69,11 +70,11 @@ def make_tasks(routing: Routing, M: int) -> Tasks:
 
 
 def row_numbers(tasks: Tasks, rows: Rows, k: int):
-    """Return, for every row of the tiles, its index in an array, or -1 for an empty row: int32 [tiles * M].
+    """Return, for every row of the tiles, the index of its row in some array, or -1 if it is empty: int32 [tiles * M].
 
-    M is the number of rows of a tile. `rows` is the order of the rows of the array: "token" (one row per token), "pair"
-    (one row per (token, choice) pair) or "sorted" (one row per pair, sorted by expert). k is the number of choices of a
-    token.
+    M is the number of rows of a tile. `rows` says how the rows of this array are ordered: "token" (one row per token),
+    "pair" (one row per (token, choice) pair) or "sorted" (one row per pair, sorted by expert). k is the number of
+    choices of a token.
     """
     if rows == "sorted":
         return tasks.sorted

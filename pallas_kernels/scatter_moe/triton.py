@@ -1,4 +1,7 @@
-"""Sparse experts by Triton kernels, for GPUs from sm_80 on: which calls the kernels can run, and their launches."""
+"""The implementation "triton" of `expert_linear` and `expert_mlp`: Triton kernels for GPUs from sm_80 on.
+
+This file says which calls the kernels can run, and launches the kernels.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -52,20 +55,20 @@ def linear(call: LinearCall):
 def _launch(name: str, flops: int, kernel: Callable, sizes: Sizes, *arrays, **options):
     """Run a Triton kernel on `arrays`, and return its outputs.
 
-    The kernel runs in a jitted function whose name consists of `name` and the number of operations `flops`, for cost
-    estimates (`cost.kernel`). `kernel()` returns the `triton.jit` function. `options` are other keywords of
-    `triton_call.launch`.
+    `kernel` is a function without arguments that returns the `triton.jit` function. `sizes` has the numbers of warps
+    and of pipeline stages. `options` are other keywords of `triton_call.launch`. For cost estimates, the kernel runs in
+    a jitted function whose name consists of `name` and `flops`, the number of floating-point operations.
     """
     run = partial(triton_call.launch, kernel, num_warps=sizes.warps, num_stages=sizes.stages, **options)
     return cost.kernel(name, flops, run)(*arrays)
 
 
 def _products(name: str, sizes: Sizes, tasks: Tasks, D: int, F: int, products: int, *arrays, **options):
-    """Run the function `name` of `triton_product` on `arrays`, over all tiles of the result. Return its outputs.
+    """Launch a kernel of triton_product.py on `arrays`, and return its outputs. `name` is the name of the kernel.
 
-    A tile of the result is a tile of rows in `tasks` times a tile of columns. The kernel multiplies the row of every
-    (token, choice) pair, with D columns, by `products` weights [D, F] of its expert. `options` are the outputs `out`,
-    as in `triton_call.launch`, and the constants of this kernel.
+    The kernel multiplies the row of every (token, choice) pair, with D columns, by `products` weight matrices [D, F] of
+    its expert. Each program computes one tile of rows in `tasks` times one tile of columns. `options` are the outputs
+    `out`, as in `triton_call.launch`, and constants of the kernel.
     """
 
     def kernel():
@@ -116,10 +119,11 @@ def _d_activated(activation, d_out, source, weight, tasks, h, gates):
 
 
 def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
-    """Return the four results of `Kernels.d_gated`, for the backward pass of `expert_linear` with gates.
+    """Compute the backward pass of gate * (x @ weight[e]), the output of one expert in `expert_linear` with gates.
 
-    The kernel `d_activated` of feed-forward networks computes them: a linear map with gates is a network with the
-    hidden layer h = x whose activation is the identity.
+    The kernel `d_activated` computes it: gate * (x @ weight[e]) is gate * act(h) @ weight[e] with h = x, and with the
+    identity as act. Return the four results that `Kernels.d_gated` explains: the gradient of x, gate * x with the
+    indices of its rows, and the gradient of the gates.
     """
     k = gates.shape[1]
     target, x_numbers = row_numbers(tasks, "pair" if x_rows == "token" else x_rows, k), row_numbers(tasks, x_rows, k)
@@ -129,10 +133,15 @@ def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
 
 
 def _d_activated_rows(activation, d_out, source, weight, tasks, h, h_numbers, gates, target):
-    """Return (dh, gate * act(h), <act(h), dy>), as `Kernels.d_activated` says, for an h whose rows are in any order.
+    """Compute the backward pass of gate * act(h) @ weight[e], the output of one expert, for rows of h in any order.
 
-    For every row of the tiles in `tasks`, `h_numbers` [tiles * M] has the index of its row in h, and `target`
-    [tiles * M] the index of its row in dh and in gate * act(h). An entry of -1 means that the row of the tile is empty.
+    For row i of the tiles in `tasks`, the token is source[i], the row of h is h[h_numbers[i]], and the gate is
+    gates[i]. The cotangent of gate * act(h) is dy = d_out[source[i]] @ weight[e]^T. A row index of -1 means that row i
+    is empty. Return (dh, gated, d_gate):
+
+    `dh`: the gradient of h, gate * dy times the derivative of act. The values for row i are at index target[i].
+    `gated`: gate * act(h), a factor of the gradient of the weight. The values for row i are at index target[i].
+    `d_gate` [tiles * M]: the dot products <act(h), dy>, the gradients of `gates`.
     """
     F, D = weight.shape[1:]
     sizes, R = product_sizes(tasks.rows_of_tile, D, F, d_out.dtype, widest=128), tasks.num_pairs
@@ -183,7 +192,7 @@ def _d_bias(bias, right, numbers, tasks, gates=None):
 
 
 class TritonKernels(Kernels):
-    """The expert kernels in Triton, as functions that `fused` calls (`Kernels`)."""
+    """The expert kernels in Triton as an object that `fused.py` calls. `Kernels` says what each method does."""
 
     rows_of_tile, product = staticmethod(_rows_of_tile), staticmethod(_product)
     activated, d_activated = staticmethod(_activated), staticmethod(_d_activated)

@@ -1,7 +1,8 @@
 """Activations and their derivatives inside Triton kernels, in fp32, with the formulas of `call.py`.
 
-NAME is the name of a function of one variable, such as "gelu". The names are as in `call.py`, with two differences:
-NAME is the function of the first half for a gated activation ("silu" for swiglu), and "none" is the identity.
+NAME is the name of a function of one variable, such as "gelu". The names are as in `call.py`, with two differences. For
+a gated activation, NAME is the function of the first half of the hidden layer: "silu" for "swiglu". And "none" is the
+identity.
 """
 
 import triton
@@ -15,7 +16,7 @@ _CUBIC = tl.constexpr(0.044715)
 
 @triton.jit
 def activate(NAME: tl.constexpr, x):
-    """Return the activation NAME of a tile x, element by element. Both are in registers."""
+    """Apply the function NAME, such as "silu", to every element of a tile x. Both are in registers, in fp32."""
     if NAME == "silu":
         y = x * tl.sigmoid(x)
     elif NAME == "gelu":
@@ -33,7 +34,7 @@ def activate(NAME: tl.constexpr, x):
 
 @triton.jit
 def slope(NAME: tl.constexpr, x):
-    """Return the derivative of the activation NAME at a tile x, element by element. Both are in registers."""
+    """Return the derivative of the function NAME, such as "silu", at every element of a tile x in registers."""
     if NAME == "silu":
         s = tl.sigmoid(x)
         y = s * (1 + x * (1 - s))

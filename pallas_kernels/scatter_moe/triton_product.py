@@ -1,14 +1,14 @@
 """The Triton kernels that multiply rows by the weights of their experts.
 
-They compute out[target[i]] = x[source[i]] @ weight[expert of i] for every row i of the tiles in `tasks`. `source` and
-`target` are row numbers from `tasks.row_numbers`, so one kernel can read and write rows in any order: by token, by pair
-or sorted by expert. A program computes one tile of rows, all of one expert, times one tile of columns. It gathers the
-rows of x when it loads them, and scatters the rows of the result when it stores them. The operation after the product
-(an activation or its derivative) runs on the sums in registers.
+The rows are sorted by expert and cut into tiles (`Tasks`). For row i of the tiles, whose expert is e, the kernels
+compute out[target[i]] = x[source[i]] @ weight[e]. The indices `source` and `target` let one kernel read and write rows
+in any order: by token, by pair or sorted by expert. A program computes one tile of rows, all of one expert, times one
+tile of columns. It gathers the rows of x when it loads them, and scatters the rows of the result when it stores them.
+An activation or its derivative is applied to the sums in registers.
 
-The constants in capitals: a row of x has D columns, and a row of the result has F columns. `tasks` has TILES tiles of M
-rows, and E is the number of experts. A program computes M rows and N columns, in steps of K along D. Addresses of rows
-have 64 bits, because the rows of all (token, choice) pairs may have more elements than 32 bits can count.
+The constants in capitals: a row of x has D columns, and a row of the result has F columns. There are TILES tiles of M
+rows, and E experts. A program computes M rows and N columns, in steps of K along D. Addresses of rows have 64 bits,
+because the rows of all (token, choice) pairs may have more elements than 32 bits can count.
 """
 
 import triton
@@ -21,7 +21,7 @@ _TOGETHER = tl.constexpr(8)  # tiles of rows whose programs use the same tile of
 
 @triton.jit
 def _tiles_of_program(TILES: tl.constexpr, F: tl.constexpr, N: tl.constexpr):
-    """Return (the tile of rows, the tile of columns) that this program computes.
+    """Return (the index of the tile of rows, the index of the tile of columns) that this program computes.
 
     There are TILES tiles of rows, and F columns in tiles of N columns. Programs with successive numbers compute the
     same tile of columns for up to 8 tiles of rows, so that weights which they share stay in the cache.
@@ -36,10 +36,11 @@ def _tiles_of_program(TILES: tl.constexpr, F: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _elements(rows, columns, WIDTH: tl.constexpr):
-    """Return (the offsets of elements in an array [.., WIDTH], whether these elements exist), each [rows, columns].
+    """Return (offsets, exist) for the elements of a tile in an array [.., WIDTH] in global memory.
 
-    `rows` and `columns` are the row and column numbers of a tile. An element does not exist if its row number is
-    negative, or if its column number is WIDTH or more.
+    `rows` and `columns` are the row numbers and the column numbers of the tile. `offsets` are the offsets of its
+    elements from the start of the array. `exist` is false for an element whose row number is negative, or whose column
+    number is WIDTH or more. Both results are [rows, columns].
     """
     return rows.to(tl.int64)[:, None] * WIDTH + columns[None, :], (rows >= 0)[:, None] & (columns < WIDTH)[None, :]
 
@@ -52,7 +53,8 @@ def _sums(x, rows, weight, columns, alive, D: tl.constexpr, LIMIT: tl.constexpr,
     If APART is 0, the second result is not computed. `x` points to an array [.., D] in global memory. `weight` points
     to the weight of one expert: its D rows are DOWN elements apart, and its columns are ACROSS elements apart. `rows`
     [M] and `columns` [N] are the row numbers and column numbers to use. A negative row number gives a row of zeros. A
-    column number of LIMIT or more gives a column of zeros. If `alive` is false, both results are zero.
+    column number of LIMIT or more gives a column of zeros. If `alive` is false, as for rows without an expert, both
+    results are zero.
     """
     inner = tl.arange(0, K)
     exists = rows >= 0
@@ -78,12 +80,18 @@ def _sums(x, rows, weight, columns, alive, D: tl.constexpr, LIMIT: tl.constexpr,
 def product(x, source, weight, bias, expert, count, target, out, E: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
             FIRST: tl.constexpr, ALL: tl.constexpr, TRANSPOSED: tl.constexpr, BIASED: tl.constexpr,
             TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """Write out[target] = x[source] @ weight + bias, for F columns of the weight from column FIRST on.
+    """Multiply rows of x by the weights of their experts, and write the results to the rows of `out`.
 
-    All arguments that are not constants point to global memory. x is [.., D], and out is [.., F]. The weight is
-    [E, D, ALL], or [E, ALL, D] if TRANSPOSED. The bias is [E, ALL], and it is added if BIASED. For every tile row,
-    `source` [TILES * M] has its row number in x, and `target` [TILES * M] has its row number in out. `expert` [TILES]
-    has the expert of every tile, or E for none. `count` [1] is the number of tiles in use.
+    For row i of the TILES tiles of M rows, whose expert is e, out[target[i]] = x[source[i]] @ weight[e] + bias[e]. All
+    arguments that are not constants point to global memory.
+
+    `x`: [.., D], the rows to read.
+    `out`: [.., F], the rows to write.
+    `weight`: [E, D, ALL], or [E, ALL, D] if TRANSPOSED. Of the ALL columns, F are used, from column FIRST on.
+    `bias`: [E, ALL]. It is added only if BIASED.
+    `source`, `target`: [TILES * M], the row indices in x and in `out`, or -1 for an empty row.
+    `expert`: [TILES], the expert of every tile, or E for a tile without an expert, whose results are zero.
+    `count`: [1], the number of tiles in use.
     """
     tile, across = _tiles_of_program(TILES, F, N)
     if tile < tl.load(count):
@@ -103,11 +111,16 @@ def product(x, source, weight, bias, expert, count, target, out, E: tl.constexpr
 def activated(x, source, weight, bias, expert, count, target, out, hidden, E: tl.constexpr, D: tl.constexpr,
               F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BIASED: tl.constexpr,
               KEEP: tl.constexpr, TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """Write out[target] = act(h) and, with KEEP, hidden[target] = h, where h = x[source] @ weight + bias.
+    """Compute the hidden layer of `expert_mlp`: write act(h) to rows of `out` and, with KEEP, h to rows of `hidden`.
 
-    A row of h has F columns, or 2 F columns if GATED. If GATED, act(h) = f(first half of h) * second half, and
-    ACTIVATION is the name of f. Otherwise ACTIVATION is the name of act. All arguments that are not constants point to
-    global memory. `source`, `target`, `expert` and `count` are as in `product`.
+    For row i of the TILES tiles of M rows, whose expert is e, h = x[source[i]] @ weight[e] + bias[e], and
+    out[target[i]] is act(h). A row of h has F columns, or 2 F columns if GATED. If GATED,
+    act(h) = f(first half of h) * second half, and ACTIVATION is the name of f. Otherwise ACTIVATION is the name of act.
+    The bias is added only if BIASED. All arguments that are not constants point to global memory.
+
+    `source`, `target`: [TILES * M], the row indices in x and in `out` and `hidden`, or -1 for an empty row.
+    `expert`: [TILES], the expert of every tile, or E for a tile without an expert, whose results are zero.
+    `count`: [1], the number of tiles in use.
     """
     all_columns: tl.constexpr = 2 * F if GATED else F
     tile, across = _tiles_of_program(TILES, F, N)
@@ -139,11 +152,13 @@ def activated(x, source, weight, bias, expert, count, target, out, hidden, E: tl
 @triton.jit
 def _d_activated(dy, gate, hidden, hidden_rows, rows, columns, dh, gated, F: tl.constexpr, GATED: tl.constexpr,
                  ACTIVATION: tl.constexpr):  # fmt: skip
-    """Write dh and gate * act(h) of `d_activated` for some columns. Return <act(h), dy> over these columns, [M].
+    """Write the gradient of h to `dh`, and gate * act(h) to `gated`, for M rows and C columns.
 
-    `columns` are the column numbers. `dy` [M, columns], `gate` [M, 1] and the returned sums are in registers. `hidden`,
-    `dh` and `gated` point to global memory. `hidden_rows` [M] are the row numbers to read in `hidden`, and `rows` [M]
-    are the row numbers to write in `dh` and `gated`. A negative number means no row.
+    `columns` [C] are the indices of the columns. h is the pre-activation, and `dy` [M, C] is the cotangent of
+    gate * act(h). Return the dot products <act(h), dy> over these columns, [M]. Their sum over all columns is the
+    gradient of the gates. `dy`, `gate` [M, 1] and the returned values are in registers. `hidden`, `dh` and `gated` are
+    pointers to global memory; h is read from `hidden`. `hidden_rows` [M] are the indices of the rows of `hidden` to
+    read, and `rows` [M] the indices of the rows of `dh` and `gated` to write. A negative index means no row.
     """
     all_columns: tl.constexpr = 2 * F if GATED else F
     at, there = _elements(rows, columns, F)
@@ -168,19 +183,19 @@ def _d_activated(dy, gate, hidden, hidden_rows, rows, columns, dh, gated, F: tl.
 def d_activated(d_out, source, weight, hidden, hidden_numbers, gates, expert, count, target, dh, gated, d_gate,
                 E: tl.constexpr, D: tl.constexpr, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
                 TILES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """Write dh, gated and d_gate, for the backward pass of `expert_mlp`.
+    """Compute the backward pass of gate * act(h) @ weight[e], the output of one expert in `expert_mlp`.
 
-    The output of `expert_mlp` is the sum of gate * act(h) @ weight over the choices of a token. The weight is
-    [E, F, D], d_out [.., D] is the cotangent of the output, and dy = d_out[source] @ weight^T. The
-    pre-activation h is hidden[hidden_numbers].
+    For row i of the TILES tiles of M rows, whose expert is e, the pre-activation is h = hidden[hidden_numbers[i]], and
+    the gate is gates[i]. `weight` is [E, F, D], d_out [.., D] is the cotangent of the output of `expert_mlp`, and
+    dy = d_out[source[i]] @ weight[e]^T is the cotangent of gate * act(h). The kernel writes:
 
-    `dh`: the gradient of h, act'(h) * gate * dy, written to the rows `target`.
-    `gated`: gate * act(h), a factor of the gradient of the weight, written to the rows `target`.
-    `d_gate`: [tiles of columns, TILES * M], <act(h), dy> over the columns of each tile of columns. The sum over the
-      first axis is the gradient of the gates.
+    `dh`: the gradient of h, gate * dy times the derivative of act, to row target[i].
+    `gated`: gate * act(h), a factor of the gradient of the weight, to row target[i].
+    `d_gate`: [tiles of columns, TILES * M]. Its sum over the first axis is <act(h), dy>, the gradient of the gates.
 
-    All arguments that are not constants point to global memory. `source`, `target`, `expert` and `count` are as in
-    `product`. `gates` [TILES * M] has the gate of every tile row.
+    All arguments that are not constants point to global memory. `expert` [TILES] has the expert of every tile, or E for
+    none. `count` [1] is the number of tiles in use. A row index of -1 means that row i is empty. If GATED, h has two
+    halves of F columns, and ACTIVATION is the name of the function of the first half.
     """
     tile, across = _tiles_of_program(TILES, F, N)
     if tile < tl.load(count):

@@ -13,13 +13,13 @@ import triton.language as tl
 @triton.jit
 def d_weights(left, left_numbers, right, right_numbers, heavy, first, rows, out, D: tl.constexpr, F: tl.constexpr,
               M: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, R: tl.constexpr):  # fmt: skip
-    """Write out[e] [D, F], the gradient of the weight of every expert e.
+    """Compute the gradients of the weights of all experts, and write them to `out` [E, D, F].
 
-    It is the sum of left[left_numbers[i]]^T right[right_numbers[i]] over the tile rows i of the expert. All arguments
-    that are not constants point to global memory. The rows of all experts are cut into tiles of M rows. Expert e has
-    rows[e] rows, and the first one is tile row first[e] * M. `left` is [.., D], and `right` is [.., F]. `heavy` [E]
-    lists the experts by their number of rows, the largest number first. A program computes DOWN x ACROSS elements of
-    out[e]. In each step, it adds the terms of R tile rows.
+    The rows of all experts are cut into tiles of M rows and numbered. Expert e has rows[e] rows: the numbers i from
+    first[e] * M on. out[e] is the sum of left[left_numbers[i]]^T right[right_numbers[i]] over these i. `left` is
+    [.., D], and `right` is [.., F]. `heavy` [E] lists the experts, the one with the most rows first. All arguments that
+    are not constants point to global memory. A program computes DOWN x ACROSS elements of out[e]. In each step, it adds
+    the terms of R rows.
     """
     across: tl.constexpr = (F + ACROSS - 1) // ACROSS
     pieces: tl.constexpr = (D + DOWN - 1) // DOWN * across
@@ -44,12 +44,12 @@ def d_weights(left, left_numbers, right, right_numbers, heavy, first, rows, out,
 @triton.jit
 def d_bias(right, right_numbers, gates, first, rows, out, F: tl.constexpr, WEIGHED: tl.constexpr, M: tl.constexpr,
            ACROSS: tl.constexpr, R: tl.constexpr):  # fmt: skip
-    """Write out[e] [F], the gradient of the bias of every expert e.
+    """Compute the gradients of the biases of all experts, and write them to `out` [E, F].
 
-    It is the sum of right[right_numbers[i]] over the tile rows i of the expert. If WEIGHED, each term is multiplied by
-    gates[i]. All arguments that are not constants point to global memory. The rows of all experts are cut into tiles of
-    M rows. Expert e has rows[e] rows, and the first one is tile row first[e] * M. `right` is [.., F], and `gates` has
-    the gate of every tile row. A program computes ACROSS columns of out[e], and adds R tile rows in each step.
+    The rows of all experts are cut into tiles of M rows and numbered. Expert e has rows[e] rows: the numbers i from
+    first[e] * M on. out[e] is the sum of right[right_numbers[i]] over these i, or of gates[i] * right[right_numbers[i]]
+    if WEIGHED. `right` is [.., F]: the cotangents of the outputs of the experts. All arguments that are not constants
+    point to global memory. A program computes ACROSS columns of out[e]. In each step, it adds R rows.
     """
     e, columns = tl.program_id(1), tl.program_id(0) * ACROSS + tl.arange(0, ACROSS)
     start, count, row = tl.load(first + e) * M, tl.load(rows + e), tl.arange(0, R)

@@ -35,7 +35,8 @@ _WIDE = 256  # columns of x; with fewer, recomputing the pre-activation is faste
 class _Plan(NamedTuple):
     """How many rows of an expert are computed at the same time.
 
-    `together`: C. The first C rows of all experts are computed together, as batched products.
+    `together`: C, the number of rows of every expert that are computed together with the rows of the other experts, as
+      batched products.
     `block`: the other rows of an expert are computed in blocks of this number of rows.
     `pieces`: on CPUs, the first C rows may be computed in this number of batched products, of C / `pieces` rows each.
     """
@@ -48,8 +49,8 @@ class _Plan(NamedTuple):
 def plan(rows: int, experts: int) -> _Plan:
     """Return how many rows of an expert are computed at the same time, for `rows` rows in total and `experts` experts.
 
-    A row is the row of a (token, choice) pair. The plan depends on the mean number of rows of an expert, by a rule that
-    comes from measurements on CPUs. On CPUs, batched products of fewer than 48 rows are slow.
+    A row is the row of a (token, choice) pair. The result depends on the mean number of rows of an expert, by a rule
+    that comes from measurements on CPUs. On CPUs, batched products of fewer than 48 rows are slow.
     """
     mean = rows / experts
     if mean < 4:
@@ -79,7 +80,7 @@ def _affine(x, w, b):
 
 
 def _gated(gate, y):
-    """Return y [rows, F] with every row multiplied by its gate [rows, 1]. A gate of None is 1."""
+    """Return y [rows, F] with every row multiplied by its gate. `gate` is [rows, 1], or None for a factor of 1."""
     return y if gate is None else gate.astype(y.dtype) * y
 
 
@@ -101,13 +102,14 @@ def _affine_backward(x, w, b, gate, dy):
 
 
 class _Function(NamedTuple):
-    """A function of the weights and rows of one expert, with its derivative, for `_grouped`.
+    """A function of the weights and rows of one expert, with its derivative. `_grouped` applies it to all experts.
 
     `forward`: (weights, rows) -> (y, saved), the result rows y, and a tuple of arrays of rows to save for the backward
       pass.
     `backward`: (weights, rows, saved, dy) -> (d_weights, d_rows), the gradients, where dy is the cotangent of y.
-    `in_rows`, `out_rows`, `saved_rows`: how the rows of each array in `rows`, of y and of each saved array are ordered:
-      "token", "pair" or "sorted", as in `call.Rows`.
+    `in_rows`: for each array in `rows`, the order of its rows: "token", "pair" or "sorted", as in `call.Rows`.
+    `out_rows`: the order of the rows of y.
+    `saved_rows`: for each saved array, the order of its rows.
     """
 
     forward: object
@@ -171,16 +173,17 @@ def mlp(call: MlpCall):
 
 
 def _sum_over_choices(y, routing):
-    """Return the sum of the k rows of each token, [T, F]. The rows y [T*k, F] are in the order of the pairs."""
+    """Return the sum of the k rows of each token, [T, F]. Row t * k + s of y [T*k, F] is for choice s of token t."""
     return y.reshape(*routing.expert_indices.shape, y.shape[-1]).sum(1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped(function: _Function, weights, rows, routing):
-    """Apply `function.forward` to every row with the weights of the expert of the row. Return the result rows.
+    """Apply `function.forward` to the rows of every expert, with the weights of this expert. Return the result rows.
 
-    The result of a row without an expert is zero. `weights` are arrays [E, ..], one entry for each expert. `rows` are
-    arrays whose rows are in the orders `function.in_rows`.
+    `weights` are arrays [E, ..], one entry for each expert. `rows` are arrays whose rows have the orders
+    `function.in_rows`. The result has one row for every (token, choice) pair, in the order `function.out_rows`. The
+    result of a row without an expert is zero.
     """
 
     def block(w, xs, valid):
@@ -227,14 +230,16 @@ _jitted = jax.jit(_grouped, static_argnums=0)  # without a jit, the loop would b
 
 
 def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
-    """Call `block` until all rows of all experts are computed. Return (row outputs, weight outputs).
+    """Call `block` until all rows of all experts are computed. Return (row outputs, weight outputs) of all calls.
 
-    `block(weights of e, rows, valid)` computes some rows of one expert e: it takes these rows of each array in
-    `arrays`, and `valid`, bool [rows], which is False for a row of padding. It returns (row outputs, weight outputs).
+    `block(w, xs, valid)` computes some rows of one expert. It takes the weights `w` of the expert, these rows `xs` of
+    each array in `arrays`, and `valid`, bool [rows], which is False for a row of padding. It returns a tuple of arrays
+    with one row for each of these rows (row outputs), and a tree of arrays for the expert (weight outputs).
+
     The row outputs of all calls become arrays [R, ..] with a row for every (token, choice) pair. The weight outputs are
-    summed over all calls for an expert: [E, ..]. `weights` has arrays [E, ..]. `in_rows` and `out_rows` say how the
-    rows of each array and of each row output are ordered, as in `call.Rows`. A None among the arrays or outputs stays
-    None.
+    summed over all calls for an expert, and become arrays [E, ..]. `weights` has arrays [E, ..]. `in_rows` and
+    `out_rows` say how the rows of each array and of each row output are ordered: "token", "pair" or "sorted", as in
+    `call.Rows`. An array or an output may be None, and then stays None.
     """
     k = routing.expert_indices.shape[1]
     R, E = routing.order.shape[0], routing.num_experts
@@ -311,13 +316,15 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
 
 
 def _together(run, weights, starts, ends, C: int, pieces: int):
-    """Return the results of `run` for the first C rows of every expert e: arrays [E, ..].
+    """Compute the first C rows of every expert. Return the results of `run` for all experts, as arrays [E, ..].
 
-    `run(weights of e, p, ends[e])` computes rows p of expert e, where p [rows] are indices in the list of rows sorted
-    by expert. Expert e has the rows starts[e] to ends[e] - 1 of this list. On a CPU, if C is large, two experts are
-    computed at a time (one if E is odd). Their rows stay in the cache, which saves more time than the copy of their
-    weights takes. Their rows are computed in `pieces` pieces of C / `pieces` rows. A piece in which these experts have
-    no rows is left out, as happens if many tokens have no expert.
+    `run(w, p, end)` computes some rows of one expert e with the weights `w`: the rows p [rows] of the list of rows
+    sorted by expert, of which only those before `end` belong to e. In this list, expert e has the rows starts[e] to
+    ends[e] - 1.
+
+    On a CPU, if C is large, two experts are computed at a time (one if E is odd). Their rows stay in the cache, which
+    saves more time than the copy of their weights takes. Their rows are computed in `pieces` pieces of C / `pieces`
+    rows. A piece in which these experts have no rows is left out, as happens if many tokens have no expert.
     """
     E, size = len(starts), C // pieces
 

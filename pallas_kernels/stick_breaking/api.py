@@ -63,7 +63,8 @@ def stick_breaking_attention(
         weights of a query sum to less than 2^skip_below, and `rem` is the length that remains at that point.
       return_stats: whether to return also `Stats(log_rem [B,T,N], kept [B,K])`. `log_rem` is the natural logarithm of
         rem. It does not underflow, and it is differentiable. `kept` is the number of key tiles computed, divided by the
-        number of key tiles that the queries may see. It is below 1 only with `skip_below`.
+        number of key tiles that the queries may see, for each batch entry and key head. It is below 1 only with
+        `skip_below`.
       implementation: "mosaic", "triton", "xla", "reference", a sequence of these names in order of preference, or None
         for the best one that can run this call (see `explain`).
       tiles: (number of queries, number of keys) of the tiles in which the scores are computed. By default the
@@ -74,8 +75,8 @@ def stick_breaking_attention(
       also the `Stats`.
 
     Raises:
-      ValueError: the shapes or dtypes of the arrays do not fit (the message names the axes by their letters), or a
-        mesh divides arrays along other axes than B, N and K (docs/reference/transformations.md).
+      ValueError: the shapes or dtypes of the arrays do not fit (the message names the axes by their letters), or an
+        array is sharded along an axis other than B, N and K (docs/reference/transformations.md).
       NotImplementedError: none of the implementations named in `implementation` can run this call.
       TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" has one.
 
@@ -109,11 +110,11 @@ def stick_breaking_weights(
 ) -> Float[Array, "B N T S"]:
     r"""Return the weight of every key for every query in `stick_breaking_attention`: A [B,N,T,S], float32 or float64.
 
-      A[q,k] = beta[q,k] * prod_{k < m < q} (1 - beta[q,m]),   beta = sigmoid(scale * <query_q, key_k>),
+      A[q,k] = beta[q,k] * prod_{k < m < q} (1 - beta[q,m]),   beta = sigmoid(scale * <query_q, key_k>).
 
-    and zero for the keys that a query does not see. The weights of a query sum to 1 - rem, where rem is the part
-    of the stick that remains. Use this function to inspect the weights of small inputs: it keeps T * S numbers in
-    memory for each head. `stick_breaking_attention` does not.
+    A[q,k] is zero if query q does not see key k. The weights of a query sum to 1 - rem, where rem is the part of the
+    stick that remains. Use this function to inspect the weights of small inputs: it keeps T * S numbers in memory for
+    each head. `stick_breaking_attention` does not.
 
     Args:
       query: [B, T, N, H], with T queries and N query heads.
@@ -137,7 +138,7 @@ def stick_breaking_weights(
     if size > _WEIGHTS_BYTES:
         raise ValueError(
             f"the weights of B={B}, N={N}, T={T}, S={S} take {size / 2**30:,.1f} GiB, more than the limit of "
-            f"{_WEIGHTS_BYTES / 2**30:g} GiB; pass fewer heads, or fewer queries with the query_offset of the first one"
+            f"{_WEIGHTS_BYTES / 2**30:g} GiB; pass fewer heads, or a part of the queries with its query_offset"
         )
     letters = calls.letters(call)._replace(name="stick_breaking_weights", results="B N T S")
     return partition.run(letters, call, partition.Bound(_weights))
@@ -150,22 +151,23 @@ def _weights(call: Call):
 def merge_stick_breaking(
     near: tuple[Float[Array, "*b Hv"], Float[Array, "*b"]], far: tuple[Float[Array, "*b Hv"], Float[Array, "*b"]]
 ) -> tuple[Float[Array, "*b Hv"], Float[Array, "*b"]]:
-    """Merge two results of `stick_breaking_attention`, one over nearer and one over further keys, into one result.
+    """Merge two results of `stick_breaking_attention` for the same queries, over nearer and further keys, into one.
 
-    Both results are for the same queries. With output o and r = exp(log_rem), the part of the stick that remains:
+    With the output o and the part of the stick that remains, r = exp(log_rem), the merged result is
     o = o_near + r_near * o_far and r = r_near * r_far. The operation is associative.
 
     Args:
       near: (out [..., Hv], log_rem [...]) over the keys nearer to the queries. `log_rem` is a field of `Stats`.
-      far: (out [..., Hv], log_rem [...]) over the keys further left.
+      far: (out [..., Hv], log_rem [...]) over the keys further left, at smaller positions.
 
     Returns:
-      (out [..., Hv], log_rem [...]) over the keys of both ranges.
+      (out [..., Hv], log_rem [...]) over the keys of both results.
 
     Raises:
       ValueError: `near` or `far` is not a pair of arrays, or their shapes differ.
 
-    In the example, the near keys are the keys 4..7. Counted from key 4, the first query is at position -4.
+    In the example, the far keys are 0..3 and the near keys are 4..7. `query_offset` is the position of the first query,
+    counted from the first key that is passed: -4 for the near keys, and 0 for the far keys.
 
     >>> import jax, jax.numpy as jnp
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 16))
@@ -192,10 +194,7 @@ def merge_stick_breaking(
 
 
 def _checked(query, key, value):
-    """Check that the shapes and dtypes of `query`, `key` and `value` fit, and return the three arrays.
-
-    Raise ValueError if they do not fit.
-    """
+    """Raise ValueError if the shapes or dtypes of the three arrays do not fit. Return the three as JAX arrays."""
     query = arguments.floats("query", query, "B,T,N,H")
     key, value = arguments.floats("key", key, "B,S,K,H"), arguments.floats("value", value, "B,S,K,Hv")
     if not query.dtype == key.dtype == value.dtype:
@@ -215,7 +214,7 @@ def _checked(query, key, value):
 def _check_segments(name, ids, shape, letters):
     """Raise ValueError if `ids`, the value of the argument `name`, is not an array of integers of shape `shape`.
 
-    `letters` are the letters of the axes for the message, such as "B,T".
+    `letters` names the axes of the array in the message, such as "B,T".
     """
     arguments.integers(name, ids, letters)
     if ids.shape != shape:
@@ -226,7 +225,7 @@ def _prepare(
     query, key, value, *, segment_ids=None, key_segment_ids=None, query_offset=None, scale=None, attend_current=False,
     window=None, skip_below=None, tiles=None, return_stats=False,
 ) -> Call:  # fmt: skip
-    """Check the arguments of `stick_breaking_attention`, fill in the default values, and return them as a `Call`."""
+    """Check the arguments of `stick_breaking_attention` and fill in the defaults. Return the arguments as a `Call`."""
     arguments.flag("return_stats", return_stats)
     query, key, value = _checked(query, key, value)
     (B, T, _, H), S = query.shape, key.shape[1]

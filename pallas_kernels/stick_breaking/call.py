@@ -1,6 +1,6 @@
-"""The types of one call of stick-breaking attention: its checked arguments, and the mask that hides keys from queries.
+"""The types of one call of stick-breaking attention: `Call` has its arguments, and `Mask` hides keys from queries.
 
-Every implementation takes a `Call`.
+Every implementation of the op takes a `Call`.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from ..partition import STATIC, Letters
 
 
 class Call(NamedTuple):
-    """The arrays and settings of one call of `stick_breaking_attention`, with the default values filled in."""
+    """The arrays and settings of one call of `stick_breaking_attention`, checked and with the defaults filled in."""
 
     query: jax.Array  # [B, T, N, H]
     key: jax.Array  # [B, S, K, H]
@@ -25,9 +25,9 @@ class Call(NamedTuple):
 
 
 class Where(NamedTuple):
-    """The arrays that a `Mask` needs to decide which query sees which key: positions and segment ids.
+    """The arrays of the attention mask: the position of the first query, and the segment ids of queries and keys.
 
-    Code that runs under a vmap over the batch receives one batch entry. Then the arrays have no axis B.
+    The arrays begin with the batch axis B. In code under a `jax.vmap` over the batch, they have no axis B.
     """
 
     offset: jax.Array  # [B], position of the first query among the keys
@@ -36,7 +36,10 @@ class Where(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """The part of a mask that is known when a call is traced: T queries, S keys, causality and the window."""
+    """The static part of the attention mask: the numbers of queries T and keys S, causality, and the window.
+
+    These settings are Python values, known when a call is traced. The arrays of the mask are in `Where`.
+    """
 
     T: int
     S: int
@@ -48,7 +51,8 @@ class Mask(NamedTuple):
         """Return whether each query sees each key, for one batch entry: bool [len(q), len(k)].
 
         `q` and `k` are arrays of query indices and key indices. A query with an index of T or more is padding and sees
-        no keys. No query sees a key with an index of S or more. The arrays of `where` have no axis B.
+        no keys. No query sees a key with an index of S or more. `where` has the arrays of this batch entry, without
+        axis B.
         """
         offset = where.offset if self.static_offset is None else self.static_offset
         distance = (offset + q)[:, None] - k[None, :]
@@ -66,8 +70,8 @@ class Stats(NamedTuple):
     """The additional results that `stick_breaking_attention` returns with `return_stats`.
 
     `log_rem` [B,T,N]: the natural logarithm of the part of each query's stick that remains after all keys. `kept`
-    [B,K]: the number of key tiles computed, divided by the number of key tiles that the queries may see. It is below 1
-    only with `skip_below`.
+    [B,K]: the number of key tiles computed, divided by the number of key tiles that the queries may see, for each batch
+    entry and key head. It is below 1 only with `skip_below`.
     """
 
     log_rem: jax.Array
@@ -75,10 +79,10 @@ class Stats(NamedTuple):
 
 
 def letters(call: Call) -> Letters:
-    """Return the letters of the axes of every array of a call, such as "B T N H", and the axes that a mesh may divide.
+    """Return the axes of the arrays of `stick_breaking_attention`, such as "B T N H", and the axes that may be sharded.
 
-    A mesh may divide the batch B, the key heads K and the query heads N. Query heads are divided in the same way as the
-    key heads that they use.
+    The batch B, the query heads N and the key heads K may be sharded over a mesh. N and K are sharded over the same
+    mesh axes, so that each device has the key heads that its query heads use. The result is the same for every call.
     """
     del call
     arrays = Call(

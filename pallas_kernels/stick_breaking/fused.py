@@ -1,10 +1,10 @@
 """The code around the attention kernels that the Mosaic and Triton backends share: derivatives and decoding.
 
-Decoding means few queries and many keys. For the backward pass, the forward pass saves query, key, value, the index of
-the leftmost key tile that each query tile visited, and the cumulative log-decay of each query row: -log2 of the part of
-the stick that remains, as the sum of two fp32 numbers. The forward pass does not save the output. If the intermediate
-results for all heads would need too much memory, the backward pass computes a few heads at a time. kernels.py says what
-the kernels take and return.
+Decoding means few queries and many keys. For the backward pass, the forward pass saves its inputs and two results of
+the kernel `forward`. One is the index of the leftmost key tile that was computed for each query tile. The other one is
+the cumulative log-decay of each query row: -log2 of the part of the stick that remains, as the sum of two fp32 numbers.
+The output is not saved. If the intermediate results for all heads would need too much memory, the backward pass
+computes a few heads at a time. kernels.py says what the kernels take and return.
 """
 
 import math
@@ -27,13 +27,12 @@ LN2 = math.log(2)
 
 
 def attention(kernels: Kernels, call: Call):
-    """Run a call with the kernels of a backend. Return (out [B,T,N,Hv], log_rem [B,T,N], kept [B,K]).
+    """Compute stick-breaking attention with the kernels of one backend. Return (out [B,T,N,Hv], log_rem [B,T,N], kept).
 
-    `log_rem` is the natural logarithm of the part of the stick that remains. `kept` is the number of key tiles
-    computed, divided by the number of key tiles that the queries may see. First, the arrays are padded to multiples of
-    `kernels.row_multiple` queries and keys. T and S of `call.mask` do not count the padding, so no query sees a padded
-    key. At the end, the rows of the padded queries are removed from the results, so the cotangents of these rows are
-    zero.
+    `log_rem` is the natural logarithm of the part of each query's stick that remains. `kept` [B,K] is the number of key
+    tiles computed, divided by the number of key tiles that the queries may see. The arrays are first padded with zeros
+    to multiples of `kernels.row_multiple` queries and keys. `call.mask` has T and S without padding, so no query sees a
+    padded key. At the end, the rows of padded queries are cut off, so the cotangents of these rows are zero.
     """
     scale = jnp.full_like(call.query, call.scale, jnp.float32, shape=())  # varies over the same mesh axes as query
     static = call._replace(query=None, key=None, value=None, scale=None, where=None)
@@ -84,12 +83,12 @@ _attention.defvjp(_forward, _backward)
 
 
 def _for_tiles_of(plan: Plan, log_decay, reached):
-    """Return `log_decay` and `reached` of the forward pass, converted to the query tiles of the backward pass.
+    """Convert `log_decay` and `reached`, results of the forward pass, to the query tiles of the backward pass.
 
-    `log_decay` [2, B, N, padded rows] is the cumulative log-decay of each query row (-log2 of the part of the stick
-    that remains), as the sum of two numbers. `reached` [B, N, query tiles] is the index of the leftmost key tile
-    that each query tile visited. `plan` is the plan of the backward pass. A query tile of the backward pass has as many
-    rows as a query tile of the forward pass, or fewer.
+    A query tile of the backward pass has as many rows as one of the forward pass, or fewer. `log_decay`
+    [2, B, N, padded rows] is the cumulative log-decay of each query row (-log2 of the part of the stick that remains),
+    as the sum of two numbers. `reached` [B, N, query tiles] is the index of the leftmost key tile that the forward pass
+    computed for each query tile. `plan` has the sizes of the backward pass.
     """
     times = log_decay.shape[-1] // reached.shape[-1] // plan.row_tile
     if times == 1:
@@ -101,9 +100,9 @@ def _gradients(kernels: Kernels, plan: Plan, arrays, scale, planned):
     """Run the kernels `d_query` and `d_key_value` of the backward pass. Return (dq, d_scale, dk, dv).
 
     d_scale is an array whose sum is the gradient of the scale. `arrays` are (query, key, value, d_out, d_log_rem,
-    log_decay, reached), as in `Kernels.d_query`, and `planned` is a result of `_planned`. The snapshots that `d_query`
-    writes for `d_key_value` are large. If the snapshots of all heads need more than SNAPSHOTS bytes, a few heads are
-    computed at a time.
+    log_decay, reached), as in `Kernels.d_query`. `planned` are the arrays that describe the mask (see `_planned`).
+    `d_query` writes snapshots for `d_key_value`: two numbers for each query row and key tile. If the snapshots of all
+    heads need more than SNAPSHOTS bytes, the kernels run several times, for a few heads each time.
     """
     query, key, value, d_out, d_log_rem, log_decay, reached = arrays
 
@@ -144,13 +143,12 @@ def _gradients(kernels: Kernels, plan: Plan, arrays, scale, planned):
 
 
 def _planned(call: Call, plan: Plan, per_position: int = 1):
-    """Return the arrays that describe the mask to a kernel. Every kernel of `Kernels` takes them as `*planned`.
+    """Return the arrays that describe the attention mask to a kernel, in the order of its last arguments.
 
-    They are [the key-tile ranges, the offsets, the segment ids of the queries, the segment ids of the keys]. A key-tile
-    range says which key tiles are computed for a query tile (`key_tile_ranges`). An offset is the position of the first
-    query among the keys, for one batch entry. If the call has no segments, the segment ids are left out. The ranges
-    are padded to whole blocks, and the ids to whole tiles. `per_position` is the number of query rows at one position:
-    1, or in decoding the number of query heads that share a key head.
+    They are the key-tile ranges [B, query tiles, 4], which say what key tiles are computed for each query tile
+    (`key_tile_ranges`), and the position of the first query among the keys [B]. If the call has segments, there are
+    also the segment ids of the query rows and of the keys, padded to whole tiles with -1. `per_position` is the number
+    of query rows at one position: 1, or in decoding the number of query heads that share a key head.
     """
     key_ranges = key_tile_ranges(call, plan.row_tile, plan.key_tile, per_position)
     missing = plan.padded // plan.row_tile - key_ranges.shape[1]
@@ -165,10 +163,11 @@ def _planned(call: Call, plan: Plan, per_position: int = 1):
 
 
 def _share_visited(plan: Plan, key_ranges, reached):
-    """Return [B,K]: how many key tiles the forward pass visited, divided by how many the queries may see.
+    """Return the share of the visible key tiles that the forward pass computed for each key head: [B,K].
 
-    `key_ranges` [B, query tiles, 4] are the key-tile ranges, and `reached` [B, N, query tiles] is the index of the
-    leftmost key tile that each query tile visited. Without `skip_below`, the share is 1.
+    `key_ranges` [B, query tiles, 4] are the key-tile ranges, which say what key tiles the queries of a query tile may
+    see. `reached` [B, N, query tiles] is the index of the leftmost key tile that was computed for each query tile.
+    Without `skip_below`, the share is 1.
     """
     if plan.skip_below is None:
         return jnp.ones((plan.B, plan.K), jnp.float32)
@@ -182,22 +181,25 @@ def _share_visited(plan: Plan, key_ranges, reached):
 
 
 def is_decoding(call: Call) -> bool:
-    """Return whether a call has few queries and many keys, so that the keys of a head are split over several blocks."""
+    """Return whether a call has few queries and many keys, so that the keys of a head are split over several blocks.
+
+    It needs T <= 16, at most 64 queries in all query heads of a key head together, S >= 512, and no argument `tiles`.
+    """
     T, rows = call.mask.T, call.mask.T * (call.query.shape[2] // call.key.shape[2])
     return call.tiles is None and T <= 16 and rows <= 64 and call.mask.S >= 2 * SPLIT
 
 
 def splits(call: Call) -> int:
-    """Return the number of parts into which decoding splits the keys of a head, to give every multiprocessor work."""
+    """Return the number of parts into which decoding splits the keys of a head, so that every multiprocessor works."""
     B, K = call.query.shape[0], call.key.shape[2]
     return max(1, min(platform.multiprocessors() // (B * K), call.mask.S // SPLIT))
 
 
 def _decode(kernels: Kernels, call: Call):
-    """Run a call with few queries and many keys. Return the same results as `attention`.
+    """Compute attention for few queries and many keys. Return the same results as `attention`.
 
-    The keys are split into parts. Separate blocks compute the parts, and the results are merged. With skip_below, the
-    keys are read in rounds, the nearest keys first, until less than 2^skip_below of every query's stick remains.
+    The keys are split into parts. Separate blocks compute the parts, and the results are merged. With `skip_below`, the
+    keys are computed in rounds, the nearest keys first, until less than 2^skip_below of every query's stick remains.
     """
     (B, _, N, H), (K, Hv), T = call.query.shape, call.value.shape[2:], call.mask.T
     G, P = N // K, splits(call)
@@ -208,10 +210,11 @@ def _decode(kernels: Kernels, call: Call):
     stop, start = key_ranges[..., 0], key_ranges[..., 3]
 
     def attend(high, low):
-        """Return (out [B,K,rows,Hv], log_decay [B,K,rows]) in fp32 of attention over only the key tiles low..high-1.
+        """Compute attention to the key tiles low..high-1. Return (out [B,K,rows,Hv], log_decay [B,K,rows]) in fp32.
 
-        `low` and `high` [B, query tiles] give these indices for each query tile. The rows of a key head are the T
-        queries of all its query heads.
+        `low` and `high` [B, query tiles] are indices of key tiles, one pair for each query tile. The rows of a key head
+        are the T queries of all query heads that use it. `log_decay` is -log2 of the part of the stick that these keys
+        leave.
         """
         share = jnp.arange(P + 1).reshape(-1, 1, 1)
         edges = low[None] + (high - low)[None] * share // P

@@ -1,6 +1,6 @@
 """The interface of the attention kernels, which fused.py calls. The Mosaic and Triton backends implement it.
 
-`Kernels` has the three kernels of a backend, and `Plan` has the sizes that are fixed when a kernel is compiled.
+`Kernels` has the three kernels of a backend. `Plan` has the sizes that are constants in a compiled kernel.
 """
 
 from dataclasses import dataclass, replace
@@ -16,9 +16,10 @@ CACHED = 16 * 2**20  # bytes of keys and values that fit into the level-2 cache 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The sizes and settings of one call of a kernel, fixed when it is compiled. Backends add fields in subclasses.
+    """The sizes and settings of one call of an attention kernel, which are constants in the compiled kernel.
 
-    A block of the GPU computes one or two query tiles of one head. It visits the key tiles that these queries see.
+    A block of the GPU computes one or two query tiles of one head, with the key tiles that these queries see. Backends
+    add fields in subclasses.
     """
 
     B: int
@@ -41,7 +42,7 @@ class Plan:
 
     @staticmethod
     def sizes_of(call: Call) -> dict[str, Any]:
-        """Return the fields of a plan that depend on the call and not on the backend, as {name: value}."""
+        """Return the fields of a `Plan` that depend only on the call and not on the backend, as {name: value}."""
         (B, _, N, H), (K, Hv), mask = call.query.shape, call.value.shape[2:], call.mask
         return dict(
             B=B, rows=mask.T, S=mask.S, N=N, K=K, H=H, Hv=Hv, dtype=call.query.dtype, window=mask.window,
@@ -53,7 +54,7 @@ class Plan:
         """Return a copy of this plan for decoding, that is, for few queries and many keys.
 
         The G query heads that share a key head become query rows of one head. The keys are split into `splits` parts.
-        `sizes` are other fields of the copy, as name=value.
+        `sizes` are more fields to change in the copy, as name=value.
         """
         return replace(
             self, rows=self.rows * G, N=self.K, per_position=G, splits=splits, out_dtype=jnp.float32, skip_below=None,
@@ -67,12 +68,12 @@ class Plan:
 
     @property
     def tiles(self) -> int:
-        """The number of blocks that compute the query rows of one head."""
+        """The number of blocks that compute one head: its query rows, divided by `block_rows` and rounded up."""
         return -(-self.rows // self.block_rows)
 
     @property
     def padded(self) -> int:
-        """The number of query rows of a head, rounded up to whole blocks."""
+        """The number of query rows of a head, rounded up to a multiple of `block_rows`, the rows of one block."""
         return self.tiles * self.block_rows
 
     @property
@@ -82,19 +83,22 @@ class Plan:
 
     @property
     def entries(self) -> int:
-        """The number of batch entries of the results: B times the number of parts into which the keys are split."""
+        """The size of the batch axis of the results: B times the number of parts into which the keys are split."""
         return self.B * self.splits
 
     @property
     def heads_together(self) -> int:
-        """The number of heads that are computed at the same time, so that their keys and values fit into the cache."""
+        """The number of heads that are computed at the same time, so that their keys and values fit into the cache.
+
+        It is a divisor of the number of query heads of all batch entries, entries * N.
+        """
         heads = self.entries * self.N
         most = max(1, CACHED // max(1, self.S * (self.H + self.Hv) * jnp.dtype(self.dtype).itemsize))
         return max(n for n in range(1, heads + 1) if heads % n == 0 and n <= most)
 
     @property
     def scores(self) -> int:
-        """The number of (query, key) pairs that causality and the window keep, in all batch entries and query heads.
+        """The number of (query, key) pairs that causality and the window permit, in all batch entries and query heads.
 
         The last query is assumed to be at the position of the last key. Segments are not considered.
         """
@@ -107,47 +111,48 @@ class Plan:
 class Kernels(Protocol):
     """The attention kernels of one backend. The object is hashable, so that it can be a static argument of a function.
 
-    The methods take these arrays. The sizes are fields of `Plan`. In the arrays, the numbers of query rows (`rows`) and
-    of keys (S) may be padded to multiples of `row_multiple`.
+    The methods take the arrays below. Their sizes are fields of `Plan`. The numbers of query rows (`rows`) and of keys
+    (S) may be padded to multiples of `row_multiple`.
     - query [B,rows,N,H], key [B,S,K,H], value [B,S,K,Hv] and scale [], the factor of the logits.
     - d_out [B,rows,N,Hv] and d_log_rem [B,N,padded]: the cotangents of the output and of log_rem, the natural logarithm
       of the part of the stick that remains.
-    - reached [entries, N, query tiles]: the index of the leftmost key tile that each query tile visited in the forward
-      pass. A head has padded / row_tile query tiles.
-    - `*planned`: the key-tile ranges [entries, query tiles, 4] (`key_tile_ranges`), the position of the first query
-      among the keys [B], and, if a call has segments, the segment ids of its queries [B, padded] and of its keys
-      [B, key_tiles * key_tile].
+    - reached [entries, N, query tiles]: the index of the leftmost key tile that `forward` computed for each query tile.
+      A head has padded / row_tile query tiles.
+    - `*planned`: the arrays of the mask. They are the key-tile ranges [entries, query tiles, 4] (`key_tile_ranges`) and
+      the position of the first query among the keys [B]. A call with segments also has the segment ids of its queries
+      [B, padded] and of its keys [B, key_tiles * key_tile].
     """
 
     snapshot_bytes: int  # bytes of the snapshots of one query row and one key tile
     row_multiple: int  # the numbers of queries and of keys of the arrays must be multiples of this
 
     def plan(self, call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
-        """Return the sizes for a call of the kernel `forward` or, if `backward`, of `d_query` and `d_key_value`.
+        """Return the sizes of a call for the kernel `forward` or, if `backward`, for `d_query` and `d_key_value`.
 
-        `decoding`: (query heads that share a key head, parts into which the keys are split), or None.
+        `decoding` is None, or a pair: the number of query heads that share a key head, and the number of parts into
+        which the keys are split.
         """
 
     def forward(self, plan: Any, query, key, value, scale, *planned) -> tuple:
         """Compute the forward pass. Return (out [entries,rows,N,Hv], log_decay [2,entries,N,padded], reached).
 
         `log_decay` is the cumulative log-decay of each query row, as the sum of two fp32 numbers: -log2 of the part of
-        the stick that remains, a positive number. `reached` has the index of the leftmost key tile that each query tile
-        visited.
+        the stick that remains, a positive number. `reached` [entries, N, query tiles] is the index of the leftmost key
+        tile that was computed for each query tile. `*planned` are the arrays of the mask.
         """
 
     def d_query(self, plan: Any, query, key, value, d_out, d_log_rem, log_decay, reached, scale, *planned) -> tuple:
         """Compute the gradient of the queries. Return (d_query [B,rows,N,H], d_scale [B,N,padded], snapshots).
 
-        d_scale is the contribution of every query row to the gradient of the scale. The snapshots are two numbers for
-        every query row and key tile (or half of a key tile): the cumulative log-decay with which the forward pass
-        entered the tile, and P = d_log_rem + the sum of weight * <d_out, value> over the keys on the left of the tile.
-        With the snapshots, `d_key_value` can compute the key tiles in any order. Each backend chooses the shape of
-        the array of snapshots.
+        d_scale is what every query row adds to the gradient of the scale. The snapshots are two numbers for every query
+        row and key tile (or half of a key tile), with which `d_key_value` can compute the key tiles in any order: the
+        cumulative log-decay before the tile, which counts all keys on its right, and P = d_log_rem + the sum of
+        weight * <d_out, value> over all keys on its left. Each backend chooses the shape of the array. `log_decay` and
+        `reached` are results of `forward`.
         """
 
     def d_key_value(self, plan: Any, query, key, value, d_out, snapshots, reached, scale, *planned) -> tuple:
-        """Compute the gradients of the keys and values from the snapshots of `d_query`. Return (d_key, d_value).
+        """Compute the gradients of the keys and values. Return (d_key [B,S,K,H], d_value [B,S,K,Hv]).
 
-        d_key is [B,S,K,H], and d_value is [B,S,K,Hv].
+        `snapshots` is a result of `d_query`, and `reached` is a result of `forward`.
         """

@@ -13,9 +13,9 @@ from .call import Call
 def key_tile_ranges(call: Call, rows: int, columns: int, per_position: int = 1):
     """Return the key-tile range of every query tile, (stop, whole_stop, whole_start, start): int32 [B, query tiles, 4].
 
-    The four entries of a range are indices of key tiles, in descending order. The key tiles start..stop-1 are computed
-    for the query tile. The key tiles whole_start..whole_stop-1 need no mask, because every query of the query tile sees
-    every key in them. An empty range starts and stops at 0.
+    The four numbers of a range are indices of key tiles, in descending order. A kernel computes the key tiles
+    start..stop-1 for the query tile. Every query of the query tile sees every key of the key tiles
+    whole_start..whole_stop-1, so these need no mask. An empty range is four zeros.
 
     Args:
       call: the checked arguments of the op.
@@ -59,16 +59,16 @@ def key_tile_ranges(call: Call, rows: int, columns: int, per_position: int = 1):
 
 
 def query_tile_ranges(key_ranges, reached, key_tiles: int):
-    """Return, for every key tile, the range of the query tiles that visit it: int32 [B, N, key tiles, 4].
+    """Return, for every key tile and query head, the range of query tiles for which the key tile is computed.
 
-    A query tile visits a key tile if it is computed with that key tile. The four entries of a range are indices of
-    query tiles, (first, whole_first, whole_stop, stop), in ascending order. The query tiles whole_first..whole_stop-1
-    visit the key tile and need no mask. Each of the other query tiles of first..stop-1 visits the key tile with a mask,
-    or does not visit it.
+    The result is int32 [B, N, key tiles, 4]. The four numbers of a range, (first, whole_first, whole_stop, stop), are
+    indices of query tiles, in ascending order. For the query tiles whole_first..whole_stop-1, the key tile is computed
+    without a mask. For each of the other query tiles of first..stop-1, it is computed with a mask or not at all. An
+    empty range is four zeros.
 
     Args:
       key_ranges: a result of `key_tile_ranges`, [B, query tiles, 4].
-      reached: [B, N, query tiles], the index of the leftmost key tile that each query tile visited in the forward pass.
+      reached: [B, N, query tiles], the index of the leftmost key tile that the forward pass computed for a query tile.
       key_tiles: the number of key tiles.
     """
     stop, whole_stop, whole_start, start = (key_ranges[:, None, :, None, which] for which in range(4))
@@ -87,8 +87,8 @@ def query_tile_ranges(key_ranges, reached, key_tiles: int):
 def _segment_range(segments, size):
     """Return (smallest segment id, largest segment id, whether there is padding) of every tile, each [B, tiles].
 
-    `segments` [B, length] are the ids of queries or keys, and `size` is the length of a tile. Padding has negative ids.
-    The smallest id does not count padding.
+    `segments` [B, length] are the segment ids of the queries or of the keys, and `size` is the number of ids of a tile.
+    Padding has negative ids. The smallest id does not count padding.
     """
     pad = -segments.shape[1] % size
     tiles = jnp.pad(segments, ((0, 0), (0, pad)), mode="edge").reshape(segments.shape[0], -1, size)

@@ -37,7 +37,10 @@ def refuses(call: Call) -> str | None:
 
 
 def detail(call: Call) -> str:
-    """Describe, for `explain`, how the kernels run a call: the sizes of its tiles, or how decoding splits its keys."""
+    """Describe how the kernels run a call: the sizes of its tiles, or how decoding splits its keys.
+
+    `explain` shows this text, such as "128 x 64 tiles".
+    """
     S = call.mask.S
     copied = f", keys and values copied, padded from S={S} to {S + -S % COPIED_ROWS} rows" if S % COPIED_ROWS else ""
     if fused.is_decoding(call):
@@ -47,16 +50,16 @@ def detail(call: Call) -> str:
 
 
 def attention(call: Call):
-    """Run a call by the Mosaic kernels. Return (out [B,T,N,Hv], log_rem [B,T,N], kept [B,K]).
+    """Compute stick-breaking attention with the Mosaic kernels. Return (out [B,T,N,Hv], log_rem [B,T,N], kept [B,K]).
 
-    `log_rem` is the natural logarithm of the part of the stick that remains. `kept` is the number of key tiles
+    `log_rem` is the natural logarithm of the part of each query's stick that remains. `kept` is the number of key tiles
     computed, divided by the number of key tiles that the queries may see.
     """
     return fused.attention(KERNELS, call)
 
 
 def _warpgroups(call: Call) -> int:
-    """Return the number of warpgroups that compute in each block: one for every 64 query rows of the block."""
+    """Return the number of warpgroups that compute in each block. Each of them computes 64 query rows."""
     width = call.query.shape[-1] + call.value.shape[-1]
     rows, _ = call.tiles or tuning.tuned("sm_90", "stick_breaking", T=call.mask.T, width=width)["tiles"]
     return rows // ROWS
@@ -68,9 +71,10 @@ def _bytes(plan: Plan, rows: int) -> int:
 
 
 def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
-    """Return the `Plan` of a call: the sizes of its arrays and tiles. The arguments are those of `Kernels.plan`.
+    """Return the sizes of a call for the kernel `forward` or, if `backward`, for `d_query` and `d_key_value`.
 
-    In decoding, one warpgroup computes the only query tile of a head.
+    `decoding` is None, or a pair: the number of query heads that share a key head, and the number of parts into which
+    the keys are split. In decoding, one warpgroup computes the only query tile of a head.
     """
     plan = Plan(stages=2, warpgroups=_warpgroups(call), **Plan.sizes_of(call))
     if decoding is None:

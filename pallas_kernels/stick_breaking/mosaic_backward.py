@@ -24,13 +24,13 @@ SWIZZLE = 64  # bytes: the width of half a tile of 16-bit numbers, because a pro
 
 
 def weights_of(z, seen, entering):
-    """Return the weights A and (log2 of beta, log2 of 1 - beta), each [64, keys] in registers, of part of a key tile.
+    """Compute the attention weights A of 64 query rows for half of a key tile. Return (A, (log2 beta, log2(1 - beta))).
 
-    `z` [64, keys] are the logits times log2(e). `seen` is bool [64, keys], True if the query sees the key, or None if
-    every query sees every key. `entering` [64] is the cumulative log-decay of each query row before these keys: minus
-    the sum of log2(1 - beta) over all keys on their right. `entering` may also be a function. Then `weights_of` calls
-    entering(total), where total [64] is minus the sum of log2(1 - beta) over these keys, and `entering` returns the
-    cumulative log-decay before these keys.
+    The results are [64, keys], in registers. A is beta times the product of 1 - beta over all nearer keys. `z`
+    [64, keys] are the logits times log2(e). `seen` is bool [64, keys], True if the query sees the key, or None if every
+    query sees every key. `entering` [64] is the cumulative log-decay of each query row before this half: the sum of
+    -log2(1 - beta) over all keys on its right. `entering` may also be a function that returns this array. The argument
+    of the function is the sum of -log2(1 - beta) over the keys of the half, [64].
     """
     log_beta, softplus = sticks(z, seen)
     start = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW) if callable(entering) else entering
@@ -41,12 +41,12 @@ def weights_of(z, seen, entering):
 
 
 def d_logits(a, logs, prefix):
-    """Return (dz [64, keys], the sum of a over the keys [64]), where dz = (1 - beta) a - beta P, in registers.
+    """Return (dz [64, keys], total_a [64]), where dz = (1 - beta) a - beta P are the gradients of the logits.
 
-    dz is the gradient of the logits. `a` [64, keys] is the weight times the cotangent of the weight. `logs` are (log2
-    of beta, log2 of 1 - beta). `prefix` [64] is P of each query row at the leftmost key: d_log_rem plus the
-    sum of a over all keys further left. beta and 1 - beta are each computed from a logarithm, because a difference from
-    1 would lose precision.
+    All arrays are in registers. `a` [64, keys] is the attention weight times the cotangent of the weight, and total_a
+    is the sum of a over the keys. P of a key is the cotangent of log_rem plus the sum of a over all keys further left,
+    and `prefix` [64] is P of the leftmost key. `logs` are (log2 of beta, log2 of 1 - beta), each [64, keys]. Both beta
+    and 1 - beta are computed from a logarithm, because a difference from 1 would lose precision.
     """
     beta, rest = (jnp.exp2(x) for x in logs)
     return shims.minus_sum_left(rest * a, beta, a, prefix)

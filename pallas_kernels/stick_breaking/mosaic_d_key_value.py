@@ -1,13 +1,13 @@
 """The kernel for dk and dv, the gradients of the keys and values, on Hopper GPUs.
 
-mosaic_backward.py has the formulas for the weights A, the gradients dz of the logits, dk = scale dz^T Q and
-dv = A^T dO, where dO is the cotangent of the output. docs/design/attention_kernels.md explains the barriers.
+mosaic_backward.py has the formulas for the weights A, the gradients dz of the logits, dk = scale dz^T Q and dv = A^T
+dO, where dO is the cotangent of the output. docs/design/attention_kernels.md explains the barriers.
 
-A block computes dk and dv of 64 keys of one key head. It loops over the query tiles that visit these keys, in steps of
-one or two query tiles. The steps that need no mask come first. Two warpgroups each compute half of A and dz of a step,
-and exchange them through shared memory. Then the first warpgroup adds A^T dO to dv, and the second one adds dz^T Q to
-dk. So each warpgroup has only one of the two sums in registers. A sum of width H or Hv takes width / 2 registers of
-each thread. The kernel has two forms:
+A block computes dk and dv of 64 keys of one key head. It loops over the query tiles whose queries see these keys, in
+steps of one or two query tiles. The steps that need no mask come first. Two warpgroups each compute half of A and dz of
+a step, and exchange them through shared memory. Then the first warpgroup adds A^T dO to dv, and the second one adds
+dz^T Q to dk. So each warpgroup has only one of the two sums in registers. A sum of width H or Hv takes width / 2
+registers of each thread. The kernel has two forms:
 
 - H and Hv up to 128: a step is two neighbouring query tiles, one for each warpgroup. A third warpgroup copies the query
   tiles to shared memory. With three warpgroups, a thread has 168 registers.
@@ -45,7 +45,7 @@ END = -1  # stands in place of the kind of a query tile, in the step without que
 
 
 class Inputs(NamedTuple):
-    """References to the arrays in global memory that the kernel reads."""
+    """References to the arrays in global memory that the kernel for dk and dv reads."""
 
     query: Any  # [B, T, N, H]
     key: Any  # [B, S, K, H]
@@ -69,7 +69,9 @@ class Outputs(NamedTuple):
 class Scratch(NamedTuple):
     """The shared memory of a block, and the barriers that protect it.
 
-    The kernel loops over the query tiles in steps. A step has `tiles` query tiles: one if `is_wide`, else two.
+    The kernel loops over the query tiles in steps. A step computes `tiles` query tiles: one if H or Hv is above 128,
+    else two. The memory for query tiles is a ring of STAGES stages, and each stage has room for the query tiles of one
+    step.
     """
 
     key: Any  # [2 halves, HALF, H]
@@ -87,7 +89,7 @@ class Scratch(NamedTuple):
 
 
 class Block(NamedTuple):
-    """The 64 keys whose gradients a block computes: key tile j of a key head of a batch entry."""
+    """The 64 keys whose gradients a block computes, as three indices: batch entry b, key head `head`, key tile j."""
 
     b: Any  # batch entry
     head: Any  # key head
@@ -95,10 +97,10 @@ class Block(NamedTuple):
 
 
 def has_steps_left(state):
-    """Return whether the loop over the query tiles, which has two passes, 0 and 1, has steps left.
+    """Return whether the loop over the query tiles has steps left. The loop has two passes, 0 and 1.
 
-    `state` is (cursor, step): the place of the loop, (pass, query head, query tile), and the index of the next step.
-    `_copies` explains both.
+    `state` is (cursor, step). `cursor` says where the loop continues, by three indices: the pass, the query head, and
+    the query tile. `step` is the index of the next step. Pass 2 means that both passes have ended.
     """
     cursor, _ = state
     return cursor[0] < 2
@@ -113,9 +115,10 @@ def d_key_value(
     plan: Plan, query, key, value, d_out, snapshots, reached, scale, key_ranges, offset,
     query_segments=None, key_segments=None,
 ):  # fmt: skip
-    """Return (dk [B,S,K,H], dv [B,S,K,Hv]), the gradients of the keys and values.
+    """Run the kernel for the gradients of the keys and values. Return (dk [B,S,K,H], dv [B,S,K,Hv]).
 
-    The arguments are those of `Kernels.d_key_value`.
+    `snapshots` is a result of `d_query`, and `reached` is a result of `forward`. The last arguments describe the mask.
+    See `Kernels.d_key_value` for all of them.
     """
     wide, dtype = is_wide(plan), plan.dtype
     tiles = 1 if wide else 2
@@ -169,19 +172,23 @@ def d_key_value(
 def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: int):
     """Return the function offer(cursor, step) -> (next cursor, next step), which copies query tiles to shared memory.
 
-    A step of the kernel computes one query tile, or two neighbouring ones. A loop goes over all query tiles twice. Pass
-    0 takes the query tiles that need no mask, and pass 1 takes the query tiles that need a mask. A cursor is the place
-    of this loop: (pass, query head of the key head, first query tile). If the pass takes the query tiles at the cursor,
-    `offer` copies them to shared memory as step number `step`, and returns `step` + 1. Otherwise `offer` copies nothing
-    and returns `step`. The last step of a pass has no query tiles, which tells the warpgroups that the pass ends.
-    A step with query tiles starts `copies` copies: the queries, d_out and the snapshots of each query tile.
+    A step of the kernel computes one query tile, or two neighbouring ones. A loop goes over all query tiles of the
+    query heads that use the key head of the block. It does so twice: pass 0 selects the steps that need no mask, and
+    pass 1 the steps that need a mask. Query tiles whose queries see none of the keys are left out. `cursor` says where
+    the loop is, by three indices: the pass, the query head among the heads of the key head, and the first query tile.
+    `step` is the index of the next step.
+
+    If the pass selects the query tiles at `cursor`, `offer` starts the copies of step `step` and returns `step` + 1.
+    They copy the queries, d_out and the snapshots of each query tile, `copies` arrays in total. Otherwise, `offer`
+    copies nothing and returns `step`. Each pass ends with a step without query tiles, which tells the warpgroups that
+    the pass ends.
     """
     b, head, j = block
     G, tiles = plan.N // plan.K, len(scratch.query)
     query_tiles = inputs.key_ranges.shape[1]
 
     def kind(n, i):
-        """Return how query tile i of head n visits the keys of this block: 0 not at all, 1 with a mask, 2 without."""
+        """Return how query tile i of query head n uses the block's keys: 0 not at all, 1 with a mask, 2 without."""
         inside = i < query_tiles
         i = jnp.minimum(i, query_tiles - 1)
         stop, whole_stop, whole_start, start = (inputs.key_ranges[b, i, which] for which in range(4))
@@ -228,12 +235,12 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
 
 
 def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, out_ref, offer) -> None:
-    """Run warpgroup `own` of the kernel: warpgroup 0 sums dv, and warpgroup 1 sums dk.
+    """Compute one of the two gradients of the block: warpgroup `own` = 0 computes dv, and warpgroup 1 computes dk.
 
-    Each of them computes half of the weights A and of the gradients dz of the logits. If `offer`, a result of
-    `_copies`, is not None, the warpgroup also copies query tiles, one step ahead. At the end, it copies its sum to
-    `out_ref` in global memory. On the way, the sum goes through the shared memory of the query tiles, so the warpgroup
-    first waits until the other warpgroup has read the last tile.
+    In every step, each warpgroup also computes half of the weights A and of the gradients dz of the logits. If `offer`,
+    a result of `_copies`, is not None, the warpgroup also copies query tiles to shared memory, one step ahead. At the
+    end, it waits until the other warpgroup has read the shared memory of the query tiles, writes the gradient there,
+    and copies it from there to `out_ref` in global memory.
     """
     b, head, j = block
     dtype, tiles = plan.dtype, len(scratch.query)
@@ -247,7 +254,7 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
                 plgpu.copy_gmem_to_smem(part, mem.at[half], scratch.resident)
 
     def copy(cursor, step):
-        """Call `offer` from the cursor on until it has started the copies of step `step`. Return the next cursor."""
+        """Call `offer` from `cursor` on until the copies of step `step` are started. Return the next cursor."""
         is_to_find = lambda state: has_steps_left(state) & (state[1] == step)  # noqa: E731
         return lax.while_loop(is_to_find, lambda state: offer(*state), (cursor, step))[0]
 
@@ -264,10 +271,10 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
         opaque = zeros(step, plan.H + plan.Hv > 64)
 
         def exchange(half):
-            """Compute the weights A and the gradients dz of the logits, and write them to shared memory.
+            """Compute A and dz of one query tile and 32 keys, and write both to shared memory for the two warpgroups.
 
-            Both are [64, 32]: for the 64 rows of a query tile, and for the first 32 keys (`half` = 0) or the last 32
-            keys (`half` = 1) of the key tile.
+            A [64, 32] are the weights, and dz [64, 32] are the gradients of the logits. The keys are the first
+            (`half` = 0) or the last (`half` = 1) 32 keys of the key tile.
             """
             at, keys = stage + opaque[half], half + opaque[half]
             z = shims.product(scratch.query[w].at[at], scratch.key.at[keys].transpose((1, 0))) * multiplier

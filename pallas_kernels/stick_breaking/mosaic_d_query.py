@@ -1,8 +1,9 @@
-"""The kernel for dq, the gradient of the queries, on Hopper GPUs. It also writes snapshots for the next kernel.
+"""The kernel for dq, the gradient of the queries, on Hopper GPUs. It also writes snapshots for `d_key_value`.
 
-For every query row and half of a key tile, the snapshots are the cumulative log-decay on entry, and P = d_log_rem + the
-sum of a over the keys further left, where a is the weight times its cotangent. The kernel `d_key_value` reads them.
-mosaic_backward.py has all formulas. docs/design/attention_kernels.md explains the barriers.
+The snapshots are two numbers for every query row and half of a key tile. One is the cumulative log-decay before the
+half: the sum of -log2(1 - beta) over all keys on its right. The other one is P = d_log_rem + the sum of a over all keys
+on its left, where a is the weight times the cotangent of the weight. mosaic_backward.py has all formulas.
+docs/design/attention_kernels.md explains the barriers.
 """
 
 from functools import partial
@@ -22,7 +23,11 @@ from .mosaic_tile import KEYS, ROWS, Assignment, Plan, block, tile_memory, two_s
 
 
 class Inputs(NamedTuple):
-    """References to the arrays in global memory that the kernel reads. W is the number of warpgroups that compute."""
+    """References to the arrays in global memory that the kernel for dq reads.
+
+    In the shapes of the fields, W is the number of warpgroups of a block that compute, and `tiles` is the number of
+    blocks of a head.
+    """
 
     query: Any  # [B, T, N, H]
     key: Any  # [B, S, K, H]
@@ -38,7 +43,7 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """References to the arrays in global memory that the kernel writes."""
+    """References to the arrays in global memory that the kernel writes: dq, d_scale, snapshots for `d_key_value`."""
 
     d_query: Any  # [B, T, N, H]
     d_scale: Any  # [B, N, rows padded]: what every query row adds to the gradient of the scale
@@ -46,7 +51,11 @@ class Outputs(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """The shared memory of a block, and its barriers. W is the number of warpgroups that compute."""
+    """The shared memory of a block, and the barriers that protect it.
+
+    In the shapes of the fields, W is the number of warpgroups of the block that compute, and `stages` is the number of
+    key tiles that are in shared memory at the same time.
+    """
 
     query: Any  # [W, ROWS, H]; at the end, dq overwrites it
     d_out: Any  # [W, ROWS, Hv]
@@ -62,13 +71,14 @@ def d_query(
     plan: Plan, query, key, value, d_out, d_log_rem, log_decay, reached, scale, key_ranges, offset,
     query_segments=None, key_segments=None,
 ):  # fmt: skip
-    """Compute the gradient of the queries. Return (dq [B,T,N,H], d_scale [B,N,rows padded], snapshots).
+    """Run the kernel for the gradient of the queries. Return (dq [B,T,N,H], d_scale [B,N,rows padded], snapshots).
 
-    d_scale is what every query row adds to the gradient of the scale. The snapshots are [B, N, key tiles, 2 halves, 2,
-    rows padded]: for each half of a key tile, the cumulative log-decay with which the forward pass entered it, and P,
-    which is d_log_rem + the sum of weight * <d_out, value> over the keys further left. The snapshots of key tiles that
-    a query tile does not visit are not written. The arguments are those of `Kernels.d_query`: `log_decay` and `reached`
-    are results of the forward pass.
+    d_scale is what every query row adds to the gradient of the scale. The snapshots
+    [B, N, key tiles, 2 halves, 2, rows padded] are two numbers for every query row and half of a key tile: the
+    cumulative log-decay before the half, which counts all keys on its right, and P = d_log_rem + the sum of
+    weight * <d_out, value> over all keys on its left. They are written only for the key tiles that are computed for a
+    query tile. `log_decay` and `reached` are results of the forward pass, and the last arguments describe the mask (see
+    `Kernels.d_query`).
     """
     W, stages, dtype = plan.warpgroups, plan.stages, plan.dtype
     memory = partial(tile_memory, dtype=dtype, swizzle=SWIZZLE)
@@ -113,15 +123,16 @@ def d_query(
 def _bound(inputs: Inputs, b, n, first, w, which):
     """Return entry `which` (0 to 3) of the key-tile range of query tile first + w, for batch entry b and query head n.
 
-    `first` is the first query tile of the block, and w is the index of a warpgroup. The range is (stop, whole_stop,
-    whole_start, start), see `key_tile_ranges`. It is limited to the key tiles that the forward pass visited.
+    `first` is the index of the first query tile of the block, and w is the index of the warpgroup. The range is (stop,
+    whole_stop, whole_start, start), see `key_tile_ranges`. It is limited to the key tiles that the forward pass
+    computed.
     """
     x = inputs.key_ranges[b, first + w, which]
     return jnp.maximum(x, inputs.reached[b, n, first + w]) if which else x
 
 
 def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) -> None:
-    """Run the warpgroup that copies the tiles of keys and values to shared memory, from left to right."""
+    """Run the warpgroup that copies the keys and values, tile by tile from left to right, to shared memory."""
 
     def copy(step, _):
         stage = pipeline.free_stage(scratch.ring, step, plan.stages)
@@ -137,8 +148,9 @@ def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) ->
 def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
     """Run a warpgroup that computes dq, d_scale and the snapshots of 64 query rows.
 
-    It computes with the key tiles that its rows visit, from left to right. At key tiles that only the other warpgroup
-    needs, it only waits for the barriers and arrives at them.
+    Its rows have a range of key tiles, which the warpgroup computes from left to right. A second warpgroup that
+    computes may have another range. At the key tiles that only the second one needs, this warpgroup only waits for the
+    barriers and arrives at them.
     """
     b, n, wg, dtype = assigned.b, assigned.n, assigned.wg, plan.dtype
     row = (assigned.i * plan.warpgroups + wg) * ROWS
@@ -206,7 +218,7 @@ def _write(
     """Write d_scale and dq of the 64 query rows of a warpgroup to global memory. dq goes through shared memory.
 
     `acc` [64, H], in registers, is the sum of dz K over all keys, where dz is the gradient of the logits. So dq is
-    scale * acc. `rows` is the slice of the query rows.
+    scale * acc. `rows` is the slice of the query rows in the arrays.
     """
     b, n, wg = assigned.b, assigned.n, assigned.wg
     # d_scale is the sum of dz * <q, k> over the keys, which is <acc, q>. It is computed before acc is rounded, and in

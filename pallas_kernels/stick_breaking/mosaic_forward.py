@@ -37,7 +37,11 @@ from .mosaic_tile import (
 
 
 class Inputs(NamedTuple):
-    """References to the arrays in global memory that the kernel reads. W is the number of warpgroups that compute."""
+    """References to the arrays in global memory that the kernel for the forward pass reads.
+
+    In the shapes of the fields, W is the number of warpgroups of a block that compute, and `tiles` is the number of
+    blocks of a head.
+    """
 
     query: Any  # [B, T, N, H]
     key: Any  # [B, S, K, H]
@@ -49,7 +53,11 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """References to the arrays in global memory that the kernel writes: the results of `forward`."""
+    """References to the arrays in global memory that the kernel for the forward pass writes.
+
+    In the shapes of the fields, W is the number of warpgroups of a block that compute, and `tiles` is the number of
+    blocks of a head.
+    """
 
     out: Any  # [B * splits, T, N, Hv]
     log_decay: Any  # [2, B * splits, N, rows padded]: the cumulative log-decay in two floats
@@ -57,7 +65,11 @@ class Outputs(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """The shared memory of a block, and its barriers. W is the number of warpgroups that compute."""
+    """The shared memory of a block, and the barriers that protect it.
+
+    In the shapes of the fields, W is the number of warpgroups of the block that compute, and `stages` is the number of
+    key tiles that are in shared memory at the same time.
+    """
 
     query: Any  # [W, ROWS, H]
     out: Any  # [W, ROWS, Hv], or None if the output overwrites the query
@@ -71,12 +83,12 @@ class Scratch(NamedTuple):
 
 
 def forward(plan: Plan, query, key, value, scale, key_ranges, offset, query_segments=None, key_segments=None):
-    """Return (out [entries,T,N,Hv], log_decay [2,entries,N,rows padded], reached [entries,N,tiles * warpgroups]).
+    """Run the kernel for the forward pass. Return (out [entries,T,N,Hv], log_decay [2,entries,N,rows padded], reached).
 
-    The arguments are those of `Kernels.forward`. `entries` is B times the number of parts into which the keys are
-    split. `log_decay` is the cumulative log-decay of each query row, -log2 of the part of the stick that remains, as
-    the sum of two float32 numbers. `reached` is the index of the leftmost key tile that each query tile of 64
-    rows visited.
+    `entries` is B times the number of parts into which the keys are split. `log_decay` is the cumulative log-decay of
+    each query row, -log2 of the part of the stick that remains, as the sum of two float32 numbers. `reached`
+    [entries, N, query tiles] is the index of the leftmost key tile that was computed for each query tile of 64 rows.
+    The last arguments describe the mask (see `Kernels.forward`).
     """
     W, stages, dtype = plan.warpgroups, plan.stages, plan.dtype
     entries, out_dtype = plan.entries, plan.out_dtype or dtype
@@ -120,7 +132,7 @@ def forward(plan: Plan, query, key, value, scale, key_ranges, offset, query_segm
 
 
 def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) -> None:
-    """Run the warpgroup that copies the tiles of keys and values to shared memory, from right to left.
+    """Run the warpgroup that copies the keys and values, tile by tile from right to left, to shared memory.
 
     With `skip_below`, it stops when no warpgroup that computes needs more key tiles.
     """
@@ -158,8 +170,9 @@ def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) ->
 def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
     """Run a warpgroup that computes the output and the cumulative log-decay of 64 query rows.
 
-    It computes with the key tiles that its rows visit, from right to left. At key tiles that only the other warpgroup
-    needs, it only waits for the barriers and arrives at them.
+    Its rows have a range of key tiles, which the warpgroup computes from right to left. A second warpgroup that
+    computes may have another range. At the key tiles that only the second one needs, this warpgroup only waits for the
+    barriers and arrives at them.
     """
     stages, dtype, skip = plan.stages, plan.dtype, plan.skip_below is not None
     ring, needs, wg = scratch.ring, scratch.needs, assigned.wg
@@ -230,10 +243,10 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
 
 
 def _write(plan: Plan, assigned: Assignment, row, acc, log_decay, outputs: Outputs, scratch: Scratch) -> None:
-    """Copy the output and the cumulative log-decay of 64 query rows from registers to global memory.
+    """Write the output and the cumulative log-decay of 64 query rows to global memory, through shared memory.
 
-    They go through shared memory. `acc` [64, Hv] is the output, `log_decay` is a pair of arrays [64] whose sum is the
-    cumulative log-decay, and `row` is the index of the first of the 64 rows.
+    `acc` [64, Hv], in registers, is the output. `log_decay` is a pair of arrays [64] whose sum is the cumulative
+    log-decay, and `row` is the index of the first of the 64 rows.
     """
     wg, out_mem = assigned.wg, scratch.query if scratch.out is None else scratch.out
     out_mem[wg] = acc.astype(plan.out_dtype or plan.dtype)

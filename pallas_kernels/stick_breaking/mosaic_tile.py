@@ -26,7 +26,7 @@ FINISHED = 1e30  # the cumulative log-decay of a row that needs no keys; all oth
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(kernels.Plan):
-    """The sizes of one call of an attention kernel for Hopper GPUs, fixed when it is compiled.
+    """The sizes of one call of an attention kernel for Hopper GPUs, which are constants in the compiled kernel.
 
     The fields here are added to the fields of `kernels.Plan`.
     """
@@ -42,7 +42,11 @@ class Plan(kernels.Plan):
 
 
 class Assignment(NamedTuple):
-    """The rows that a warpgroup of `forward` or `d_query` computes, and the key tiles that its block visits."""
+    """What a warpgroup of the kernel `forward` or `d_query` computes, as indices: head, query tile, and key tiles.
+
+    Warpgroup `wg` of block i of a head computes query tile i * W + wg, where W is the number of warpgroups of the block
+    that compute.
+    """
 
     entry: jax.Array  # index of the batch entry and the split of the keys, below B * splits; `b` is entry % B
     b: jax.Array  # batch entry
@@ -71,7 +75,7 @@ def sticks(z, seen=None):
 
     `z` [64, keys] are the logits times log2(e). beta is the share that a key breaks off the stick. `seen` is bool
     [64, keys], True if the query sees the key, or None if every query sees every key. If a query does not see a key,
-    beta is 0.
+    its beta is 0.
     """
     if seen is not None:
         z = jnp.where(seen, z, NOTHING)
@@ -84,9 +88,9 @@ def sticks(z, seen=None):
 
 
 def two_sum(high, low, x):
-    """Add x to a number that is stored as the sum of two floats, high + low. Return the new pair of floats.
+    """Add x to a number that is stored as the sum of two floats, high + low. Return the new pair (high, low).
 
-    The first float of the new pair is high + x, rounded. The second one is `low` plus the error of this rounding.
+    The new `high` is high + x, rounded. The new `low` is low plus the error of this rounding.
     """
     total = high + x
     rest = total - high
@@ -99,8 +103,8 @@ def zeros(step, opaque: bool):
     An opaque zero saves registers. A product needs descriptors of its operands in shared memory, one for every 16
     columns. If a product reads the same memory in every iteration of a loop, the compiler keeps all these descriptors
     in registers. If an opaque zero is added to the index of the memory, the kernel computes the descriptors again in
-    each iteration, in uniform registers. The zeros are computed from `step`, the index of the iteration, which must be
-    below 2^24.
+    each iteration, in uniform registers. The zeros are `step`, the index of the iteration, shifted right by 24 and by
+    25 bits, so `step` must be below 2^24.
     """
     return [lax.shift_right_logical(step, 24 + half) if opaque else jnp.int32(0) for half in range(2)]
 
@@ -108,9 +112,9 @@ def zeros(step, opaque: bool):
 def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
     """Return whether each of 64 query rows sees each of `columns` keys: bool [64, columns] in registers.
 
-    `first_row` is the index of the first query row, `first_column` is the index of the first key, and b is the batch
-    entry. `segments` are references to (segment ids of the queries, segment ids of the keys) in global memory, or None
-    if the call has no segments. `offset` is the position of the first query among the keys.
+    `first_row` is the index of the first query row, `first_column` is the index of the first key, and b is the index of
+    the batch entry. `segments` are references to two arrays in global memory, the segment ids of the queries and of the
+    keys, or None if the call has no segments. `offset` is the position of the first query among the keys.
     """
     shape = (ROWS, columns)
     # The row numbers stay in registers from one tile to the next, unless the segment ids need these registers.
@@ -135,13 +139,12 @@ def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
 
 
 def finished_padding(plan: Plan, segments, b, first_row):
-    """Return the start values of the cumulative log-decay of 64 query rows, fp32 [64]: FINISHED for padding, else 0.
+    """Return the start values of the cumulative log-decay of 64 query rows, fp32 [64]: 1e30 for padding, else 0.
 
-    A padding row is after the last query, or has a negative segment id. With `skip_below`, a block stops early when no
-    row needs more keys. A row needs more keys until its log-decay is above -skip_below. Some padding rows see no
-    keys. If their log-decay started at 0, it would stay 0, and their block would never stop early. b is the batch
-    entry, `first_row` is the index of the first row, and `segments` is a pair of references to the segment ids of the
-    queries and of the keys.
+    With `skip_below`, a block stops when the log-decay of all its rows is above -skip_below. A padding row (after the
+    last query, or with a negative segment id) may see no keys. If its log-decay started at 0, it would stay 0, and the
+    block would not stop. So it starts at 1e30 (FINISHED). b is the index of the batch entry, and `first_row` is the
+    index of the first row. `segments` is a pair of references to the segment ids of the queries and of the keys.
     """
     is_query = first_row + shims.row_numbers() < plan.rows
     if plan.segments:
@@ -151,12 +154,12 @@ def finished_padding(plan: Plan, segments, b, first_row):
 
 
 def block(plan: Plan):
-    """Return what this block computes, (entry, query head, i), from the index of the block.
+    """Return the indices of what this block computes, (entry, query head, i), from the index of the block.
 
     The keys of a batch entry may be split into parts, and `entry` is (index of the part) * B + batch entry. `i` is the
-    index of the block among the blocks of the head. Each block computes one or two query tiles. The query tiles with
-    the most keys come first. Blocks that run at the same time compute only a few heads, so that the keys and values of
-    these heads fit into the cache.
+    index among the blocks of the head. Each block computes one or two query tiles. The query tiles with the most keys
+    come first. Blocks that run at the same time compute only a few heads, so that the keys and values of these heads
+    fit into the cache.
     """
     together = plan.heads_together
     i = lax.axis_index("block")
@@ -166,10 +169,10 @@ def block(plan: Plan):
 
 
 def visited(bound, warpgroups: int):
-    """Return (stop, start) of a block: the key tiles start..stop-1 cover the key-tile ranges of all its warpgroups.
+    """Return (stop, start), so that the key tiles start..stop-1 cover the key-tile ranges of all warpgroups of a block.
 
-    `warpgroups` is 1 or 2. `bound(w, which)` returns the stop (for which = 0) or the start (for which = 3) of the
-    key-tile range of warpgroup w.
+    `warpgroups` is the number of warpgroups that compute, 1 or 2. `bound(w, which)` returns the stop (for which = 0) or
+    the start (for which = 3) of the key-tile range of warpgroup w.
     """
     if warpgroups == 1:
         return bound(0, 0), bound(0, 3)

@@ -1,6 +1,6 @@
-"""The implementation "reference" of stick-breaking attention: the formulas, with all T * S weights in memory.
+"""The implementation "reference" of stick-breaking attention: the formulas in JAX, with all T * S weights in memory.
 
-Every sum is in fp32, or in fp64 for fp64 arrays, and every product is at the highest precision.
+Every sum is in fp32, or in fp64 for fp64 arrays. Every matrix product has the highest precision.
 """
 
 import jax
@@ -13,9 +13,10 @@ from .logarithm import NOTHING
 
 
 def weights(call: Call):
-    """Return the attention weights A [B,N,T,S] and log_rem [B,N,T] of a call.
+    """Return the attention weights A [B,N,T,S], and log_rem [B,N,T].
 
-    `log_rem` is the natural logarithm of the part of the stick that remains. The value array of the call is not used.
+    `log_rem` is the natural logarithm of the part of each query's stick that remains after all keys. `call` has the
+    arguments of the op. Its array `value` is not used.
     """
     dtype = sum_type(call.query)
     q, k = call.query.astype(dtype), call.key.astype(dtype)
@@ -33,10 +34,10 @@ def weights(call: Call):
 
 
 def attention(call: Call):
-    """Return (out [B,T,N,Hv], log_rem [B,T,N], kept [B,K]) of a call.
+    """Compute stick-breaking attention by its formulas. Return (out [B,T,N,Hv], log_rem [B,T,N], kept [B,K]).
 
-    `log_rem` is the natural logarithm of the part of the stick that remains. `kept` is always 1: all
-    keys are computed.
+    `log_rem` is the natural logarithm of the part of each query's stick that remains after all keys. `kept` is the
+    share of the key tiles that was computed. Here it is always 1, because all keys are computed.
     """
     A, log_rem = weights(call)
     v = jnp.repeat(call.value.astype(A.dtype), A.shape[1] // call.value.shape[2], axis=2)

@@ -1,10 +1,10 @@
 """The arithmetic of one tile of R queries and one tile of C keys, forward and backward, for the implementation "xla".
 
 G query heads share one key head. The arguments of the functions are q [G,R,H], k [C,H], v [C,Hv], mask bool [R,C] (True
-if the query sees the key), and log_rem [G,R], the natural logarithm of the part of each query's stick that remains when
-the query enters the tile. Keys are in the order of their positions. Nearer keys are on the right, and queries enter the
-tile from the right. With beta = sigmoid(scale * <q, k>), the weight of a key is
-exp(log_rem + log beta + the sum of log(1 - beta) over the keys on its right in the tile).
+if the query sees the key), and log_rem [G,R]: the natural logarithm of the part of each query's stick that remains
+after all keys on the right of the tile. Keys are in the order of their positions, so the nearer keys are on the right.
+With beta = sigmoid(scale * <q, k>), the weight of a key is exp(log_rem + log beta + the sum of log(1 - beta) over the
+keys on its right in the tile).
 """
 
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ _CHUNK = 64  # keys that one product with a triangular matrix sums over
 
 
 def _log1p(y):
-    """Return log(1 + y) for y from 0 to 1, by a polynomial, or for fp64 by `jnp.log1p`."""
+    """Return log(1 + y), element by element, for y from 0 to 1. It is a polynomial, or `jnp.log1p` for fp64."""
     if y.dtype == jnp.float64:
         return jnp.log1p(y)
     total = jnp.full_like(y, _LOG1P[0])
@@ -31,17 +31,17 @@ def _log1p(y):
 
 
 def _dot(spec, *operands):
-    """Return the einsum `spec` of the operands: products of their dtype, summed in fp32 (in fp64 for fp64 operands)."""
+    """Return `jnp.einsum(spec, *operands)` at the highest precision, in fp32, or in fp64 if the operands are fp64."""
     dtype = sum_type(operands[0])
     return jnp.einsum(spec, *operands, precision="highest", preferred_element_type=dtype)
 
 
 def _sum_after(x, reverse: bool):
-    """Return (for each key, the sum of x over the keys on its right [.., C], the sum of x over all keys [..]).
+    """Return (sums [.., C], total [..]): the sum of x over the keys to the right of each key, and over all keys.
 
-    x is [.., C]. If `reverse`, the sum for each key is over the keys on its left instead. The last axis is cut into
-    chunks of 64 keys, so that the cost per score does not grow with C. The sums within a chunk are a product with a
-    triangular matrix.
+    x is [.., C], one number for each of C keys. So sums[c] = sum of x[m] over m > c, or over m < c if `reverse`. The
+    sums are products with triangular matrices of ones. The keys are cut into chunks of 64 keys: there is a product
+    within each chunk and a product over the sums of the chunks. One product with a [C,C] matrix would cost more.
     """
     *rows, C = x.shape
     chunk = max(1, min(C, _CHUNK))
@@ -63,8 +63,8 @@ def _sticks(q, k, mask, scale):
     """Return (z, exp(-|z|), log beta, softplus(z)), each [G,R,C], where z = scale * <q, k> are the logits.
 
     q is [G,R,H], k is [C,H], and mask is bool [R,C], True if the query sees the key. beta = sigmoid(z) is the share of
-    the stick that a key breaks off, and softplus(z) = -log(1 - beta). A masked logit is set to NOTHING (-1e30) first,
-    so that its weight, its softplus and all derivatives are zero.
+    the stick that a key breaks off, and softplus(z) = -log(1 - beta). If a query does not see a key, z is NOTHING
+    (-1e30), so that the weight, the softplus and all derivatives are zero.
     """
     z = jnp.where(mask, scale * _dot("grh,ch->grc", q, k), NOTHING)
     y = jnp.exp(-jnp.abs(z))
@@ -73,18 +73,21 @@ def _sticks(q, k, mask, scale):
 
 
 def log_decay(q, k, mask, scale):
-    """Return the log-decay of each query over one tile [G,R]: the sum of -log(1 - beta) over the keys of the tile.
+    """Return, for each query, the sum of -log(1 - beta) over the keys of one tile: [G,R].
 
-    q is [G,R,H], k is [C,H], and mask is bool [R,C], True if the query sees the key. beta is sigmoid(scale * <q, k>).
+    This is the log-decay of the tile: minus the logarithm of the factor by which its keys shorten the query's stick.
+    beta is sigmoid(scale * <q, k>). q is [G,R,H], k is [C,H], and mask is bool [R,C], True if the query sees the key.
     """
     return _sticks(q, k, mask, scale)[3].sum(-1)
 
 
 def forward(q, k, v, mask, log_rem, scale):
-    """Return (what the keys of one tile add to the output [G,R,Hv], log_rem after the tile [G,R]).
+    """Compute the attention of R queries to the C keys of one tile. Return (part [G,R,Hv], log_rem [G,R]).
 
-    q is [G,R,H], k is [C,H], v is [C,Hv], and mask is bool [R,C], True if the query sees the key. The argument
-    `log_rem` [G,R] is the natural logarithm of the part of each query's stick that remains before the tile.
+    `part` is the sum of weight * v over these keys. The output is the sum of the parts of all tiles. The argument
+    `log_rem` [G,R] is the natural logarithm of the part of each query's stick that remains after all keys on the right
+    of the tile, and the result `log_rem` also counts the keys of the tile. q is [G,R,H], k is [C,H], v is [C,Hv], and
+    mask is bool [R,C], True if the query sees the key.
     """
     _, _, log_beta, softplus = _sticks(q, k, mask, scale)
     nearer, total = _sum_after(softplus, reverse=False)
@@ -93,11 +96,12 @@ def forward(q, k, v, mask, log_rem, scale):
 
 
 def backward(q, k, v, d_out, mask, log_rem, prefix, scale):
-    """Return (dq / scale [G,R,H], dk / scale [C,H], dv [C,Hv], the prefix after the tile [G,R]).
+    """Compute what one tile adds to the gradients. Return (dq [G,R,H], dk [C,H], dv [C,Hv], prefix [G,R]).
 
-    The gradients are what this tile adds to dq, dk and dv. `d_out` [G,R,Hv] is the cotangent of the output. `prefix`
-    [G,R] is the cotangent of the final log_rem plus the sum of a over all keys on the left of the tile, where
-    a = weight * <d_out, v>. So the tiles must be computed from left to right. The other arguments are as in `forward`.
+    dq and dk are not yet multiplied by `scale`. With a = weight * <d_out, v> for each query and key, the argument
+    `prefix` [G,R] is the cotangent of the final log_rem plus the sum of a over all keys on the left of the tile. The
+    result `prefix` also counts the keys of the tile, for the next tile on the right. `d_out` [G,R,Hv] is the cotangent
+    of the output. The other arguments are as in `forward`.
     """
     z, y, log_beta, softplus = _sticks(q, k, mask, scale)
     nearer, _ = _sum_after(softplus, reverse=False)

@@ -19,7 +19,7 @@ KEYS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(kernels.Plan):
-    """The sizes of one call of a Triton attention kernel, fixed when it is compiled.
+    """The sizes of one call of a Triton attention kernel, which are constants in the compiled kernel.
 
     The fields here are added to the fields of `kernels.Plan`.
     """
@@ -55,7 +55,10 @@ def refuses(call: Call) -> str | None:
 
 
 def detail(call: Call) -> str:
-    """Describe, for `explain`, how the kernels run a call: the sizes of its tiles, or how decoding splits its keys."""
+    """Describe how the kernels run a call: the sizes of its tiles, or how decoding splits its keys.
+
+    `explain` shows this text, such as "64 x 32 tiles".
+    """
     if fused.is_decoding(call):
         return f"decoding, {fused.splits(call)} splits of the keys"
     plan = _plan(call)
@@ -64,9 +67,9 @@ def detail(call: Call) -> str:
 
 
 def attention(call: Call):
-    """Run a call by the Triton kernels. Return (out [B,T,N,Hv], log_rem [B,T,N], kept [B,K]).
+    """Compute stick-breaking attention with the Triton kernels. Return (out [B,T,N,Hv], log_rem [B,T,N], kept [B,K]).
 
-    `log_rem` is the natural logarithm of the part of the stick that remains. `kept` is the number of key tiles
+    `log_rem` is the natural logarithm of the part of each query's stick that remains. `kept` is the number of key tiles
     computed, divided by the number of key tiles that the queries may see.
     """
     return fused.attention(KERNELS, call)
@@ -81,9 +84,10 @@ def _filled(size: int) -> int:
 
 
 def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
-    """Return the `Plan` of a call: the sizes of its arrays and tiles. The arguments are those of `Kernels.plan`.
+    """Return the sizes of a call for the kernel `forward` or, if `backward`, for `d_query` and `d_key_value`.
 
-    In decoding, one query tile has all query rows of a head.
+    `decoding` is None, or a pair: the number of query heads that share a key head, and the number of parts into which
+    the keys are split. In decoding, one query tile has all query rows of a head.
     """
     sizes, itemsize = Plan.sizes_of(call), call.query.dtype.itemsize
     width = max(sizes["H"], sizes["Hv"])
@@ -102,9 +106,10 @@ def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | Non
 
 
 def _arrays(plan: Plan, scale, key_ranges, offset, query_segments=None, key_segments=None):
-    """Return the last arguments of every kernel: scale, key-tile ranges, offsets, and two arrays of segment ids.
+    """Return the last arguments of every kernel: scale, key-tile ranges, offset, segment ids of queries and of keys.
 
-    In a call without segments, the kernel does not read the segment ids. Then the offsets are passed in their place.
+    The offset [B] is the position of the first query among the keys. In a call without segments, the kernel does not
+    read the segment ids. Then the array of offsets is passed in their place.
     """
     segments = (query_segments, key_segments) if plan.segments else (offset, offset)
     return scale.reshape(1).astype(jnp.float32), key_ranges, offset, *segments

@@ -1,10 +1,11 @@
 """The Triton kernel for dk and dv, the gradients of the keys and values.
 
-A block computes one key tile. It sums over the query tiles that visit the key tile:
+A block computes one key tile. It sums over the query tiles whose queries see keys of this tile:
     dk = scale dz^T Q,  dv = A^T dO,
 with the weights A, the gradients dz of the logits, and the cotangent dO of the output. It computes A and dz again, with
-the snapshots of `d_query`. These are two numbers for every query row: the cumulative log-decay on entry to the key
-tile, and P, the prefix sum in the formula of dz. triton_d_query.py has all formulas.
+the snapshots of `d_query`. These are two numbers for every query row and key tile: the cumulative log-decay before the
+key tile, which counts all keys on its right, and P, the prefix sum in the formula of dz. triton_d_query.py has all
+formulas.
 
 R is the number of rows of a query tile, and C is the number of keys of a key tile. Hp and Hvp are H and Hv, padded to
 powers of two.
@@ -27,11 +28,11 @@ def visit(
     """Add query tile i to the sums `dk` [C,Hp] and `dv` [C,Hvp] of the key tile of this block, and return the sums.
 
     The sums are in registers, and `dk` is not yet multiplied by the scale. k [C,Hp] and v [C,Hvp], also in registers,
-    are the keys and values of the key tile, and `column` is the index of its first key. `q_head` and `d_out_head` point
-    to the queries and to the cotangent of the output, for one query head. `snapshots` points to what `d_query` stored
-    for this query head and key tile: the cumulative log-decay on entry, and P. `multiplier` is the scale times log2(e).
-    `position` is the position of the first query among the keys. If `masked`, the mask is computed. Otherwise every
-    query sees every key.
+    are the keys and values of the key tile, and `column` is the index of its first key. b is the index of the batch
+    entry. `q_head` and `d_out_head` point to the queries and to the cotangent of the output of one query head.
+    `snapshots` points to two arrays that `d_query` wrote for this query head and key tile, [padded rows] each: the
+    cumulative log-decay before the tile, and P. `multiplier` is the scale times log2(e). `position` is the position of
+    the first query among the keys. If `masked`, a mask hides keys from queries. Otherwise every query sees every key.
     """
     row = i * R
     rows = row + tl.arange(0, R)
@@ -69,8 +70,9 @@ def d_key_value(
 ):  # fmt: skip
     """Compute dk and dv of one key tile of one key head, and write them to global memory.
 
-    The arguments whose names end in `_ref` point to the arrays of `Kernels.d_key_value`. `query_ranges_ref` points to a
-    result of `query_tile_ranges`.
+    The arguments whose names end in `_ref` point to arrays in global memory: the arguments and results of
+    `Kernels.d_key_value`, and `query_ranges_ref` to a result of `query_tile_ranges`. R and C are the numbers of queries
+    and keys of a tile, and Hp and Hvp are H and Hv, padded to powers of two.
     """
     program = tl.program_id(0)
     key_tiles: tl.constexpr = (S + C - 1) // C

@@ -5,9 +5,9 @@ the weight A is beta times the product of 1 - beta over the nearer keys. dO is t
 the cotangent of log_rem, and log_rem is the sum of log(1 - beta) over all keys. Then, with dA = dO V^T, a = A * dA
 (element by element), and P = d_log_rem + the sum of a over the keys further left:
     dz = (1 - beta) a - beta P,  dq = scale dz K,  dk = scale dz^T Q,  dv = A^T dO.
-A block computes one query tile and visits the key tiles from left to right, so P is a running sum. For every query row
-and key tile, it stores two snapshots: P, and the cumulative log-decay, which is minus the sum of log2(1 - beta) over
-the nearer keys, those on the right of the tile. `d_key_value` reads the snapshots in any order.
+A block computes one query tile. It takes the key tiles from left to right, so P is a running sum. For every query row
+and key tile, it stores two snapshots: P at the leftmost key of the tile, and the cumulative log-decay before the tile,
+which is the sum of -log2(1 - beta) over the keys on its right. `d_key_value` reads the snapshots in any order.
 
 R is the number of rows of a query tile, and C is the number of keys of a key tile. Hp and Hvp are H and Hv, padded to
 powers of two.
@@ -28,12 +28,12 @@ def visit(
 ):  # fmt: skip
     """Add key tile j to dq of a query tile, and store its snapshots. Return `prefix`, `high`, `low` and `acc`, updated.
 
-    These four sums are in registers. `acc` [R,Hp] is dq / scale. `prefix` [R] is P: the cotangent of log_rem plus the
-    sum of a over the keys on the left of tile j, where a is the weight times the cotangent of the weight. high + low
-    [R] is the cumulative log-decay: the sum of -log2(1 - beta) over the keys of tile j and the keys on its right. The
-    returned sums are for the next tile, j + 1. q [R,Hp] and `d_out` [R,Hvp] are the queries and the cotangent of the
-    output. `k_head` and `v_head` point to the keys and values of a head, and `snapshots` [R] to the snapshots for key
-    tile 0. The other arguments are those of `triton_tile.key_tile`.
+    These four sums are in registers. `acc` [R,Hp] is dq, not yet multiplied by the scale. `prefix` [R] is P: the
+    cotangent of log_rem plus the sum of a over the keys on the left of tile j, where a is the weight times the
+    cotangent of the weight. high + low [R] is the cumulative log-decay: the sum of -log2(1 - beta) over the keys of
+    tile j and the keys on its right. The returned sums are for the next tile, j + 1. q [R,Hp] and `d_out` [R,Hvp] are
+    the queries and the cotangent of the output. `k_head` and `v_head` point to the keys and values of a head.
+    `snapshots` [R] points to the snapshots of key tile 0. The other arguments are as in `triton_tile.key_tile`.
     """
     k, v, z = tile.key_tile(
         j, q, multiplier, k_head, v_head, last, first, query_segments, key_segments_ref, S, K, H, Hv, C, Hp, Hvp,
@@ -64,9 +64,11 @@ def d_query(
     tiles: tl.constexpr, together: tl.constexpr, attend_current: tl.constexpr, window: tl.constexpr,
     segments: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Compute one query tile of one head, and write its part of the results of `Kernels.d_query` to global memory.
+    """Compute dq, d_scale and the snapshots of one query tile of one head, and write them to global memory.
 
-    The arguments whose names end in `_ref` point to the arrays of `Kernels.d_query`.
+    The arguments whose names end in `_ref` point to arrays in global memory, the arguments and results of
+    `Kernels.d_query`. R and C are the numbers of queries and keys of a tile, Hp and Hvp are H and Hv, padded to powers
+    of two, and `tiles` is the number of query tiles of a head.
     """
     b, n, i = tile.block(B * N, N, tiles, together)
     head = n // (N // K)

@@ -1,6 +1,6 @@
 """The Triton kernel for the forward pass of stick-breaking attention.
 
-A block computes a tile of R query rows. It visits the key tiles, of C keys each, from the nearest one to the left. Hp
+A block computes a tile of R query rows. It takes the key tiles, of C keys each, from the nearest one to the left. Hp
 and Hvp are H and Hv, padded to powers of two.
 """
 
@@ -19,8 +19,9 @@ def visit(
     """Add key tile j to the running sums `high`, `low` and `acc` of a query tile, and return the new sums.
 
     The sums are in registers. high + low [R] is the cumulative log-decay of the query rows: -log2 of the part of the
-    stick that remains. `acc` [R,Hvp] is the output. q [R,Hp] are the queries. `k_head` and `v_head` point to the keys
-    and values of one head. The other arguments are those of `triton_tile.key_tile`.
+    stick that remains. `acc` [R,Hvp] is the output: the sum of weight * v over the keys. q [R,Hp] are the queries.
+    `k_head` and `v_head` point to the keys and values of one head in global memory. The other arguments are as in
+    `triton_tile.key_tile`.
     """
     k, v, z = tile.key_tile(
         j, q, multiplier, k_head, v_head, last, first, query_segments, key_segments_ref, S, K, H, Hv, C, Hp, Hvp,
@@ -43,9 +44,12 @@ def forward(
     window: tl.constexpr, segments: tl.constexpr, skip: tl.constexpr, threshold: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """Compute one query tile of one head, and write its part of the results of `Kernels.forward` to global memory.
+    """Compute the results of the forward pass for one query tile of one head: output, log-decay, leftmost key tile.
 
-    The arguments whose names end in `_ref` point to the arrays of `Kernels.forward`.
+    The results are written to global memory. The arguments whose names end in `_ref` point to arrays there, the
+    arguments and results of `Kernels.forward`. R and C are the numbers of queries and keys of a tile, Hp and Hvp are H
+    and Hv, padded to powers of two, and `tiles` is the number of query tiles of a head. If `skip`, the block stops when
+    the cumulative log-decay of all its queries is above `threshold`.
     """
     entry, n, i = tile.block(entries * N, N, tiles, together)
     b = entry % B

@@ -27,11 +27,11 @@ DEGREE = tl.constexpr(len(logarithm.LOG2P1))
 
 @triton.jit
 def block(heads: tl.constexpr, N: tl.constexpr, tiles: tl.constexpr, together: tl.constexpr):
-    """Return (batch entry, query head, query tile) that this block computes, from the index of the block.
+    """Return what this block computes, the indices (batch entry, query head, query tile), from the index of the block.
 
-    `heads` is the number of query heads of all batch entries, and `tiles` is the number of query tiles of a head. The
-    query tiles with the most keys come first. Only `together` heads are computed at the same time, so that their keys
-    and values fit into the cache.
+    `heads` is the number of query heads of all batch entries together, N is the number of query heads of one batch
+    entry, and `tiles` is the number of query tiles of a head. The query tiles with the most keys come first. Only
+    `together` heads are computed at the same time, so that their keys and values fit into the cache.
     """
     program = tl.program_id(0)
     group = program // (together * tiles)
@@ -42,7 +42,10 @@ def block(heads: tl.constexpr, N: tl.constexpr, tiles: tl.constexpr, together: t
 
 @triton.jit
 def head_of(ref, b, head, tokens: tl.constexpr, heads: tl.constexpr, width: tl.constexpr):
-    """Return the pointer to the first element of head `head` and batch entry b of `ref` [batch,tokens,heads,width]."""
+    """Return the pointer to the first element of batch entry b and head `head` of an array [batch,tokens,heads,width].
+
+    `ref` points to the first element of the array in global memory.
+    """
     return ref + (b.to(tl.int64) * tokens * heads + head) * width
 
 
@@ -60,7 +63,7 @@ def pointers(ref, first, stride: tl.constexpr, rows: tl.constexpr, columns: tl.c
 def inside(first, limit, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
     """Return whether each element of a tile that begins at row `first` is in the array: bool [rows, columns].
 
-    An element is in the array if its row is below `limit` and its column is below `width`.
+    An element is in the array if its row in the array is below `limit` and its column is below `width`.
     """
     row, column = first + tl.arange(0, rows), tl.arange(0, columns)
     return (row < limit)[:, None] & (column < width)[None, :]
@@ -68,10 +71,10 @@ def inside(first, limit, width: tl.constexpr, rows: tl.constexpr, columns: tl.co
 
 @triton.jit
 def load(ref, first, limit, stride: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
-    """Load the tile [rows, columns] that begins at row `first` from global memory to registers.
+    """Load the tile [rows, columns] that begins at row `first` of an array from global memory to registers.
 
-    `ref` points to row 0 of the array, whose rows are `stride` elements apart. The tile has zeros in the rows from
-    `limit` on and in the columns from `width` on.
+    `ref` points to row 0 of the array, whose rows are `stride` elements apart. The tile has zeros in place of the rows
+    from `limit` on and of the columns from `width` on.
     """
     mask = inside(first, limit, width, rows, columns)
     return tl.load(pointers(ref, first, stride, rows, columns), mask=mask, other=0.0)
@@ -79,9 +82,10 @@ def load(ref, first, limit, stride: tl.constexpr, width: tl.constexpr, rows: tl.
 
 @triton.jit
 def load_whole(ref, first, stride: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
-    """Load a tile [rows, columns], like `load`, but all its rows must be in the array.
+    """Load the tile [rows, columns] that begins at row `first`, whose rows are all in the array, to registers.
 
-    The tile begins at row `first`. It has zeros in the columns from `width` on.
+    `ref` points to row 0 of the array, whose rows are `stride` elements apart. The tile has zeros in place of the
+    columns from `width` on.
     """
     if width == columns:
         return tl.load(pointers(ref, first, stride, rows, columns))
@@ -91,9 +95,11 @@ def load_whole(ref, first, stride: tl.constexpr, width: tl.constexpr, rows: tl.c
 @triton.jit
 def keys_of(ref, first, S: tl.constexpr, stride: tl.constexpr, width: tl.constexpr, rows: tl.constexpr,
             columns: tl.constexpr, masked: tl.constexpr):  # fmt: skip
-    """Load a tile [rows, columns] of keys or values, which begins at key `first`, from global memory to registers.
+    """Load the tile [rows, columns] of the keys or values of a head that begins at key `first` to registers.
 
-    `ref` points to key 0. If `masked`, the rows from S on are zeros. Otherwise all rows must be below S.
+    `ref` points to key 0 in global memory. Two keys are `stride` elements apart. If `masked`, the tile has zeros in
+    place of the keys from S on. Otherwise all its keys must be below S. It has zeros in place of the columns from
+    `width` on.
     """
     if masked:
         return load(ref, first, S, stride, width, rows, columns)
@@ -108,7 +114,7 @@ def product(a, b, precision: tl.constexpr):
 
 @triton.jit
 def reach(position, attend_current: tl.constexpr, window: tl.constexpr, S: tl.constexpr):
-    """Return (last, first): by causality and window, a query at position `position` sees the keys first..last.
+    """Return (last, first): causality and the window permit a query at position `position` to see the keys first..last.
 
     Segments are not considered. A `window` of -1 means no window. Then `first` is 0.
     """
@@ -119,11 +125,12 @@ def reach(position, attend_current: tl.constexpr, window: tl.constexpr, S: tl.co
 
 @triton.jit
 def visible(column, last, first, query_segments, key_segments_ref, window: tl.constexpr, segments: tl.constexpr):
-    """Return whether each query sees each key: bool [R,C].
+    """Return whether each of R queries sees each of C keys: bool [R,C].
 
-    `column` [C] are key indices. Without segments, query r sees the keys first[r]..last[r], where `last` and `first`
-    [R] are results of `reach`. `query_segments` [R] are the segment ids of the queries, and `key_segments_ref` points
-    to the segment ids of all keys of the batch entry. They are used only if `segments`.
+    `column` [C] are the indices of the keys. Causality and the window permit query r to see the keys first[r]..last[r],
+    so `last` and `first` are [R], results of `reach`. If `segments`, the segment ids must also be equal:
+    `query_segments` [R] has the ids of the queries, and `key_segments_ref` points to the ids of all keys of the batch
+    entry.
     """
     seen = column[None, :] <= last[:, None]
     if window >= 0:
@@ -142,10 +149,10 @@ def key_tile(
 ):  # fmt: skip
     """Load key tile j. Return (keys [C,Hp], values [C,Hvp], logits [R,C] times log2(e)) for the queries q [R,Hp].
 
-    `multiplier` is the scale times log2(e). `k_head` and `v_head` point to the keys and values of one head. If
-    `masked`, the logit of a key that a query does not see is NOTHING (-1e30), which makes its beta 0. The mask is
-    computed from `last` and `first` (results of `reach`), the segment ids `query_segments` [R], and the segment ids of
-    the keys at `key_segments_ref`.
+    `multiplier` is the scale times log2(e). `k_head` and `v_head` point to the keys and values of one head in global
+    memory. If `masked`, the logit of a key that a query does not see is NOTHING (-1e30), which makes its beta 0. The
+    mask is computed from `last` and `first` [R] (results of `reach`), the segment ids `query_segments` [R], and the
+    segment ids of the keys at `key_segments_ref`.
     """
     column = j * C
     k = keys_of(k_head, column, S, K * H, H, C, Hp, masked)
@@ -159,7 +166,7 @@ def key_tile(
 
 @triton.jit
 def sticks(z):
-    """Return (log2 of beta, -log2 of 1 - beta), each [R,C], where beta = 1 / (1 + 2^-z).
+    """Return (log2 of beta, -log2 of 1 - beta), each [R,C] in registers, where beta = 1 / (1 + 2^-z).
 
     z [R,C] are the logits times log2(e). beta is the share of the stick that a key breaks off.
     """
@@ -175,11 +182,11 @@ def sticks(z):
 def sum_of_nearer(softplus):
     """Return, for each query and key, the sum of `softplus` over the keys on the right of this key in the tile: [R,C].
 
-    `softplus` [R,C] is -log2(1 - beta), limited to ENOUGH (160), so that it fits into float16. The sums are a product
-    with a strictly triangular matrix of zeros and ones. `softplus` is split into two float16 numbers, which together
-    keep 22 bits. A tensor core multiplies them by ones without an error, and adds in fp32. The key itself is not in the
-    sum, so no subtraction loses digits. A scan from the right (`tl.cumsum(reverse=True)`) would be slower: it is a scan
-    from the left, with an exchange of every score between threads before and after it.
+    `softplus` [R,C] is -log2(1 - beta), limited to ENOUGH (160), so that it fits into float16. The sums are a matrix
+    product of `softplus` and a strictly triangular matrix of zeros and ones [C,C]. `softplus` is split into two float16
+    numbers, which together keep 22 bits. A tensor core multiplies them by ones without an error, and adds in fp32. The
+    key itself is not in the sum, so no subtraction loses digits. `tl.cumsum(reverse=True)` would be slower: it
+    exchanges every score between threads before and after a scan from the left.
     """
     key = tl.arange(0, softplus.shape[1])
     nearer = (key[:, None] > key[None, :]).to(tl.float16)
@@ -190,7 +197,7 @@ def sum_of_nearer(softplus):
 
 @triton.jit
 def weights_of(log_beta, softplus, entering):
-    """Return the weights A [R,C]: beta times the product of 1 - beta over all nearer keys, in this tile and before it.
+    """Return the weights A [R,C]: beta times the product of 1 - beta over all nearer keys, in or right of this tile.
 
     `log_beta` and `softplus` [R,C] are log2(beta) and -log2(1 - beta), where `softplus` is limited to ENOUGH (160).
     `entering` [R] is the cumulative log-decay of each query row before this tile: the sum of -log2(1 - beta) over the
@@ -203,9 +210,10 @@ def weights_of(log_beta, softplus, entering):
 def d_logits(a, log_beta, softplus, prefix):
     """Return dz [R,C], the gradient of the logits: dz = (1 - beta) a - beta P.
 
-    `a` [R,C] is the weight times the cotangent of the weight. P is the cotangent of log_rem plus the sum of a over the
-    keys further left. `prefix` [R] is P at the leftmost key of the tile. `log_beta` and `softplus` are log2(beta) and
-    -log2(1 - beta). beta and 1 - beta are each computed from a logarithm, so both are precise.
+    `a` [R,C] is the weight times the cotangent of the weight. P of a key is the cotangent of log_rem plus the sum of a
+    over all keys further left, and `prefix` [R] is P of the leftmost key of the tile. `log_beta` and `softplus` [R,C]
+    are log2(beta) and -log2(1 - beta). Both beta and 1 - beta are computed from a logarithm, because a difference from
+    1 would lose precision.
     """
     further = prefix[:, None] + (tl.cumsum(a, 1) - a)
     return tl.exp2(-softplus) * a - tl.exp2(log_beta) * further
@@ -213,9 +221,9 @@ def d_logits(a, log_beta, softplus, prefix):
 
 @triton.jit
 def two_sum(high, low, x):
-    """Add x to a number that is stored as the sum of two floats, high + low. Return the new pair of floats.
+    """Add x to a number that is stored as the sum of two floats, high + low. Return the new pair (high, low).
 
-    The first float of the new pair is high + x, rounded. The second one is `low` plus the error of this rounding.
+    The new `high` is high + x, rounded. The new `low` is low plus the error of this rounding.
     """
     total = high + x
     rest = total - high

@@ -1,10 +1,10 @@
 """The implementation "xla" of stick-breaking attention, in plain JAX, with memory linear in T.
 
-Scores are computed in tiles, with the functions of tile.py. There is code for short calls and code for long calls. A
-short call is an unrolled loop over query tiles. Each query tile has one key tile, with all keys that its queries may
-see. A long call is a loop over the query tiles, and for each of them a while loop over key tiles, from the nearest keys
-to the left. The while loop ends at the leftmost key tile that the queries may see or, with `skip_below`, when less than
-2^skip_below remains of the stick of every query. The backward pass computes the weights again from its inputs.
+Scores are computed in tiles, with the functions of tile.py. A "short call", with few queries and keys, is an unrolled
+loop over query tiles. Each query tile has one key tile, with all keys that its queries may see. A "long call" is a loop
+over the query tiles, and for each of them a while loop over key tiles, from the nearest keys to the left. The while
+loop ends at the leftmost key tile that the queries may see or, with `skip_below`, when less than 2^skip_below remains
+of the stick of every query. The backward pass computes the weights again from its inputs.
 """
 
 import math
@@ -20,7 +20,7 @@ from ..arguments import sum_type
 from . import tile
 from .call import Call, Where
 
-_SHORT_ROWS = 64  # queries of a query tile of a short call
+_SHORT_ROWS = 64  # queries of a query tile of a short call (`_is_short`)
 _SHORT_SCORES = 2**18  # most scores of one query head in a query tile of a short call
 _CACHED_SCORES = 2**18  # scores that fit into the cache of a CPU core: 1 MiB of fp32
 _LONG_TILES = (256, 256)  # (queries, keys) of a tile of a long call
@@ -28,7 +28,11 @@ _SKIP_TILES = (128, 256)  # the same with skip_below
 
 
 def _is_short(call: Call) -> bool:
-    """Return whether a call is short: T <= 512, a key tile can hold all keys, and `skip_below` and `tiles` are None."""
+    """Return whether a call is short: it has few queries and keys, so that one key tile has all keys.
+
+    A short call has T <= 512, at most _SHORT_SCORES scores of a query tile and all keys, and no `skip_below` or
+    `tiles`. A call with an empty array is short too.
+    """
     T, S = call.mask.T, call.mask.S
     if 0 in call.query.shape + (S,):
         return True  # an array is empty
@@ -36,7 +40,7 @@ def _is_short(call: Call) -> bool:
 
 
 def detail(call: Call) -> str:
-    """Describe, for `explain`, the sizes of the tiles in which a call is computed."""
+    """Describe, for `explain`, the tiles in which a call is computed, such as "loop over 256 x 256 tiles"."""
     if _is_short(call):
         rows = _short_rows(call)
         tiles = -(-call.mask.T // rows)
@@ -47,7 +51,10 @@ def detail(call: Call) -> str:
 
 
 def attention(call: Call):
-    """Run a call in plain JAX. Return (out [B,T,N,Hv], log_rem [B,T,N], share of the key tiles computed [B,K])."""
+    """Compute stick-breaking attention in plain JAX. Return (out [B,T,N,Hv], log_rem [B,T,N], kept [B,K]).
+
+    `log_rem` is the logarithm of the part of the stick that remains, and `kept` the share of the key tiles computed.
+    """
     dtype = sum_type(call.query)
     scale = jnp.full_like(call.query, call.scale, dtype, shape=())  # varies over the same mesh axes as query
     static = call._replace(query=None, key=None, value=None, scale=None, where=None)
@@ -83,7 +90,7 @@ _jitted = jax.jit(_attention, static_argnums=5)  # without a jit, the loops woul
 
 
 def _to_heads(call, x):
-    """Reshape x [B,T,N,...] to [B,K,G,T,...]: the G query heads that use one key head are together."""
+    """Reshape x [B,T,N,...] to [B,K,G,T,...], where G = N / K query heads use each of the K key heads."""
     B, T, N = x.shape[:3]
     K = call.key.shape[2]
     return jnp.moveaxis(x.reshape(B, T, K, N // K, *x.shape[3:]), 1, 3)
@@ -96,12 +103,12 @@ def _to_tokens(x):
 
 
 def _over_heads(one_head, call: Call, *extra):
-    """Compute `one_head(call of one key head, reach, *extra)` for all batch entries and key heads: arrays [B, K, ..].
+    """Call `one_head` for every batch entry and key head. Return its results, stacked to arrays [B, K, ..].
 
-    The call of one key head has query [G,T,H], key [S,H] and value [S,Hv]. `reach` is a result of `_reach`, or None for
-    a short call. `extra` are more arrays [B, K, ..]. On a CPU, only a few batch entries run together, so that their
-    tiles fit into the cache of a core. Otherwise all data would pass through memory several times. With `skip_below`,
-    one head runs after the other: heads stop at different tiles, and together they would all wait for the last one.
+    Each call is `one_head(head, reach, *extra)`. `head` is a `Call` with query [G,T,H], key [S,H] and value [S,Hv].
+    `reach` is a result of `_reach`, or None for a short call. `extra` are more arrays, [B, K, ..] here and [..] in
+    `one_head`. On a CPU, only a few batch entries run together, so that their tiles fit into the cache of a core. With
+    `skip_below`, one head runs after the other, so that no head waits for another one to stop.
     """
     arrays = (_to_heads(call, call.query), call.key.swapaxes(1, 2), call.value.swapaxes(1, 2), *extra)
 
@@ -128,11 +135,7 @@ def _over_heads(one_head, call: Call, *extra):
 
 
 def _entries_together(call: Call) -> int:
-    """Return how many batch entries are computed at the same time: B, except on a CPU.
-
-    On a CPU, it is the largest divisor of B for which the tiles that are computed at the same time, one for each query
-    head of each batch entry, have at most _CACHED_SCORES scores in total.
-    """
+    """Return how many batch entries run at the same time: B, or on a CPU a divisor of B whose tiles fit its cache."""
     B, _, N, _ = call.query.shape
     if platform.name() != "cpu":
         return B
@@ -141,19 +144,15 @@ def _entries_together(call: Call) -> int:
     return max((g for g in range(1, B + 1) if B % g == 0 and g <= most), default=B)
 
 
-# Short calls.
-
-
 def _short_rows(call):
-    """Return the number of queries of a query tile in a short call."""
+    """Return the number of queries of a query tile of a short call (`_is_short`): T, but at least 1 and at most 64."""
     return max(1, min(call.mask.T, _SHORT_ROWS))
 
 
 def _short_tiles(call: Call):
-    """Yield (slice of the queries, slice of the keys) for every query tile of a short call.
+    """Yield (slice of the queries, slice of the keys) for every query tile of a short call (`_is_short`).
 
-    If the position of the first query is known when the call is traced, the slice of the keys has only keys that the
-    queries may see by causality and window. Otherwise it has all keys.
+    The keys are those that causality and the window permit, or all keys if the position of the first query is traced.
     """
     mask, rows = call.mask, _short_rows(call)
     for start in range(0, mask.T, rows):
@@ -171,9 +170,9 @@ def _short_mask(call, rows, columns):
 
 
 def _short_forward(call: Call, reach):
-    """Return (out [G,T,Hv], log_rem [G,T], share of the key tiles computed []) of one key head of a short call.
+    """Compute attention for one key head, without a loop over key tiles. Return (out [G,T,Hv], log_rem [G,T], kept []).
 
-    The share is always 1. `reach` is not used. It is an argument because `_long_forward` needs it.
+    `call` has query [G,T,H], key [S,H], value [S,Hv]. `kept`, the share of the tiles computed, is 1. `reach` is unused.
     """
     G, _, _ = call.query.shape
     dtype = sum_type(call.query)
@@ -191,9 +190,9 @@ def _short_forward(call: Call, reach):
 
 
 def _short_backward(call: Call, reach, d_out, d_log_rem):
-    """Return the gradients (dq / scale [G,T,H], dk / scale [S,H], dv [S,Hv]) of one key head of a short call.
+    """Compute the gradients of a key head, without a loop over key tiles. Return (dq [G,T,H], dk [S,H], dv [S,Hv]).
 
-    `d_out` [G,T,Hv] and `d_log_rem` [G,T] are the cotangents of the output and of log_rem. `reach` is not used.
+    dq and dk are not yet multiplied by the scale. `d_out` and `d_log_rem` are cotangents. `reach` is not used.
     """
     dtype = sum_type(call.query)
     dqs, dk, dv = [], jnp.zeros_like(call.key, dtype), jnp.zeros_like(call.value, dtype)
@@ -206,20 +205,17 @@ def _short_backward(call: Call, reach, d_out, d_log_rem):
     return jnp.concatenate(dqs, 1) if dqs else jnp.zeros_like(call.query, dtype), dk, dv
 
 
-# Long calls.
-
-
 def _long_tiles(call):
-    """Return (number of queries, number of keys) of a tile in a long call."""
+    """Return (number of queries, number of keys) of a tile, for a call that is computed by a loop over key tiles."""
     # With skip_below, a query tile goes on until all its queries can stop. Tiles with fewer queries stop earlier.
     rows, columns = call.tiles or (_LONG_TILES if call.skip_below is None else _SKIP_TILES)
     return max(1, min(rows, call.mask.T)), max(1, min(columns, call.mask.S))
 
 
 def _reach(call: Call, where: Where):
-    """Return (first, last), int32 [2, query tiles]: query tile i may see the key tiles first[i]..last[i]-1.
+    """Return (first, last), int32 [2, query tiles], the range of key tiles that each query tile may see.
 
-    These are the key tiles that at least one query of the query tile may see in at least one batch entry of `where`.
+    In every batch entry of `where`, all keys that query tile i sees are in the key tiles first[i]..last[i]-1.
     """
     rows, columns = _long_tiles(call)
     needed = _within_mask(call, where.offset)
@@ -255,9 +251,9 @@ def _within_mask(call: Call, offset):
 def _loop(call: Call):
     """Return a function like `lax.while_loop`, for the loop over the key tiles of a query tile.
 
-    The loop is a jitted function whose name states the expected number of passes, for cost estimates (`cost.loop`): the
-    mean number of key tiles that a query tile may see. If the position of the first query is not known when the call is
-    traced, the last query is assumed at the position of the last key.
+    For cost estimates, the name of the jitted loop states its expected number of iterations: the mean number of key
+    tiles that a query tile may see. If the first query's position is traced, the last query is assumed at the last
+    key's position.
     """
     mask = call.mask
     offset = mask.S - mask.T if mask.static_offset is None else mask.static_offset
@@ -281,17 +277,16 @@ def _segment_range(segments, size):
 
 
 def _pad(x, axis, size):
-    """Return x, padded with zeros at the end of axis `axis` to a multiple of `size`."""
+    """Return x, padded with zeros at the end of axis `axis`, so that its size is a multiple of `size`."""
     pads = [(0, 0)] * x.ndim
     pads[axis] = (0, -x.shape[axis] % size)
     return jnp.pad(x, pads)
 
 
 class _Tiles:
-    """The arrays of one key head in a long call, padded to whole tiles, and methods that return one tile of them.
+    """The arrays of one key head and its query heads, padded to whole tiles, and methods that return one tile of them.
 
-    Query tile i has the queries from i * `rows` on, and key tile j has the keys from j * `columns` on. i and j may be
-    traced.
+    Query tile i begins at query i * `rows`, and key tile j begins at key j * `columns`. i and j may be traced.
     """
 
     def __init__(self, call: Call):
@@ -320,10 +315,9 @@ class _Tiles:
         return self.call.mask.visible(self.call.where, q, k)
 
     def has_stick_left(self, i, log_rem):
-        """Return whether at least one query of query tile i needs keys further left.
+        """Return whether some query of query tile i, padding excluded, has at least 2^skip_below of its stick left.
 
-        `log_rem` [G, rows] is the natural logarithm of the part of the stick that remains. A query needs more keys if
-        this part is at least 2^skip_below. Padding rows need no keys. Without `skip_below`, the answer is always True.
+        `log_rem` [G, rows] is the natural logarithm of what is left. Without `skip_below`, the result is always True.
         """
         if self.call.skip_below is None:
             return True
@@ -335,7 +329,10 @@ class _Tiles:
 
 
 def _long_forward(call: Call, reach):
-    """Return (out [G,T,Hv], log_rem [G,T], share of the key tiles in `reach` that was computed []) of a key head."""
+    """Compute attention for one key head, by a loop over key tiles. Return (out [G,T,Hv], log_rem [G,T], kept []).
+
+    `kept` is the share of the key tiles that was computed, of those in the ranges `reach`, a result of `_reach`.
+    """
     t, loop = _Tiles(call), _loop(call)
     G, T = call.query.shape[:2]
 
@@ -359,7 +356,10 @@ def _long_forward(call: Call, reach):
 
 
 def _long_backward(call: Call, reach, d_out, d_log_rem):
-    """Return the gradients (dq / scale [G,T,H], dk / scale [S,H], dv [S,Hv]) of one key head of a long call."""
+    """Compute the gradients of a key head, by a loop over key tiles. Return (dq [G,T,H], dk [S,H], dv [S,Hv]).
+
+    dq and dk have no factor `scale` yet. `d_out` and `d_log_rem` are cotangents. `reach` is a result of `_reach`.
+    """
     t, loop = _Tiles(call), _loop(call)
     G, T = call.query.shape[:2]
     d_out, d_log_rem = _pad(d_out, 1, t.rows), _pad(d_log_rem, 1, t.rows)
@@ -395,6 +395,6 @@ def _long_backward(call: Call, reach, d_out, d_log_rem):
 
 
 def _add_at(total, part, j):
-    """Return `total` [keys, width] with `part` [keys of a tile, width] added to its key tile j."""
+    """Return `total` [keys, width] after `part` [size, width] was added to its rows j * size .. (j + 1) * size - 1."""
     size = part.shape[0]
     return lax.dynamic_update_slice_in_dim(total, lax.dynamic_slice_in_dim(total, j * size, size) + part, j * size, 0)

@@ -143,9 +143,9 @@ def read_json(path: str | os.PathLike) -> Config:
     try:
         tree = json.loads(Path(path).read_text("utf-8-sig"))
     except RecursionError as error:
-        raise ValueError(f"{path}: not a config: it is nested too deeply") from error
+        raise ValueError(f"{path}: the JSON is nested too deeply") from error
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        raise ValueError(f"{path}: the file is not JSON: {error}") from error
     try:
         return Config.from_dict(tree)
     except ValueError as error:
@@ -160,7 +160,7 @@ def _run(file: Path) -> Config:
     try:
         get_config = runpy.run_path(str(file)).get("get_config")
         if get_config is None:
-            raise ValueError("it defines no function get_config()")
+            raise ValueError("the file defines no function get_config()")
         try:
             inspect.signature(get_config).bind()
         except TypeError as error:

@@ -130,10 +130,14 @@ class ModelConfig(FamilyConfig):
             raise ValueError(f"key_value='input' needs K=1 and H=D={self.D}, not K={self.K} and H={self.H}")
         if self.key_value == "input" and variant(self.attention).rotary:
             known = variants_with(lambda kind: not kind.rotary)
-            raise ValueError(f"key_value='input' needs attention={known}: rotary positions change keys, but not values")
+            raise ValueError(
+                f"key_value='input' needs attention={known}, got attention={self.attention!r}, whose rotary positions "
+                "change keys, but not values"
+            )
         if self.head_norm or self.remainder == "bias":
             raise ValueError(
-                "head_norm and remainder='bias' need heads that all tokens share; set attention_experts.E=0"
+                "attention experts need head_norm=False and a remainder other than 'bias', got "
+                f"head_norm={self.head_norm} and remainder={self.remainder!r}; or set attention_experts.E=0"
             )
 
     def check_mesh(self, sizes: dict[str, int], T: int) -> None:
@@ -142,7 +146,7 @@ class ModelConfig(FamilyConfig):
         `sizes` is {mesh axis: its number of devices}.
         """
         if sizes["expert"] > 1 and not self.experts.E:
-            raise ValueError(f"mesh axis expert={sizes['expert']} needs a model with experts, but experts.E=0")
+            raise ValueError(f"mesh axis expert={sizes['expert']} needs a model with experts, but it has experts.E=0")
         if sizes["expert"] > 1 and self.experts.added:
             old, added = self.experts.E, self.experts.added
             raise ValueError(
@@ -152,7 +156,7 @@ class ModelConfig(FamilyConfig):
         if sizes["context"] > 1 and not variant(self.attention).divides_sequence:
             raise ValueError(
                 f"mesh axis context={sizes['context']} needs "
-                f"attention={variants_with(lambda kind: kind.divides_sequence)}"
+                f"attention={variants_with(lambda kind: kind.divides_sequence)}, got attention={self.attention!r}"
             )
         tensor, context = sizes["tensor"], sizes["context"]
         divided = [

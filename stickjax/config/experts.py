@@ -69,17 +69,18 @@ class ExpertsConfig:
             if f.name not in options and (value := getattr(self, f.name)) != f.default:
                 fields = ", ".join(options)
                 raise ValueError(
-                    f"{name}.{f.name}={value!r}: this model family supports only these fields of {name}: {fields}"
+                    f"{name}.{f.name}={value!r} is not supported by this model family; the fields of {name} that it "
+                    f"supports are {fields}"
                 )
         if not E:
             counts = ("k", "token_rounding", "bias_rate", "added", "pruned")
             if used := [f"{field}={value}" for field in counts if (value := getattr(self, field))]:
-                raise ValueError(f"{name}: {', '.join(used)} needs experts, but E=0")
+                raise ValueError(f"{name}: {', '.join(used)} needs E >= 1 experts, got E=0")
             return
         if k > E:
             raise ValueError(f"{name}: k={k} experts per token cannot exceed E={E} experts")
         if not k:
-            raise ValueError(f"{name}: E={E} experts need k >= 1 experts per token")
+            raise ValueError(f"{name}: E={E} experts need k >= 1 experts per token, got k=0")
         if k == 1 < E and self.order == "topk_softmax":  # a single expert leaves nothing for a router to learn
             raise ValueError(
                 f"{name}: k=1 with order='topk_softmax' has a constant gate, so the router is not trained; use k >= 2 "
@@ -88,4 +89,4 @@ class ExpertsConfig:
         if self.sample_topk > k:
             raise ValueError(f"{name}: sample_topk={self.sample_topk} cannot exceed k={k}")
         if self.pruned and self.pruning != "old_denominator":
-            raise ValueError(f"{name}: pruned={self.pruned} needs pruning='old_denominator'")
+            raise ValueError(f"{name}: pruned={self.pruned} needs pruning='old_denominator', got {self.pruning!r}")

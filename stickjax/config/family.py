@@ -58,4 +58,6 @@ class FamilyConfig:
         that can divide its parameters or sequences overrides it.
         """
         if other := [f"{axis}={n}" for axis, n in sizes.items() if axis != "data" and n > 1]:
-            raise ValueError(f"{' and '.join(other)}: a model of family={self.family!r} supports data parallelism only")
+            raise ValueError(
+                f"{' and '.join(other)} must be 1: a model of family={self.family!r} supports data parallelism only"
+            )

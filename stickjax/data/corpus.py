@@ -80,7 +80,7 @@ def _cut(corpus: Corpus, heldout_every: int) -> tuple[Corpus, Corpus]:
     """
     tokens, eot, n = corpus.tokens, corpus.tokenizer.eot, len(corpus.tokens)
     if n < 2:
-        raise ValueError(f"{corpus.source} has {n} token, but training and held-out text need at least one token each")
+        raise ValueError(f"{corpus.source} has too few tokens, {n}: training and held-out text need at least one each")
     target = n - max(1, n // heldout_every)
     cut = target  # this is inside a document; it is used only if there is a single document
     later = document_ends(tokens[target - 1 :], eot) + target - 1

@@ -74,7 +74,7 @@ def heldout_windows(
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
     for m in lengths:
         if m < 1 or max(lengths) % m:
-            raise ValueError(f"every length must divide the largest: {m} does not divide {max(lengths)} ({lengths=})")
+            raise ValueError(f"the largest length must be a multiple of every length, such as {m}, got {max(lengths)}")
     eot, bos, ends = corpus.tokenizer.eot, corpus.tokenizer.bos, document_ends(corpus.tokens, corpus.tokenizer.eot)
     starts = np.append(0, ends[:-1])
     if bos is not None:

@@ -157,7 +157,7 @@ def _lines_of_json(file: Path, lines: Iterable[bytes], text_field: str) -> Itera
         except RecursionError as error:
             raise ValueError(f"{where}: this line of JSON is nested too deeply") from error
         except ValueError as error:  # not JSON, or not UTF-8
-            raise ValueError(f"{where}: not a line of JSON: {error}") from error
+            raise ValueError(f"{where}: this line is not JSON: {error}") from error
         yield _text_of(record, text_field, where)
 
 

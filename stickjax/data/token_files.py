@@ -32,7 +32,7 @@ def token_paths(path: str) -> tuple[Path, Path]:
     """Return the two paths OUT.bin and OUT.json of a token file. `path` is OUT, OUT.bin or OUT.json."""
     stem = Path(path).with_suffix("") if Path(path).suffix in (".bin", ".json") else Path(path)
     if not stem.name:
-        raise ValueError(f"{path!r} is not the name of a file, to which .bin and .json can be added")
+        raise ValueError(f"{path!r} is not the name of a file to which .bin and .json can be added")
     return stem.with_name(stem.name + ".bin"), stem.with_name(stem.name + ".json")
 
 
@@ -101,7 +101,7 @@ def _read_meta(path: str, name: str) -> dict:
         meta = json.loads(read_text(meta_path))
         if (meta["format"], meta["version"]) != (TOKENS_FORMAT, 1):
             raise ValueError(
-                f"its format is {meta['format']!r}, version {meta['version']}, instead of {TOKENS_FORMAT!r}, version 1"
+                f"the format must be {TOKENS_FORMAT!r}, version 1, got {meta['format']!r}, version {meta['version']}"
             )
         for key, kind in _TYPES.items():
             if type(meta[key]) is not kind or (kind is int and meta[key] < 0):
@@ -111,7 +111,7 @@ def _read_meta(path: str, name: str) -> dict:
         meta["dtype"] = np.dtype(meta["dtype"])
     except KeyError as error:
         raise ValueError(
-            f"{name}={path!r}: {meta_path} does not describe a token file: it has no entry {error}"
+            f"{name}={path!r}: {meta_path} does not describe a token file: the entry {error} is missing"
         ) from error
     except (ValueError, TypeError, RecursionError, NotText) as error:
         raise ValueError(f"{name}={path!r}: {meta_path} does not describe a token file: {error}") from error
@@ -139,8 +139,8 @@ def verify(path: str, name: str = "PATH") -> dict:
     state = file.stat()
     if (found := _sha256(file, state.st_size, state.st_mtime_ns)) != meta["sha256"]:
         raise ValueError(
-            f"{name}={path!r}: {file} is damaged or another file: its sha256 is {found[:16]}..., "
-            f"but its .json says {meta['sha256'][:16]}...; make it again by python -m stickjax.data tokenize"
+            f"{name}={path!r}: {file} is damaged or was replaced: its sha256 is {found[:16]}..., but "
+            f"the .json beside it says {meta['sha256'][:16]}...; make both again by python -m stickjax.data tokenize"
         )
     return meta
 
@@ -167,8 +167,8 @@ def open_tokens(path: str, tokenizer: Tokenizer, name: str) -> tuple[np.ndarray,
         )
     if dtype != token_dtype(tokenizer.vocab_size):
         raise ValueError(
-            f"{name}={path!r}: dtype {dtype.str} does not fit vocab_size={tokenizer.vocab_size}; the file is damaged; "
-            "make it again by python -m stickjax.data tokenize"
+            f"{name}={path!r}: dtype {dtype.str} does not fit vocab_size={tokenizer.vocab_size}, so the file is "
+            "damaged; make it again by python -m stickjax.data tokenize"
         )
     size = data_path.stat().st_size
     if not n or size != n * dtype.itemsize:

@@ -249,7 +249,8 @@ class HuggingFaceTokenizer(Tokenizer):
         for text, i in added.items():
             if (other := self._tokenizer.token_to_id(text)) != i:
                 raise ValueError(
-                    f"{where}: its added token {text!r} has id {i}, but the package tokenizers gives it id {other}"
+                    f"{where}: the added token {text!r} has id {i} in this file, but id {other} in the "
+                    "package tokenizers"
                 )
         if not ends:
             problem = problem or f"{where} has no end of text: no file in its folder names one"

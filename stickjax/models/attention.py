@@ -102,16 +102,16 @@ class Attention(nnx.Module):
         returned = kind.load()(c, q, k, v, context)
         if not isinstance(returned, tuple) or len(returned) != 2 or returned[0].shape != q.shape:
             raise ValueError(
-                f"attention={c.attention!r}: the function of this variant must return (out, rest): out of the shape "
-                f"{q.shape}, and rest, which is None or 1 - the sum of the weights of each query, [B,T,N]"
+                f"attention={c.attention!r}: the function of this variant must return (out, rest): out is an array of "
+                f"the shape {q.shape}, and rest is an array [B,T,N], one minus the sum of each query's weights, or None"
             )
         out, rest = returned
         if c.remainder != "none":
             if rest is None:
                 raise ValueError(
                     f"attention={c.attention!r}: with remainder={c.remainder!r}, the function of this variant must "
-                    "return (out, rest), where rest is 1 - the sum of the weights of each query, [B,T,N], not None; or "
-                    "set remainder='none'"
+                    "return (out, rest) with an array rest [B,T,N], one minus the sum of each query's weights, got "
+                    "rest=None; or set remainder='none'"
                 )
             own = jnp.repeat(own, c.N // c.K, axis=2) if c.remainder == "value" else cast(self.head_bias, c)[None, None]
             out = (out.astype(jnp.float32) + rest[..., None] * own.astype(jnp.float32)).astype(out.dtype)

@@ -28,7 +28,8 @@ def register(family: Family) -> None:
     for module, rows in family.parameters.items():
         if others.get(module, rows) != rows:
             raise ValueError(
-                f"family={name!r}: the table of parameters has rows for another class {module}; rename your class"
+                f"family={name!r}: the table of parameters has rows for another class with the "
+                f"name {module}; rename your class"
             )
     PARAMETERS.update({module: dict(rows) for module, rows in family.parameters.items()})
     FAMILIES[name] = family

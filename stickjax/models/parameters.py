@@ -200,9 +200,8 @@ def parameter(leaf: Leaf) -> Parameter:
 def label(leaf: Leaf) -> str:
     """Return the muP label of a parameter: "matrix", "embedding", "vector" or "frozen" (see `Parameter`).
 
-    An array outside of Flax modules, such as an array in a dictionary, gets the label that the table of parameters has
-    for the last name on the path of the array. Raises ValueError if the table has no row for this name, or rows with
-    different labels.
+    An array outside of Flax modules, such as an array in a dictionary, is looked up in PARAMETERS by the last name of
+    its path. Raises ValueError if PARAMETERS has no row for this name, or has rows with different labels.
     """
     if leaf.owner is not None:
         return parameter(leaf).label
@@ -227,7 +226,8 @@ def partition(leaf: Leaf) -> PartitionSpec:
     if leaf.owner is None:
         if dims >= 2:
             raise ValueError(
-                f"{leaf.name!r} has {dims} axes but no partition, because it is not in a Flax module; put it into one"
+                f"{leaf.name!r} has {dims} axes, so it must be an attribute of a Flax module, whose class "
+                "says how it is sharded"
             )
         return PartitionSpec()
     row = parameter(leaf)

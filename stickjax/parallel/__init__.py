@@ -1,1 +1,1 @@
-"""Several devices and several processes: GPU models, the mesh, collectives, and how processes find one another."""
+"""Several devices and processes: the mesh, collectives, makes of GPU with their speeds, and how processes meet."""

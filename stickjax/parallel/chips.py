@@ -1,7 +1,7 @@
 """The GPU models that `stickjax.plan` supports, and a way to compile programs for them on a machine without a GPU.
 
-The table CHIPS has the peak rates of each GPU model, from the tables of the vendors. The file `targets/NAME.txtpb` has
-the other properties of the GPU model NAME, as CUDA reports them. XLA needs these properties to compile.
+The table CHIPS has the peak rates of every GPU model, as the vendors publish them. For the GPU model NAME, the file
+`targets/NAME.txtpb` has the properties that CUDA reports. XLA needs these properties to compile.
 """
 
 import dataclasses
@@ -95,11 +95,11 @@ def has_wheels() -> bool:
 
 @functools.cache
 def absent_devices(name: str = "h200", devices: int = 1, hosts: int = 1) -> list[jax.Device]:
-    """Return JAX devices for which programs can be compiled, although the GPUs do not exist on this machine.
+    """Return JAX devices for which programs can be compiled. The GPUs need not exist on this machine.
 
     Args:
       name: the GPU model, a name in CHIPS.
-      devices: the number of GPUs.
+      devices: the number of GPUs of all hosts together.
       hosts: the number of hosts. Every host has devices / hosts GPUs.
 
     Raises:
@@ -108,7 +108,7 @@ def absent_devices(name: str = "h200", devices: int = 1, hosts: int = 1) -> list
     """
     if not has_wheels():
         raise MissingWheels(
-            "compiling for GPUs that are not here needs the package jax_cuda13_plugin: pip install 'stickjax[cuda13]'"
+            "to compile for a GPU that this machine lacks, install jax_cuda13_plugin: pip install 'stickjax[cuda13]'"
         )
     topology = f"1x{hosts}x{devices // hosts}"  # slices x hosts x GPUs of a host
     return topologies.get_topology_desc(platform="cuda", target_config=chip(name).text, topology=topology).devices
@@ -116,9 +116,9 @@ def absent_devices(name: str = "h200", devices: int = 1, hosts: int = 1) -> list
 
 @contextmanager
 def tracing_for(device: jax.Device) -> Iterator[None]:
-    """Return a context manager. Programs that are traced inside it choose their kernels for `device`.
+    """In this context, programs that JAX traces choose their kernels for `device`.
 
-    `device` may be a GPU that does not exist on this machine (see `absent_devices`).
+    `device` may be a GPU that this machine does not have (see `absent_devices`).
     """
     abstract = AbstractDevice(device.device_kind, getattr(device, "core_count", None), device.platform)
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):

@@ -2,14 +2,16 @@
 
 On a single device there is no communication. On a mesh, gradients follow two rules.
 
-Along the mesh axes that divide the batch ("data", "fsdp", "expert" and "context"), every device computes the terms of
-the loss that come from its own tokens, and the loss is computed from psums of these terms. In the backward pass, every
-device differentiates only its own terms. So the backward pass of `psum_over_batch` does not communicate. The backward
-pass of `all_gather` sums the gradients of all devices, because the terms of all devices depend on the gathered array.
+Mesh axes that shard the batch ("data", "fsdp", "expert" and "context"): every device has its own tokens. The devices
+compute sums over the batch by a psum, so they all get the same loss. In the backward pass, a device computes the
+gradient of this loss with respect to its own summand. This needs no communication, so `psum_over_batch` has no psum in
+its backward pass. An array from `all_gather` affects the tokens of all devices. So the backward pass of `all_gather`
+sums the gradients of all devices.
 
-Along the mesh axis "tensor", every device has the same tokens and the same loss, but only a part of the heads and
-hidden units. A layer calls `copy_to_tensor_parallel` on its input, computes its part, and then calls
-`reduce_from_tensor_parallel` on its output. So the loss counts once, and not once per device.
+Mesh axis "tensor": every device has the same tokens and the same loss, but only a part of the heads and hidden units. A
+layer calls `copy_to_tensor_parallel` on its input, computes its part, and calls `reduce_from_tensor_parallel` on its
+output. The backward pass of `reduce_from_tensor_parallel` has no psum, because all devices compute the gradient of the
+same loss: a psum would count this gradient once per device.
 """
 
 import functools
@@ -29,7 +31,7 @@ def size(axis: str) -> int:
 
 
 def several(axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the mesh axes among `axes` that have more than one device. The other axes need no collective."""
+    """Return the mesh axes among `axes` that have more than one device. Only these axes need a collective."""
     return tuple(axis for axis in axes if size(axis) > 1)
 
 
@@ -37,8 +39,8 @@ def several(axes: tuple[str, ...]) -> tuple[str, ...]:
 def all_gather(x, name: str, axis: int, dtype):
     """All-gather x over the mesh axis `name`: concatenate the x of all devices along the array axis `axis`.
 
-    x is first converted to `dtype`. The backward pass is a reduce-scatter: it sums the gradients of all devices in
-    fp32, and every device gets the part of the sum that belongs to its x, in the type of x.
+    x is first converted to `dtype`. The backward pass is a reduce-scatter: it sums the gradients from all devices in
+    fp32, and every device gets the part of the sum that belongs to its own x, in the dtype of this x.
     """
     return lax.all_gather(x.astype(dtype), name, axis=axis, tiled=True)
 
@@ -73,10 +75,10 @@ _sum_gradients.defvjp(lambda tree, axes: (tree, None), lambda axes, _, gradients
 
 
 def psum_over_batch(tree):
-    """Compute the psum of every array of a pytree over all mesh axes that divide the batch.
+    """Compute the psum of every array in a pytree, over all mesh axes that shard the batch.
 
-    The backward pass returns the gradient unchanged, without a second psum: every device computes the gradient of its
-    own summand only. `stickjax.training.gradients` adds the gradients of all devices at the end.
+    The backward pass returns the gradient unchanged, without a second psum: every device computes only the gradient
+    with respect to its own summand. `stickjax.training.gradients` adds the gradients of all devices at the end.
     """
     axes = several(BATCH_AXES)
     return _sum(tree, axes) if axes else tree
@@ -85,8 +87,8 @@ def psum_over_batch(tree):
 def copy_to_tensor_parallel(tree):
     """Return the arrays of a pytree unchanged; in the backward pass, psum their gradients over the mesh axis "tensor".
 
-    A layer calls this function on its input, before every device computes its part of the heads or hidden units. The
-    psum adds the gradients from the parts of all devices.
+    A layer calls this function on its input. Then every device along "tensor" computes a part of the heads or hidden
+    units from this input. So the gradient of the input is the sum of the gradients from all devices.
     """
     return tree if size("tensor") == 1 else _sum_gradients(tree, "tensor")
 
@@ -94,16 +96,18 @@ def copy_to_tensor_parallel(tree):
 def reduce_from_tensor_parallel(x):
     """Compute the psum of x over the mesh axis "tensor"; in the backward pass, return the gradient unchanged.
 
-    x is what the heads or hidden units of this device add to the output of a layer. The psum is the output.
+    Every device along "tensor" computes a part of the heads or hidden units of a layer, and x is what this part adds to
+    the output of the layer. So the psum is the output of the layer.
     """
     return x if size("tensor") == 1 else _sum(x, "tensor")
 
 
 def first_of(axis: str, count: int):
-    """Return the index of the first item of this device, if each device along the mesh axis `axis` has `count` items.
+    """Return the index of the first expert that this device has, among the experts of all devices.
 
-    The items are the experts of a model, or the token ids of its vocabulary. Device 0 has the items from 0 to
-    `count` - 1, device 1 has the next `count` items, and so on.
+    Every device along the mesh axis `axis` has `count` experts. Device 0 has the experts 0 to `count` - 1, device 1 has
+    the next `count` experts, and so on. The function also works for the token ids of a vocabulary, if every device has
+    `count` of them.
     """
     return lax.axis_index(axis) * count if size(axis) > 1 else 0
 
@@ -111,11 +115,12 @@ def first_of(axis: str, count: int):
 def all_gather_for_experts(tokens, expert_indices, gates, count: int):
     """All-gather the tokens and their routing over the mesh axis "expert". Return (tokens, expert_indices, gates).
 
-    With P devices along the axis, every device gets the P * T tokens of all of them, and can apply its own experts.
+    With P devices along the axis, every device gets the P * T tokens of all these devices. Then it can compute its own
+    experts for all of them.
 
     Args:
       tokens: [T,D], the tokens of this device.
-      expert_indices: [T,k], the indices of the k experts of every token, among the experts of all devices.
+      expert_indices: [T,k], for every token the indices of its k experts, among the experts of all devices.
       gates: [T,k], the weights of these experts.
       count: the number of experts on each device.
 
@@ -134,9 +139,9 @@ def all_gather_for_experts(tokens, expert_indices, gates, count: int):
 
 
 def reduce_scatter_from_experts(outputs):
-    """Reduce-scatter over the mesh axis "expert": sum the outputs of all experts for every token of this device.
+    """Sum the outputs of all experts for every token of this device, by a reduce-scatter over the mesh axis "expert".
 
-    `outputs` [P*T,D] has the outputs of the experts of this device, for the tokens of all P devices. The result [T,D]
-    has, for the T tokens of this device, the sum of the outputs of the experts of all devices.
+    `outputs` [P*T,D] has the outputs of this device's experts, for the tokens of all P devices along the axis. The
+    result [T,D] has the sums over the experts of all devices, for the T tokens of this device.
     """
     return outputs if size("expert") == 1 else lax.psum_scatter(outputs, "expert", scatter_dimension=0, tiled=True)

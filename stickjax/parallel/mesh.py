@@ -1,6 +1,6 @@
-"""The mesh of devices, and how its axes divide a batch. With a single device, the mesh is None.
+"""The mesh of devices, and how a batch is sharded over its axes. With a single device, the mesh is None.
 
-How the axes divide the parameters is in the table of `stickjax.models.parameters`.
+The table of `stickjax.models.parameters` says how the parameters are sharded.
 """
 
 import math
@@ -13,8 +13,8 @@ from stickjax.config import Config
 
 # Neighbours along the last axis are also neighbours in the machine. So the axis with the most communication is last.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
-ROW_AXES = ("data", "fsdp", "expert")  # axes that divide the sequences of a batch
-BATCH_AXES = (*ROW_AXES, "context")  # axes that divide the tokens of a batch
+ROW_AXES = ("data", "fsdp", "expert")  # mesh axes over which the sequences of a batch are sharded
+BATCH_AXES = (*ROW_AXES, "context")  # mesh axes over which the tokens of a batch are sharded
 BATCH = PartitionSpec(ROW_AXES, "context")
 
 
@@ -22,13 +22,14 @@ def make_mesh(config: Config, devices=None) -> Mesh | None:
     """Make the mesh that a config describes. Return None if all mesh axes have size 1.
 
     Args:
-      config: its section `mesh` has the sizes of the mesh axes. The size of one axis may be -1. It then becomes the
-        number of devices divided by the product of the other sizes.
+      config: its section `mesh` has the sizes of the mesh axes. The size of one axis may be -1. This axis then gets all
+        devices that are left: the number of devices divided by the product of the other sizes.
       devices: the devices to use; None: all devices.
 
     Raises:
-      ValueError: the mesh needs more devices than there are, or uses only a part of the devices of several processes,
-        or a size of the model or of the batch is not a multiple of the size of the mesh axis that divides it.
+      ValueError: the mesh needs more devices than there are; there are several processes, and the mesh does not use all
+        devices; or a size of the model or of the batch is not a multiple of the size of the mesh axis over which it is
+        sharded.
 
     >>> make_mesh(Config()) is None
     True
@@ -44,7 +45,9 @@ def make_mesh(config: Config, devices=None) -> Mesh | None:
         )
     if jax.process_count() > 1 and count != len(devices):
         mesh = f"this mesh is {axes}" if axes else "this mesh has one device"
-        raise ValueError(f"a mesh of several processes needs all {len(devices)} devices; {mesh}; add --mesh.data=-1")
+        raise ValueError(
+            f"with several processes, the mesh must have all {len(devices)} devices, but {mesh}; add --mesh.data=-1"
+        )
     _check_sizes(config, sizes)
     if count == 1:
         return None
@@ -52,7 +55,7 @@ def make_mesh(config: Config, devices=None) -> Mesh | None:
 
 
 def mesh_sizes(config: Config, devices=None) -> dict[str, int]:
-    """Return {mesh axis: its size} for a config. All sizes are positive.
+    """Return {name of a mesh axis: its size} for a config. All sizes are positive.
 
     A size of -1 in the config is replaced by the number of devices divided by the product of the other sizes. Raise
     ValueError if this quotient is not a whole number. `devices`: the devices to use; None: all devices.
@@ -86,8 +89,8 @@ def _check_sizes(config: Config, sizes: dict[str, int]) -> None:
 def rows_of_process(mesh: Mesh | None) -> tuple[int, int]:
     """Return (index, count): every batch has `count` equal parts, and this process loads part `index`, counted from 0.
 
-    A part consists of whole sequences. If the mesh axis "context" or "tensor" spans several processes, these processes
-    load the same part. Without a mesh, return (0, 1).
+    A part consists of whole sequences. If the devices along the mesh axis "context" or "tensor" belong to several
+    processes, these processes load the same part. Without a mesh, return (0, 1).
     """
     if mesh is None:
         return 0, 1
@@ -98,14 +101,15 @@ def rows_of_process(mesh: Mesh | None) -> tuple[int, int]:
 
 
 def batch_spec(x) -> PartitionSpec:
-    """Return the PartitionSpec of an array x [B,T] or [B] of a batch: which mesh axes divide B, and which divide T."""
+    """Return the PartitionSpec of an array x [B,T] or [B] of a batch: over which mesh axes B and T are sharded."""
     return PartitionSpec(*BATCH[: np.ndim(x)])
 
 
 def abstract_batch(mesh: Mesh | None, shapes: dict) -> dict:
-    """Return `shapes`, {name: ShapeDtypeStruct} of a batch, with the sharding of every array on the mesh.
+    """Return the shapes of a batch, each with the sharding that the array has on the mesh: {name: ShapeDtypeStruct}.
 
-    A program can be compiled for the result without data. Without a mesh, return `shapes` unchanged.
+    `shapes` has the same structs without a sharding. A program can be compiled for the result without data. Without a
+    mesh, return `shapes` unchanged.
     """
     if mesh is None:
         return shapes
@@ -114,13 +118,13 @@ def abstract_batch(mesh: Mesh | None, shapes: dict) -> dict:
 
 
 def shard_batch(mesh: Mesh | None, batch: dict, accumulate: int = 1) -> dict:
-    """Return a batch whose arrays are divided among the devices of the mesh. Without a mesh, return it unchanged.
+    """Shard the arrays of a batch over the mesh, and return them. Without a mesh, return the batch unchanged.
 
     `batch` is {name: array [B,T] or [B]}, with the B sequences that this process loads (see `rows_of_process`).
     `accumulate` is the number of microbatches. The sequences are ordered so that the i-th microbatches of all devices
-    together are the i-th microbatch of the whole batch. If the mesh axis "context" divides T, every device gets two
-    pieces of a sequence: one near its beginning and one near its end. So all devices have the same number of
-    (query, key) pairs.
+    together are the i-th microbatch of the whole batch. If T is sharded over the mesh axis "context", every device gets
+    two pieces of each of its sequences: one near the beginning and one near the end. So all devices have the same
+    number of (query, key) pairs.
     """
     if mesh is None:
         return batch

@@ -1,6 +1,6 @@
-"""Share the address of process 0 through the process manager of MPICH and Intel MPI (PMI version 1).
+"""Share the address of process 0 through the process manager of MPICH or Intel MPI (PMI version 1).
 
-Every process has a file descriptor, through which it sends commands to the process manager: lines of `key=value` words.
+Every process sends commands to the process manager through a file descriptor. A command is a line of `key=value` words.
 Process 0 stores its address in the process manager. Then all processes wait for one another, and read the address.
 """
 

@@ -56,18 +56,18 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
     """Connect this process with the others that train together. Call this before any other use of JAX.
 
     Without arguments, the number of processes and the index of this one come from the environment variables of a
-    launcher: SLURM, Open MPI, MPICH or Intel MPI. Each process then takes one device of its machine: the device whose
+    launcher: SLURM, Open MPI, MPICH or Intel MPI. Each process then uses one device of its machine: the device whose
     number is the rank of the process on this machine. If the launcher does not give the address of process 0, set
     JAX_COORDINATOR_ADDRESS to HOST:PORT. Without arguments and without the variables of a launcher, this process trains
-    alone, and nothing happens.
+    alone, and this function does nothing.
 
     Args:
-      coordinator: HOST:PORT, a free port of the machine of process 0.
+      coordinator: HOST:PORT, where HOST is the machine of process 0 and PORT is a free port of this machine.
       count: the number of processes.
       index: the index of this process, from 0.
 
     Raises:
-      ValueError: only some of the three arguments are given, one is out of range, the port is in use, or the
+      ValueError: only some of the three arguments are given; one of them is out of range; the port is in use; or the
         environment says that there are several processes, but not how they find one another.
       RuntimeError: JAX cannot find the address of process 0 in the environment.
     """
@@ -76,7 +76,9 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
         return
     coordinator, count, index = rank.coordinator, rank.count, rank.index
     if not 0 <= index < count:
-        raise ValueError(f"process {index} of {count}: the index must be from 0 to {count - 1}")
+        raise ValueError(
+            f"the index of this process must be from 0 to {count - 1} (with {count} processes), got {index}"
+        )
     if count == 1:
         return
     if coordinator is not None:
@@ -94,10 +96,10 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
 class _Rank(NamedTuple):
     """How this process joins the other processes: the arguments for `jax.distributed.initialize`.
 
-    `coordinator`: HOST:PORT of process 0; None: JAX finds it in the environment. `count`: the number of processes.
-    `index`: the index of this process. `local`: the number, on this machine, of the device for this process; None:
-    JAX chooses the devices. `method`: "deactivate" if JAX must ignore the environment variables of schedulers, else
-    None.
+    `coordinator`: HOST:PORT of process 0; None: JAX finds it in the environment.
+    `count`, `index`: the number of processes, and the index of this process.
+    `local`: the number, on this machine, of the device for this process; None: JAX chooses the devices.
+    `method`: "deactivate" if JAX must ignore the environment variables of schedulers, else None.
     """
 
     coordinator: str | None
@@ -108,9 +110,10 @@ class _Rank(NamedTuple):
 
 
 def _find(coordinator: str | None, count: int | None, index: int | None) -> "_Rank | None":
-    """Find out how this process joins the others: from the arguments of `initialize`, or else from the environment.
+    """Find out how this process joins the other processes. Return None if this process trains alone.
 
-    Return None if this process trains alone. Raise ValueError if the arguments or the variables are incomplete.
+    The arguments are those of `initialize`. If `count` and `index` are None, they come from environment variables.
+    Raise ValueError if the arguments or the variables are incomplete.
     """
     local, method = None, None
     if count is None and index is None:
@@ -134,7 +137,7 @@ def _find(coordinator: str | None, count: int | None, index: int | None) -> "_Ra
 
 
 def _join(rank: _Rank) -> None:
-    """Join the other processes. If one is still missing after JOIN_SECONDS, print an error and end this process."""
+    """Join the other processes. If one of them is missing after JOIN_SECONDS, print an error and end this process."""
     coordinator, count, index, local, method = rank
     # When the time is over, JAX aborts with a stack trace. Shortly before, this timer prints which process is missing.
     missing = f"process 0{f' at {coordinator}' if coordinator else ''}" if index else "the other processes"
@@ -173,8 +176,8 @@ def _number(name: str) -> int | None:
 def _check_alone() -> None:
     """Raise ValueError if the environment has the rank of this process, but not the address of process 0.
 
-    Some launchers set only the rank (see _UNKNOWN). To train alone would then be wrong, because every process would
-    train its own model.
+    Some launchers set only the rank (see _UNKNOWN). Then every process would train a separate model, if this check did
+    not stop it.
     """
     for rank, size in _UNKNOWN:
         if rank in os.environ and (not size or (_number(size) or 1) > 1):
@@ -185,9 +188,9 @@ def _check_alone() -> None:
 
 
 def _agree(count: int, index: int) -> str:
-    """Return HOST:PORT of process 0, the same in all processes that MPICH or Intel MPI has started.
+    """Return the address HOST:PORT of process 0, in every process that MPICH or Intel MPI has started.
 
-    Process 0 chooses a free port. It shares its address through the process manager (see `stickjax.parallel.pmi`).
+    Process 0 chooses a free port. It shares the address through the process manager (see `stickjax.parallel.pmi`).
     """
     if "PMI_FD" not in os.environ:
         raise ValueError(
@@ -210,7 +213,7 @@ def check_address(address: str) -> tuple[str, int]:
 
 
 def free_port() -> int:
-    """Return the number of a TCP port of this machine that no program uses now."""
+    """Return the number of a TCP port of this machine that no program uses at the moment."""
     with socket.create_server(("", 0)) as one:
         return one.getsockname()[1]
 
@@ -264,7 +267,7 @@ def _name(kind: str) -> str:
 def shared(function: Callable, raises: type[Exception] = ()):
     """Call `function` in process 0 only, and return its value in all processes.
 
-    All processes must make their calls of `shared` in the same order.
+    All processes must call `shared` equally often, and in the same order.
 
     Args:
       function: a function without arguments, whose value can be stored as JSON.
@@ -300,7 +303,9 @@ def check_same(facts: dict) -> None:
     >>> check_same({"text": "914b8a1bc21f6cbc", "data.T": 256})
     """
     first = shared(lambda: facts)
-    other = [f"{name} is {facts[name]!r} here, {first[name]!r} there" for name in facts if first[name] != facts[name]]
+    other = [
+        f"{name} is {facts[name]!r} here, {first[name]!r} in process 0" for name in facts if first[name] != facts[name]
+    ]
     if other:
         raise ValueError(f"this process differs from process 0 ({'; '.join(other)}); use the same config and data")
     if _several():
@@ -347,8 +352,8 @@ def orphaned() -> bool:
 def fail(message: str, error: BaseException | None = None) -> int:
     """Print the error `message`. If this process trains alone, return the exit code 1; else end this process.
 
-    `error` is the exception, if there is one. If the exception was raised because another process is lost, a message
-    about the lost process is printed instead of `message`. If another process has already printed its error, nothing is
+    `error` is the exception, if there is one. If XLA raised it because another process is lost, this function prints a
+    message about the lost process instead of `message`. If another process has already printed its error, nothing is
     printed, because most errors are the same in all processes. The process ends by `os._exit`, because Python's normal
     exit would wait for the other processes.
     """

@@ -83,7 +83,7 @@ def absent_machine(chip: Chip, devices: int, hosts: int) -> Machine:
         than needed (see `virtual_devices`).
     """
     if devices < 1 or hosts < 1 or devices % hosts:
-        raise ValueError(f"devices={devices} must be a multiple of hosts={hosts}")
+        raise ValueError(f"devices={devices} must be a multiple of hosts={hosts}, and both at least 1")
     named = f"{devices} x {chip.kind}"
     if has_wheels():
         found, platforms = absent_devices(chip.name, devices, hosts), ("cuda",)

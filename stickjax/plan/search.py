@@ -117,6 +117,6 @@ def sweep(config: Config, machine: Machine) -> tuple[list[Compiled], list[Config
     if not configs:
         make_mesh(config, machine)  # its message says what does not divide
         raise ValueError(
-            "no mesh that uses all devices can divide the batch and the model; change data.B or the number of devices"
+            "no mesh of all devices can shard the batch and the model evenly; change data.B or the number of devices"
         )
     return [compile_step(config, machine) for config in configs[:SWEPT]], configs[SWEPT:]

@@ -335,12 +335,12 @@ def _read_manifest(folder: Path, step: int) -> dict:
         outer = json.loads((folder / "manifest.json").read_text())
         manifest = outer["manifest"]
         if zlib.crc32(json.dumps(manifest).encode()) != outer["crc32"]:
-            raise ValueError("the crc32 of manifest.json differs from the crc32 in it: the file is damaged")
+            raise ValueError("manifest.json is damaged: its crc32 differs from the one that it records")
         if manifest["step"] != step:
-            raise ValueError(f"manifest.json is for the checkpoint of step {manifest['step']}, but must be for {step}")
+            raise ValueError(f"step in manifest.json must be {step}, the name of its folder, got {manifest['step']}")
         for name, crc32 in manifest["files"].items():
             if crc32_of(folder / name) != crc32:
-                raise ValueError(f"the crc32 of {name} differs from the crc32 in manifest.json: the file is damaged")
+                raise ValueError(f"{name} is damaged: its crc32 differs from the one in manifest.json")
         rows = manifest["arrays"].values()
         if not isinstance(manifest["extra"], dict) or any(list(map(type, row)) != [list, str, int] for row in rows):
             raise ValueError("manifest.json does not describe a checkpoint: 'extra' or 'arrays' has a wrong type")
@@ -380,7 +380,7 @@ def _read_arrays(folder: Path, specs: dict, rows: dict) -> dict[str, jax.Array]:
         raise DamagedCheckpoint(f"Orbax cannot read the arrays: {_line(error)}") from error
     for name, array in arrays.items():
         if checksum(array) != rows[name][2]:
-            raise DamagedCheckpoint(f"the checksum of {name} differs from the checksum in manifest.json")
+            raise DamagedCheckpoint(f"{name} is damaged: its checksum differs from the one in manifest.json")
     return arrays
 
 

@@ -162,7 +162,10 @@ def check_config(run: str | os.PathLike, config: Config) -> None:
         # Without a decay of the learning rate, no step depends on the length of the run.
         changed = [d for d in changed if not d.startswith("train.steps")]
     if changed:
-        raise ValueError(f"{run} is a run of another config ({'; '.join(changed)}); choose another --run folder")
+        raise ValueError(
+            f"{run} is a run of another config (the run's value -> your value: {'; '.join(changed)}); "
+            "choose another --run folder"
+        )
 
 
 def write_config(

@@ -125,16 +125,16 @@ def prune(
     """
     one_of("denominator", denominator, ("old", "new"))
     if (count is None) == (threshold is None):
-        raise ValueError(f"exactly one of count={count} and threshold={threshold} must be given")
+        raise ValueError(f"give either count or threshold, got count={count} and threshold={threshold}")
     model = merged(model)
     config, leaves = model.config, named_leaves(model)
     if denominator == "old" and any(x.pruning == "new_denominator" for x in config.mixtures().values()):
         raise ValueError(
-            "denominator='old' is not possible after a pruning with 'new': the router columns of the pruned modules "
-            "are no longer there; use denominator='new'"
+            "denominator='old' is not possible after a pruning with denominator='new': the router columns of the "
+            "pruned modules are no longer there; use denominator='new'"
         )
     if missing := use.keys() - {kind.name for kind in kinds_of(config)}:
-        raise ValueError(f"use has counts for {', '.join(sorted(missing))}, but the model has no such modules")
+        raise ValueError(f"the argument use names {', '.join(sorted(missing))}, but the model has no such modules")
     sizes = {}
     for kind in kinds_of(config):
         slot = slots(model, kind)
@@ -165,8 +165,8 @@ def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | 
     fewest = int(alive.sum(1).min())
     if count is not None and not k <= count <= fewest:
         raise ValueError(
-            f"count={count} of {kind.name} modules must be at least {k}, as many as a token uses in a layer, and at "
-            f"most {fewest}, as many as the layer with the fewest has"
+            f"count={count} of {kind.name} modules per layer must be at least {k}, the number that a token uses, and "
+            f"at most {fewest}, the number in the layer with the fewest"
         )
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold={threshold} must be a share, from 0 to 1")

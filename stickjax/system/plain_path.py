@@ -35,7 +35,7 @@ def plain_path(folder: Path) -> Path:
         return Path(real)
     link = Path(tempfile.gettempdir()) / f"stickjax-{os.getuid()}-{hashlib.sha256(os.fsencode(real)).hexdigest()[:32]}"
     if not _PLAIN.fullmatch(os.fspath(link)):
-        both = f"the path {folder} has special characters, and TMPDIR={link.parent} has some, too"
+        both = f"the path {folder} and TMPDIR={link.parent} both have special characters"
         raise ValueError(f"{both}; choose another run folder or another TMPDIR")
     fresh = link.with_name(f"{link.name}-{os.getpid()}-{threading.get_ident()}")
     try:

@@ -177,7 +177,8 @@ def _check_text(what: str, where: str | None, found: str | None, recorded: str |
     if None not in (found, recorded) and found != recorded:
         raise ValueError(
             f"the {what} has changed: the hash of {where} is now {found}, but {source} was saved with the hash "
-            f"{recorded}; give the old text, or start a new run with --from {source}"
+            f"{recorded}; use the old text again (data.path, data.heldout_path), or start a new run with --from "
+            f"{source}"
         )
 
 
@@ -200,7 +201,8 @@ def _new(run: Run, init_from: str | None) -> TrainState:
         changed = [d for d in loaded.config.diff(config) if d.startswith("model.")]
         fields = "; ".join(changed)
         raise ValueError(
-            f"--init-from {init_from} has another model than this config ({fields}); use the run's values, on the left"
+            f"--init-from {init_from} has another model than this config (the run's value -> your "
+            f"value: {fields}); use the run's values"
         )
     run.say(f"parameters from {init_from}@{loaded.step}")
     return with_params(config, state, loaded.model)

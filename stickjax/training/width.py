@@ -68,7 +68,9 @@ def at_width(config: Config, width: int, *, mup: bool, base: float | None = None
             f"a model of family={m.family!r} has no m_width, the width multiplier of muP; use family='decoder'"
         )
     if width < 1 or any(getattr(m, name) * width % m.D for name in ("N", "K", "F")):
-        raise ValueError(f"width={width} must scale N={m.N}, K={m.K}, F={m.F} of D={m.D} to positive whole numbers")
+        raise ValueError(
+            f"width={width}: width / D times N={m.N}, K={m.K} and F={m.F} must be positive whole numbers (D={m.D})"
+        )
     scaled = {f"model.{name}": getattr(m, name) * width // m.D for name in ("D", "N", "K", "F")}
     m_width = width / (m.D / m.m_width if base is None else base) if mup else 1.0
     logits = None if m.logits_scaling is None else m.logits_scaling * m_width / m.m_width

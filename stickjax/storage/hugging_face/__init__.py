@@ -1,6 +1,6 @@
-"""Read and write Hugging Face folders, which have a config.json and files with the parameters of a model.
+"""Read and write Hugging Face folders. Such a folder has a config.json and files with the parameters of a model.
 
-The parameters are tensors, named as in the package transformers. `configs` has the supported model types.
+The parameters are tensors with the names that the package transformers uses. `configs` has the supported model types.
 """
 
 import json
@@ -25,7 +25,7 @@ _BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(mask|cum_weight)")
 
 
 def is_folder(path: Path) -> bool:
-    """Return True if a folder is a Hugging Face folder, which has a config.json with the entry `model_type`."""
+    """Return whether the folder `path` is a Hugging Face folder: its config.json has the entry `model_type`."""
     try:
         return "model_type" in read_object((path / "config.json").read_bytes(), path)
     except (OSError, ValueError):
@@ -33,17 +33,17 @@ def is_folder(path: Path) -> bool:
 
 
 def read_config(path: Path) -> Config:
-    """Return a stickjax Config for the model in a Hugging Face folder.
+    """Make a stickjax Config for the model in a Hugging Face folder.
 
-    The model section is made from config.json. `model.param_dtype` is the type of the tensors, or float32 if they have
-    several types. `model.dtype` is the same type, but float32 instead of float16. `data.T` is the longest sequence
-    length, if config.json has it. `data.tokenizer` is the path of tokenizer.json in the folder, even if this file does
-    not exist. All other fields have their default values.
+    The model section is made from config.json. `model.param_dtype` is the dtype of the tensors, or float32 if they have
+    several dtypes. `model.dtype` is the same dtype, except that it is float32 in place of float16. `data.T` is the
+    longest sequence length, if config.json has it. `data.tokenizer` is the path of tokenizer.json in the folder, even
+    if this file does not exist. All other fields have their default values.
 
     Raise ValueError if the model is not supported or the folder is damaged.
     """
     try:
-        model, T = configs.to_model_config(read_object((path / "config.json").read_bytes(), "it"))
+        model, T = configs.to_model_config(read_object((path / "config.json").read_bytes(), "the file"))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path / 'config.json'}: {error}") from error
     found = {tensor.dtype for tensor in _tensors(path, model).values()} & set(FLOATS.values())
@@ -56,11 +56,11 @@ def read_config(path: Path) -> Config:
 def read(path: Path, model: ModelConfig) -> dict[str, Lazy]:
     """Return {name in stickjax: parameter} of a Hugging Face folder. Each parameter is read when it is used.
 
-    `path` is the folder, and `model` is the config of its model, as `read_config` returns it. Raise ValueError if
-    tensors are missing or unknown, or do not have the shapes of the model, or are not floating-point numbers.
+    `path` is the folder, and `model` is the config of its model, as `read_config` returns it. Raise ValueError if the
+    folder lacks tensors or has unknown ones, or if a tensor has a wrong shape or a dtype other than F32, F16 and BF16.
     The message names the tensors.
     """
-    table = names.table(read_object((path / "config.json").read_bytes(), "it")["model_type"], model)
+    table = names.table(read_object((path / "config.json").read_bytes(), "the file")["model_type"], model)
     tensors = _tensors(path, model)
     if model.L > len(tensors):  # checked first, because L may be huge and the names of all layers are made next
         raise ValueError(
@@ -87,8 +87,8 @@ def write(
       leaves: the parameters, as {name in stickjax: parameter}.
       shard_bytes: the largest size of a file with tensors, in bytes. A file with a single tensor may be larger.
       tokenizer: the tokenizer of the model; None if it has no tokenizer.
-      files: {name: content} of files to copy into the folder: `tokenizer.files`, or, without a tokenizer, only the
-        files that name special tokens.
+      files: {name: content} of files that are written into the folder: `tokenizer.files`, or, without a tokenizer, only
+        the files that name special tokens.
     """
     c = config.model
     tree = configs.to_config_json(c, config.data.T)
@@ -103,9 +103,10 @@ def write(
 
 
 def check(found: dict[str, Lazy], expected: dict[str, tuple[int, ...]], where: str) -> None:
-    """Raise ValueError if the tensors `found` {name: tensor} have other names or shapes than `expected` {name: shape}.
+    """Check that a folder has exactly the expected tensors, with the expected shapes. Raise ValueError if it does not.
 
-    The message begins with `where`, such as the folder of the tensors.
+    `found` is {name: tensor} of the folder, and `expected` is {name: shape}. The message begins with `where`, such as
+    the path of the folder.
     """
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     problems = [f"{word} {_listed(x)}" for word, x in (("lacks", missing), ("has unknown tensors:", extra)) if x]
@@ -122,16 +123,19 @@ def _listed(words: list[str], most: int = 8) -> str:
 
 
 def _tensors(path: Path, model: ModelConfig) -> dict[str, Lazy]:
-    """Return {published name: tensor} of a Hugging Face folder. Arrays that are no parameters (buffers) are left out.
+    """Return {published name: tensor} of a Hugging Face folder, without buffers (arrays that are no parameters).
 
     A published name is the name that the authors of the model use; `names.published` returns it. If `model.tied` is
-    set, the output matrix is the embedding, and a second copy of the embedding in the folder is left out. Raise
-    ValueError if the second copy differs from the embedding.
+    set, the output matrix is the embedding. Then a second copy of the embedding in the folder, "lm_head.weight", is
+    left out. Raise ValueError if this copy differs from the embedding.
     """
     tensors = {names.published(name): t for name, t in open_folder(path).items() if not _BUFFERS.fullmatch(name)}
     if model.tied and "lm_head.weight" in tensors:
         # A tied model may store its embedding a second time, as the output matrix. If they differ, it is not tied.
         head, embed = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
         if embed is not None and not np.array_equal(head.read(None), embed.read(None)):
-            raise ValueError(f"{path}: lm_head.weight differs from the embedding, so tie_word_embeddings must be false")
+            raise ValueError(
+                f"{path}: lm_head.weight differs from the embedding, so tie_word_embeddings in config.json must "
+                "be false"
+            )
     return tensors

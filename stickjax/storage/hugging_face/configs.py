@@ -1,7 +1,8 @@
 """Convert the config.json of a Hugging Face folder to a ModelConfig, and a ModelConfig to a config.json.
 
 Some entries that matter only in training are not converted: the dropout rates, and the weights of the router losses of
-granitemoe and jetmoe. These two model types have one router loss for all layers together; stickjax has one per layer.
+granitemoe and jetmoe. A model of these two types has one router loss for all layers together, but a stickjax model has
+one router loss per layer.
 """
 
 import dataclasses
@@ -13,8 +14,8 @@ from stickjax.config.fields import nearest
 from stickjax.config.universal import SutConfig
 from stickjax.models.router import ROUTER_LOSSES
 
-# Entries of which stickjax supports only one value. An entry that is absent or null means this value. `_ONLY` is for
-# all model types, `_ONLY_LLAMA` for the model types that are similar to Llama: granite, granitemoe and jetmoe.
+# {entry of config.json: the only value that stickjax supports}. An entry that is absent or null means this value.
+# `_ONLY` is for all model types, `_ONLY_LLAMA` for the model types that are like Llama: granite, granitemoe and jetmoe.
 _ONLY = {
     "quantization_config": None, "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {},
     "cross_attention_hidden_size": None, "per_layer_config": None,
@@ -48,11 +49,13 @@ _FREE_OF_EXPERTS = (*ROUTER_LOSSES.values(), "sample_topk", "token_rounding")
 
 
 class _Tree:
-    """A reader of a config.json, which finds entries with a wrong type and entries that were not read.
+    """Reads entries of a config.json, and finds entries that have a wrong type or that were not read.
 
-    With get = _Tree(tree), `get(name, type)` returns the entry `name` after a check of its type, and `get.end()` raises
-    ValueError if there are entries that were not read. An entry that is null counts as absent. `tree` is the content of
-    config.json, or an object inside it. For such an object, `where` is its name, for messages.
+    With get = _Tree(tree), `get(name, type)` returns the entry `name` after a check of its type. At the end,
+    `get.end()` raises ValueError if there are entries that were not read. An entry that is null counts as absent.
+
+    `tree` is the content of config.json, or an object inside it. For such an object, `where` is its name, with which
+    messages begin.
     """
 
     def __init__(self, tree: dict, where: str = ""):
@@ -75,12 +78,13 @@ class _Tree:
         self._known |= known.keys()
         for name, wanted in known.items():
             if (value := self._tree.get(name)) is not None and value != wanted:
-                raise ValueError(f"{self._where}{name}={value!r} is not supported, only {wanted!r}")
+                raise ValueError(f"{self._where}{name}={value!r} is not supported; {name} must be {wanted!r}")
 
     def either(self, name: str, other: str, kind: type, default=...) -> Any:
-        """Return an entry that may have the name `name` or the name `other`, or `default` if it has neither.
+        """Return an entry that has either the name `name` or the name `other`. Return `default` if there is neither.
 
-        Raise ValueError if both names are present and their values differ.
+        Raise ValueError if there are entries with both names and their values differ. Without a `default`, also raise
+        ValueError if there is neither.
         """
         found = {n: value for n in (name, other) if (value := self(n, kind, None)) is not None}
         if len(set(found.values())) > 1:
@@ -89,13 +93,13 @@ class _Tree:
         return next(iter(found.values())) if found else self(name, kind, default)
 
     def end(self) -> None:
-        """Raise ValueError if config.json has entries that were not read and are not in IGNORED."""
+        """Raise ValueError if config.json has entries that were not read and are not in the set IGNORED."""
         rest = sorted(n for n, x in self._tree.items() if x is not None and n not in self._known | IGNORED)
         if rest:
             unread = ", ".join(f"{name}={self._tree[name]!r:.60}" for name in rest[:8])
             raise ValueError(
-                f"{self._where}{unread}: unknown, and may change what the model computes; if it does not, delete "
-                f"{'it' if len(rest) == 1 else 'them'} from config.json"
+                f"{self._where}{unread}: unknown, and may change what the model computes; delete "
+                f"{'it' if len(rest) == 1 else 'them'} from config.json if that does not change the model"
             )
 
     def quotient(self, name: str, by: str) -> int:
@@ -116,7 +120,7 @@ class _Tree:
     def layer_types(self) -> None:
         types = self("layer_types", list, [])
         if wrong := [kind for kind in types if kind not in ("full_attention", "attention")]:
-            raise ValueError(f"layer_types with {wrong[0]!r} is not supported, only 'full_attention'")
+            raise ValueError(f"layer_types has {wrong[0]!r}, which is not supported; all must be 'full_attention'")
 
 
 def _llama(get: _Tree, tied: bool) -> dict:
@@ -144,9 +148,9 @@ def _granitemoe(get: _Tree) -> dict:
 
 
 def _jetmoe(get: _Tree) -> dict:
-    """Return {field of ModelConfig: value} for a config.json of the model type jetmoe, which `get` reads.
+    """Return {field of ModelConfig: value} for the config.json of a model of type jetmoe. `get` reads the entries.
 
-    Some entries have one name in transformers and another name in the original code of JetMoE. Both are accepted.
+    Some entries have one name in transformers and another name in the original code of JetMoE. Both names are accepted.
     """
     get.only({"activation_function": "silu", "glu": True, "bias": True})
     E, k = (
@@ -172,7 +176,7 @@ def _moduleformer(get: _Tree) -> dict:
     D, A, K = (get(name, int) for name in ("n_embd", "att_hidden", "n_head"))
     loss, weight = get("aux_loss_type", str, "mi"), get("aux_loss_weight", float, 0.0)
     if loss not in ("mi", "switch"):
-        raise ValueError(f"aux_loss_type={loss!r} is not supported, only 'mi' and 'switch'")
+        raise ValueError(f"aux_loss_type={loss!r} is not supported; aux_loss_type must be 'mi' or 'switch'")
     losses = dict(mi_weight=weight) if loss == "mi" else dict(switch_weight=weight, z_weight=0.1 * weight)
     router = (
         MODULE_ROUTER
@@ -248,10 +252,10 @@ _TYPES = {
 
 
 def to_model_config(tree: dict) -> tuple[ModelConfig, int | None]:
-    """Convert a config.json to (ModelConfig, longest sequence length of the model). `tree` is its content.
+    """Convert the content of a config.json to (ModelConfig, longest sequence length of the model).
 
-    The length is None if config.json does not have it. Raise ValueError if the model_type is unknown, or if an entry is
-    missing, has a wrong type, is not supported or is unknown.
+    `tree` is the content of the file. The length is None if the file does not have it. Raise ValueError if the
+    model_type is unknown, or if an entry is missing, has a wrong type, is not supported or is unknown.
     """
     kind = tree["model_type"]
     if kind not in _TYPES:
@@ -264,7 +268,7 @@ def to_model_config(tree: dict) -> tuple[ModelConfig, int | None]:
 
 
 def kind_of(c: ModelConfig | SutConfig) -> str:
-    """Return the transformers model_type, such as "granite", that is the most similar to a model with this config.
+    """Return the model_type of transformers that is the most similar to the config `c`, such as "granite".
 
     `to_config_json` checks whether this model_type can express all fields of the config. Raise ValueError if no
     model_type is similar.
@@ -289,10 +293,11 @@ _NEAREST = {ModelConfig: _nearest_decoder}
 
 
 def to_config_json(c: ModelConfig, T: int) -> dict:
-    """Return the content of a Hugging Face config.json for a model that was trained with sequences of T tokens.
+    """Return the content of a Hugging Face config.json for a model with the config `c`.
 
-    Raise ValueError if some fields that change the logits cannot be expressed with the model_type that `kind_of`
-    returns. The message names the fields.
+    The model was trained with sequences of T tokens; T is written as the longest sequence length. `kind_of` returns the
+    model_type. Raise ValueError if this model_type cannot express a field that changes the logits. The message names
+    all such fields.
     """
     kind = kind_of(c)
     _, write, architecture, length = _TYPES[kind]
@@ -304,10 +309,10 @@ def to_config_json(c: ModelConfig, T: int) -> dict:
 
 
 def _effective(c: ModelConfig) -> dict:
-    """Return {name: value} of all fields of a config that can change the logits of the model, to compare two configs.
+    """Return {name: value} for all fields of a config that can change the logits of the model.
 
-    Two configs with equal results describe models that compute the same function. A field that is None is replaced
-    by the value that None stands for, such as 1 / sqrt(H) for `attention_scale`.
+    If these dictionaries are equal for two configs, models with the two configs compute the same function. A field that
+    is None is replaced by the value that None stands for, such as 1 / sqrt(H) for `attention_scale`.
     """
     stood_for = dict(V=c.vocabulary, logits_scaling=_logits_scaling(c), final_norm_eps=_final_norm_eps(c))
     c = dataclasses.replace(c, attention_scale=c.scale, **stood_for)

@@ -1,7 +1,7 @@
 """Read and write safetensors files, one tensor at a time, so that a model may be larger than the memory.
 
-The files are read, and not mapped into memory: mapped pages would count as memory of this process until the system
-reclaims the pages.
+The files are read, and not mapped into memory: mapped pages would count as memory of this process until the operating
+system frees them.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Lazy:
 
     `read`: read(None) returns the whole array, and read(i) returns array[i], such as the values of layer i.
     `shape`: the shape of the array.
-    `dtype`: its NumPy type; a string, such as "I64", if it is a type that no parameter has.
+    `dtype`: its NumPy dtype; or a text, such as "I64", for a dtype that no parameter may have.
     `stacked`: whether the first axis is the axis L of layers. A stacked array may be larger than the memory, so it is
       copied layer by layer.
     """
@@ -39,14 +39,14 @@ class Lazy:
     stacked: bool = False
 
     def pieces(self) -> Iterator[np.ndarray]:
-        """Yield the array in pieces that fit into memory: the layers of a stacked array, otherwise the whole array."""
+        """Yield the array in pieces that fit into memory: every layer of a stacked array, otherwise the whole array."""
         yield from (self.read(i) for i in range(self.shape[0])) if self.stacked else [self.read(None)]
 
 
 def finite(leaves: dict[str, Lazy], where: str | os.PathLike) -> dict[str, Lazy]:
-    """Return copies of the Lazy arrays {name: array} that raise ValueError when a NaN or an infinity is read.
+    """Return copies of Lazy arrays that check their values: reading a NaN or an infinity raises ValueError.
 
-    The message begins with `where`, such as the path of the file, and names the array.
+    `leaves` is {name: array}. The message begins with `where`, such as the path of the file, and names the array.
     """
 
     def checked(name: str, leaf: Lazy) -> Lazy:
@@ -63,9 +63,10 @@ def finite(leaves: dict[str, Lazy], where: str | os.PathLike) -> dict[str, Lazy]
 
 
 def in_file(path: Path, dtype: np.dtype | str, shape: tuple[int, ...], offset: int, stacked: bool = False) -> Lazy:
-    """Return a Lazy array, which reads its values from the file `path`.
+    """Return a Lazy array that reads its values from the file `path`.
 
-    `offset` is the position of the first byte of the array in the file. The other arguments are attributes of `Lazy`.
+    `offset` is the position of the first byte of the array in the file. `dtype`, `shape` and `stacked` are as in
+    `Lazy`.
     """
 
     def read(row: int | None) -> np.ndarray:
@@ -82,9 +83,9 @@ def in_file(path: Path, dtype: np.dtype | str, shape: tuple[int, ...], offset: i
 def open_safetensors(path: Path) -> dict[str, Lazy]:
     """Return {name: tensor} of a safetensors file. Each tensor is read when it is used.
 
-    A tensor whose name begins with "blocks/" has a leading axis of layers, so it is a stacked `Lazy` array. Raise
-    ValueError if the file cannot be read, is truncated, or has a damaged header: wrong JSON, or tensors that overlap or
-    are outside of the file.
+    If a name begins with "blocks/", the first axis of the tensor is the axis L of layers, so it is a stacked `Lazy`
+    array. Raise ValueError if the file cannot be read, is truncated, or has a damaged header: wrong JSON, or tensors
+    that overlap or are outside of the file.
     """
     try:
         with safe_open(path, framework="np"):  # this checks the whole header against the size of the file
@@ -125,7 +126,7 @@ def write_safetensors(path: Path, arrays: dict[str, Lazy]) -> None:
 
 
 def write_sharded(folder: Path, arrays: dict[str, Lazy], shard_bytes: int) -> None:
-    """Write tensors {name: tensor} into a folder: as the file model.safetensors if they fit into one file.
+    """Write tensors {name: tensor} into a folder. If one file is enough, this is model.safetensors.
 
     Otherwise they are written as several files (shards) and an index, a JSON file that says which shard has which
     tensor. A shard has at most `shard_bytes` bytes of tensors, or a single larger tensor.

@@ -43,6 +43,6 @@ def _open_shards(index: Path, open_file) -> dict[str, Lazy]:
         expected = {name for name, shard in weight_map.items() if shard == file}
         if wrong := sorted(found.keys() ^ expected):
             where = "lacks" if wrong[0] in expected else "also has"
-            raise ValueError(f"{index} and {file} disagree: the file {where} the tensor {wrong[0]}")
+            raise ValueError(f"{index} and {file} disagree: {file} {where} the tensor {wrong[0]}")
         tensors |= found
     return tensors

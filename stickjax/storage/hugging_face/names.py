@@ -1,10 +1,10 @@
 """Convert the tensors of a Hugging Face folder to the parameters of stickjax and back: their names and their axes.
 
-In this file, a tensor is an array of a Hugging Face folder, and a leaf is an array of the stickjax model. A tensor
-belongs to one layer; the leaf of all layers has a leading axis L. Every supported `model_type` has a table, and every
-row of a table maps a tensor to a leaf. `theirs` is the name of the tensor, where {} stands for the index of the layer.
-`ours` is the name of the leaf. `axes` are the axes of the tensor; the module `stickjax.models.parameters` has the axes
-of the leaf.
+In this file, a tensor is an array of a Hugging Face folder, and a leaf is a parameter of the stickjax model. A tensor
+belongs to one layer; a leaf has the values of all layers, with a leading axis L. Every supported `model_type` has a
+table, and every row of a table maps a tensor to a leaf. `theirs` is the name of the tensor, where {} stands for the
+index of the layer. `ours` is the name of the leaf. `axes` are the axes of the tensor; the module
+`stickjax.models.parameters` has the axes of the leaf.
 
 Axes are written as in "NH D": spaces separate the axes, and every letter is a size. A letter is a field of ModelConfig,
 except three: E is the number of feed-forward experts, A is the number of attention experts, and R is the field `hidden`
@@ -12,8 +12,8 @@ of their routers. Several letters together are one axis, whose last letter varie
 the axes "NH D" becomes a leaf with the axes "D N H".
 
 A digit is a size, too. For example, the axis "2F" of a gated feed-forward network has 2 * F entries: F values of the
-gate, then the F values that the gate multiplies. If only the tensor or only the leaf has the digit 2, a row of the
-table maps one of the two parts: `part` is 0 or 1.
+gate, then the F values that the gate multiplies. If only the tensor or only the leaf has the digit 2, then a row of the
+table maps one of the two halves: `part` is 0 for the first half, and 1 for the second.
 """
 
 import operator
@@ -48,7 +48,10 @@ def _attention(layer: str) -> list[Row]:
 
 
 def _llama(c: ModelConfig) -> list[Row]:
-    """Return the rows that the tables of granite, granitemoe and jetmoe share: embedding, normalisations and output."""
+    """Return the rows that the tables of granite, granitemoe and jetmoe share.
+
+    They are the rows of the embedding, the normalisations and the output matrix.
+    """
     return [
         Row("embed", "model.embed_tokens.weight", "V D"),
         Row("blocks/attention_norm/scale", "model.layers.{}.input_layernorm.weight", "D"),
@@ -143,14 +146,15 @@ _TABLES = {"granite": _granite, "granitemoe": _granitemoe, "jetmoe": _jetmoe, "m
 
 
 def table(model_type: str, c: ModelConfig) -> list[Row]:
-    """Return the table that converts a model: each row maps a tensor, or a part of a tensor, to a leaf.
+    """Return the table that converts a Hugging Face model to a stickjax model: each row maps a tensor to a leaf.
 
-    A tensor is an array of a Hugging Face folder, and a leaf is a parameter of the stickjax model. In a row, `axes` are
-    the axes of the tensor and the axes of the leaf in one layer, as in "NH D -> D N H".
+    A tensor is an array of a Hugging Face folder, and a leaf is a parameter of the stickjax model. Several rows can map
+    parts of one tensor. In a row, `axes` has the axes of the tensor, and then the axes of the leaf in one layer: for
+    example "NH D -> D N H".
 
     Raises:
-      ValueError: there is no table for the model type, a row names a leaf that the model does not have, or the axes of
-        the tensor and the leaf in a row have different letters.
+      ValueError: there is no table for the model type; a row names a leaf that the model does not have; or the axes of
+        the tensor and the axes of the leaf in a row have different letters.
     """
     one_of("model_type", model_type, tuple(_TABLES))
     model = jax.eval_shape(lambda: init(c, jax.random.key(0)))
@@ -159,26 +163,35 @@ def table(model_type: str, c: ModelConfig) -> list[Row]:
 
 
 def _checked(row: Row, known: dict[str, str]) -> str:
-    """Check a row of the table, and return the axes of its leaf. `known` is {name of a leaf: its axes} of the model.
+    """Return the axes of the leaf (stickjax parameter) to which a row of the table maps a tensor, after two checks.
 
-    Raise ValueError if the model has no such leaf, or if the axes of the tensor and the leaf have different letters.
+    `known` is {name of a leaf: its axes} of the model. Raise ValueError if the model has no such leaf, or if the axes
+    of the tensor and the axes of the leaf have different letters.
     """
     if row.ours not in known:
-        raise ValueError(f"the row of {row.theirs} has an unknown parameter {row.ours!r}{nearest(row.ours, known)}")
+        raise ValueError(
+            f"the row of the tensor {row.theirs} has an unknown parameter {row.ours!r}{nearest(row.ours, known)}"
+        )
     theirs, ours = (sorted(filter(str.isalpha, axes)) for axes in (row.axes, known[row.ours]))
     if theirs != ours:
         raise ValueError(
-            f"the row of {row.theirs} has the axes {row.axes!r}, but {row.ours} has {known[row.ours]!r}: "
-            "the letters must be the same"
+            f"the row of the tensor {row.theirs} has the axes {row.axes!r}, but the parameter {row.ours} has the axes "
+            f"{known[row.ours]!r}; both must consist of the same letters"
         )
     return known[row.ours]
 
 
 def _sizes(c: ModelConfig, name: str, axes: str) -> str:
-    """Translate the axes of the leaf `name` from the letters of `stickjax.models.parameters` to letters of this file.
+    """Return the axes of a leaf (stickjax parameter) in the letters of this file.
 
-    E (experts) and C (router columns) become A in an attention layer and E in a feed-forward network. G becomes its
-    size: 2 for a gated activation, otherwise 1. R becomes D if the router is linear.
+    `name` is the name of the leaf, and `axes` are its axes in the letters of `stickjax.models.parameters`. These
+    letters are replaced:
+
+    `E`, `C`: the axis of the experts, and the axis of the router columns. They become A in an attention layer, and E in
+      a feed-forward network.
+    `G`: the number of inputs of the activation. It becomes a digit: 2 for a gated activation, otherwise 1.
+    `R`: the number of inputs of the router's last matrix. In a linear router it becomes D, because this matrix is the
+      only one, and its inputs have the model width D.
     """
     experts, mixture = ("A", c.attention_experts) if name.startswith("blocks.attention.") else ("E", c.experts)
     sizes = {"E": experts, "C": experts, "G": str(gates(c)), "R": "D" if mixture.network == "linear" else "R"}
@@ -195,9 +208,9 @@ _RENAMED = {
 
 
 def published(name: str) -> str:
-    """Return the name under which the authors of a model have published a tensor.
+    """Return the name that the authors of a model have given to a tensor in their Hugging Face folder.
 
-    `name` is the published name, or the name that transformers 5 writes. For most tensors, the two names are equal.
+    `name` is this published name, or the name that transformers 5 writes. For most tensors, the two names are equal.
 
     >>> published("model.layers.3.block_sparse_moe.experts.down_proj")
     'model.layers.3.block_sparse_moe.output_linear.weight'
@@ -208,7 +221,11 @@ def published(name: str) -> str:
 
 
 def axes(row: Row) -> tuple[str, str]:
-    """Return (axes of the tensor, axes of the leaf in one layer) of a row that the function `table` has returned."""
+    """Return (axes of the tensor, axes of the leaf in one layer) for a row of a table.
+
+    The function `table` returns the table. A tensor is an array of a Hugging Face folder, and a leaf is a parameter of
+    the stickjax model.
+    """
     theirs, ours = row.axes.split(" -> ")
     return theirs, ours
 
@@ -216,7 +233,7 @@ def axes(row: Row) -> tuple[str, str]:
 def shape(config: ModelConfig, layout: str) -> tuple[int, ...]:
     """Return the shape of an array with the axes `layout`, such as "2KH D", in a model with the config `config`.
 
-    Each axis has the product of the sizes of its letters and digits.
+    The size of an axis is the product of the sizes of its letters and digits: 2 * K * H for the axis "2KH".
 
     >>> shape(ModelConfig(D=24, K=2, H=8), "2KH D")
     (32, 24)
@@ -232,19 +249,21 @@ def _size(config: ModelConfig, letter: str) -> int:
 
 
 def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray, of: str, part: int) -> None:
-    """Copy the array `source` with the axes `of`, such as "NH D", into the array `target` with the axes `to`.
+    """Copy the array `source` into the array `target`, and transpose its axes.
 
-    An axis may be a digit: "2 F D" are the axes of an array that consists of two arrays "F D". If only `of` has a
-    digit, one of these two arrays is copied: the one with the index `part`. If only `to` has a digit, `source` is
-    copied into the one with the index `part`.
+    `of` has the axes of `source`, and `to` has the axes of `target`, as in "NH D". A digit is an axis too: "2 F D" are
+    the axes of an array that consists of two arrays "F D". If only `of` has a digit, one of the two arrays in `source`
+    is copied, with the index `part`. If only `to` has a digit, `source` is copied into one of the two arrays in
+    `target`, with the index `part`.
     """
     to, of = to.replace(" ", ""), of.replace(" ", "")
 
     def common(array: np.ndarray, own: str, other: str) -> np.ndarray:
-        """Return a view of `array` that has one axis for every letter that is in both `own` and `other`.
+        """Return a view of `array` with one axis for every letter that is in both `own` and `other`.
 
         `own` has the letters and digits of the axes of `array`, and `other` has the letters and digits of the axes of
-        the other array. If only `own` has a digit, the view is the entry `part` of `array` on the axis of the digit.
+        the other array. If only `own` has a digit, the view has only the entry `part` of `array` on the axis of the
+        digit.
         """
         view = array.reshape([_size(config, letter) for letter in own])
         return view[tuple(slice(None) if letter in other else part for letter in own)]
@@ -259,8 +278,8 @@ def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray,
 def _numbered(table: list[Row], config: ModelConfig) -> dict[str, tuple[int | None, list[Row]]]:
     """Return {name of a tensor: (index of its layer, its rows in `table`)}, in the order of the layers.
 
-    The index is None for a tensor that belongs to no layer, such as the embedding. A tensor has several rows if it
-    contains several leaves.
+    A tensor is an array of a Hugging Face folder. The index is None for a tensor that belongs to no layer, such as the
+    embedding. A tensor has several rows if it consists of several stickjax parameters.
     """
     found: dict[str, tuple[int | None, list[Row]]] = {}
     for i in range(config.L):
@@ -272,14 +291,18 @@ def _numbered(table: list[Row], config: ModelConfig) -> dict[str, tuple[int | No
 
 
 def tensor_shapes(table: list[Row], config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return {name: shape} of all tensors that a Hugging Face folder must have for a model with this config."""
+    """Return {name: shape} of all tensors that a Hugging Face folder must have for a model with this config.
+
+    `table` is the result of the function `table` for the type of the model.
+    """
     return {name: shape(config, axes(rows[0])[0]) for name, (_, rows) in _numbered(table, config).items()}
 
 
 def leaves_from_tensors(table: list[Row], config: ModelConfig, tensors: dict[str, Lazy]) -> dict[str, Lazy]:
-    """Convert the tensors {name: tensor} of a Hugging Face folder to the parameters {name: leaf} of the stickjax model.
+    """Convert the tensors of a Hugging Face folder to the parameters of the stickjax model: {name: parameter}.
 
-    `table` is the result of the function `table`. Tensors are read only when the leaf that they belong to is read.
+    `tensors` is {name: tensor}. `table` is the result of the function `table`. Tensors are read only when the parameter
+    to which they belong is read.
     """
 
     def leaf(rows: list[Row]) -> Lazy:
@@ -309,10 +332,10 @@ def leaves_from_tensors(table: list[Row], config: ModelConfig, tensors: dict[str
 
 
 def tensors_from_leaves(table: list[Row], config: ModelConfig, leaves: dict[str, Lazy]) -> dict[str, Lazy]:
-    """Convert the parameters {name: leaf} of a stickjax model to the tensors {name: tensor} of a Hugging Face folder.
+    """Convert the parameters of a stickjax model to the tensors of a Hugging Face folder: {name: tensor}.
 
-    The tensors are in the order of the layers. `table` is the result of the function `table`. A leaf is read only when
-    a tensor that belongs to it is read.
+    `leaves` is {name: parameter}. The tensors are in the order of the layers. `table` is the result of the function
+    `table`. A parameter is read only when a tensor that belongs to it is read.
     """
 
     def tensor(number: int | None, rows: list[Row]) -> Lazy:

@@ -1,7 +1,7 @@
 """Read the .bin files of torch without torch. A .bin file is a zip archive of a pickle and the bytes of tensors.
 
 A pickle is a program, and could execute any function. The reader in this file makes only dictionaries of tensors. If a
-pickle names any other function or class, ValueError is raised, and the function is not executed.
+pickle names any other function or class, the reader raises ValueError, and the function is not executed.
 """
 
 import math
@@ -34,11 +34,11 @@ def open_bin(path: Path) -> dict[str, Lazy]:
             places = {info.filename: (info, _begin(file, info)) for info in archive.infolist()}
             (root,) = {name.removesuffix("data.pkl") for name in places if name.endswith("/data.pkl")}
             if f"{root}byteorder" in places and archive.read(f"{root}byteorder") != b"little":
-                raise ValueError("its bytes are in big-endian order; only little-endian order can be read")
+                raise ValueError("the bytes are in big-endian order, but must be in little-endian order")
             with archive.open(f"{root}data.pkl") as program:
                 tensors = _Tensors(program, path, root, places).load()
         if not isinstance(tensors, dict):
-            raise ValueError(f"it contains a {type(tensors).__name__}, not a dictionary of tensors")
+            raise ValueError(f"the file contains a {type(tensors).__name__}, not a dictionary of tensors")
         for name, tensor in tensors.items():
             if not (isinstance(name, str) and isinstance(tensor, Lazy)):
                 raise ValueError(f"entry {name!r:.80} is a {type(tensor).__name__}, not a tensor")
@@ -52,11 +52,11 @@ def open_bin(path: Path) -> dict[str, Lazy]:
 def _begin(file, info: zipfile.ZipInfo) -> int:
     """Return the position in a zip archive at which the bytes of one entry begin.
 
-    `file` is the open archive, and `info` describes the entry. The bytes follow a header, and only the header itself
-    says how long it is. Raise ValueError if the entry is compressed.
+    `file` is the open archive, and `info` describes the entry. The bytes follow a header, whose length is written only
+    in the header itself. Raise ValueError if the entry is compressed.
     """
     if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{info.filename} is compressed; save the file by torch.save")
+        raise ValueError(f"{info.filename} is compressed; save the file with torch.save")
     file.seek(info.header_offset)
     header = file.read(30)
     name, extra = struct.unpack("<HH", header[26:30])
@@ -66,8 +66,8 @@ def _begin(file, info: zipfile.ZipInfo) -> int:
 class _Tensors(pickle._Unpickler):
     """An unpickler that makes only tensors and dictionaries of tensors, and raises ValueError for anything else.
 
-    It is derived from the unpickler that is written in Python, because the unpickler in C allocates memory of any size
-    that a damaged file names.
+    Its base class is the unpickler that is written in Python. The usual one, which is written in C, would allocate as
+    much memory as a damaged file asks for.
 
     Args:
       program: the open pickle.
@@ -93,9 +93,10 @@ class _Tensors(pickle._Unpickler):
         raise ValueError(f"the pickle asks for {module}.{name}, which is no part of a tensor and was not executed")
 
     def persistent_load(self, pid):
-        """Return (type, path in the archive, number of elements) of a storage: the bytes of one or several tensors.
+        """Return (type, path in the archive, number of elements) of a storage.
 
-        In a pickle, torch writes `pid` for a storage: ("storage", type, entry, device, number of elements).
+        A storage has the bytes of one or several tensors. `pid` is how torch writes a storage in a pickle: ("storage",
+        type, entry, device, number of elements).
         """
         _, kind, entry, _, count = pid
         return _STORAGES[kind], f"{self._root}data/{entry}", count
