@@ -196,7 +196,7 @@ def test_what_a_step_takes_is_counted():
         ({"model.classes": 3}, "classes=3 must be 7, the number of labels of pairs of logic"),
         (
             {"model.classes": 0, "data.curriculum": 9},
-            "curriculum=9 is for examples, such as pairs of sentences, but this model reads a text; set data.curriculum=0",
+            "this model reads a text; set data.curriculum=0",
         ),
         ({"data.T": 20}, "T=20 must be at least 37, the number of tokens of the longest sentence"),
         ({"model.V": 5}, "V=5 is smaller than the 12 ids of pairs of logic"),

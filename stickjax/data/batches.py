@@ -217,7 +217,7 @@ def text_data(config: Config) -> TrainingData:
     if d.curriculum:
         raise ValueError(
             f"curriculum={d.curriculum} is for examples, such as pairs of sentences, but this model reads a text; "
-            "set it to 0"
+            "set data.curriculum=0"
         )
     if d.split is not None:
         raise ValueError(f"split={d.split!r} divides examples; this model reads a text")
