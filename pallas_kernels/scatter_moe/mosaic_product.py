@@ -205,7 +205,7 @@ def _product(plan: Plan, kind: Kind, x, source, weight, tasks: Tasks, inputs, ou
 
 
 def _copy(plan: Plan, kind: Kind, operands: Operands, steps_mem: Steps, own, for_each_tile: Callable) -> None:
-    """In the copying warpgroup, copy x and the weights from global to shared memory, 64 columns of x per step.
+    """In the copying warpgroup, copy rows of x and weights from global to shared memory, 64 columns of x per step.
 
     `for_each_tile(body, state)` calls `state = body(tile, state)` for each tile of the block. `steps_mem` is the
     target. `own` has the shared memory and the barriers for `kind.prefetch`.
