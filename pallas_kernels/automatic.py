@@ -47,11 +47,12 @@ class Node(NamedTuple):
 
 
 def is_tracing_part() -> bool:
-    """Return whether JAX is now tracing the program of one device, at the request of XLA's partitioner.
+    """Return whether JAX is now tracing an op for one device, with the shards of this device.
 
-    This happens only on a mesh of Auto axes, after XLA has chosen the shardings of an op's arrays. In this program,
-    every array has the shape of one device's shard, although its type (`jax.typeof`) still names the whole mesh. GPU
-    kernels can run in this program. Elsewhere on a mesh of Auto axes they cannot.
+    On a mesh of Auto axes, XLA chooses during compilation how the arrays of an op are sharded. Then it makes JAX trace
+    the op again, for one device. In this trace, every array has the shape of one device's shard, although its type
+    (`jax.typeof`) still names the whole mesh. GPU kernels can run in this trace. Elsewhere on a mesh of Auto axes they
+    cannot.
     """
     return _is_tracing_part.get()
 

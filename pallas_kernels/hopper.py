@@ -33,9 +33,10 @@ def compiler_refuses() -> str | None:
 def mesh_refuses(x) -> str | None:
     """Return the reason why no kernel can run on the mesh of the array `x`, or None if a kernel can run on it.
 
-    On a mesh of several devices, a kernel can run in two places: inside `jax.shard_map`, and in the program of one
-    device that XLA's partitioner requests (`automatic.is_tracing_part`). Elsewhere XLA would all-gather every array
-    that the kernel reads.
+    On a mesh of several devices, a kernel can run only in code that computes with the shards of one device. There are
+    two kinds of such code. One is code inside `jax.shard_map`. The other one is an op on a mesh of Auto axes, when JAX
+    traces it for one device, after XLA has chosen how the op's arrays are sharded (`automatic.is_tracing_part`).
+    In all other code, XLA would all-gather every array that the kernel reads.
     """
     if automatic.is_tracing_part():
         return None

@@ -14,7 +14,7 @@ class Kernels(Protocol):
     The object is hashable, so that it can be a static argument of a jitted function. Its methods share these terms:
 
     `tasks`: the R = T * k (token, choice) pairs, sorted by expert and cut into tiles of M rows. All rows of a tile
-      belong to one expert. A row of a tile is one pair, or it is empty.
+      belong to one expert. A row of a tile is one pair. The last tile of an expert is filled up with empty rows.
     `source`, `target`, `numbers`, `left_numbers`, `right_numbers`: int32 [tiles * M]. The rows of all tiles are
       numbered i = 0, 1, and so on. Entry i is the index of a row in some array, or -1 if row i is empty. For example,
       the kernel multiplies x[source[i]] for row i.
@@ -77,8 +77,8 @@ class Kernels(Protocol):
 
         `dx`: the gradient of x, gate * dy, in the order of x. If x has one row per token, dx has one row per
           (token, choice) pair, and the caller sums the k rows of a token.
-        `gated`, `gated_numbers`: gate * x, and the index of its row for every row of the tiles. The caller passes both
-          to `d_weights` as `left` and `left_numbers`, for the gradient of the weight.
+        `gated`, `gated_numbers`: the array gate * x, and for every row of the tiles the index of its row in this array.
+          The caller passes both to `d_weights` as `left` and `left_numbers`, for the gradient of the weight.
         `d_gate`: for every (token, choice) pair, the dot product <x, dy>. It is the gradient of the gate of the pair,
           except for the term <bias[e], d_out>, which the caller adds.
         """

@@ -1,11 +1,10 @@
 """The kernels that multiply rows by the weights of their experts on Hopper GPUs (Pallas Mosaic GPU).
 
 The rows are sorted by expert and cut into tiles (`Tasks`). For row i of the tiles, whose expert is e, the kernels
-compute out[target[i]] = x[source[i]] @ weight[e]. The indices `source` and `target` let one kernel read and write rows
-in any order: by token, by pair or sorted by expert. A block computes one tile of the result after the other. One or two
-warpgroups multiply 64 rows of the tile each, with one or two accumulators of 64 x 128 in registers. Another warpgroup
-copies rows x[source[i]] to shared memory, and the copy engine copies weights. An activation or its derivative is
-applied to the accumulators. docs/design/expert_kernels.md explains the barriers.
+compute out[target[i]] = x[source[i]] @ weight[e]. So they can read and write rows in any order: by token, by pair or
+sorted by expert. A block computes tile after tile. One or two warpgroups each multiply 64 rows of a tile, with one or
+two accumulators [64, 128] in registers. Another warpgroup copies rows of x to shared memory, and the copy engine copies
+weights. Then an activation or its derivative is applied. docs/design/expert_kernels.md explains the barriers.
 """
 
 from collections.abc import Callable
@@ -36,7 +35,8 @@ DEPTH = 64  # the size of a step along the dimension that is summed
 class Plan(NamedTuple):
     """The static sizes of one launch of a kernel, for x [x_parts, rows, width] and a result [parts, rows, columns].
 
-    A row has two parts for the halves of a gated hidden layer, six parts in x for a float32 product, and else one part.
+    A row of x or of the result has two parts for the halves of a gated hidden layer, else one. In x, it has six parts
+    for the six bfloat16 products that a float32 product is made of.
     """
 
     x_parts: int
@@ -65,7 +65,7 @@ class Kind(NamedTuple):
 
     `finish`: `finish(at, accumulators, inputs, outputs, scratch)` runs in every multiplying warpgroup after the product
       of a tile. It reads the sums in `accumulators` and the arrays `inputs`, and writes `outputs` in global memory.
-    `per_tile`: the number of accumulators [64, 128] of a warpgroup. Number p begins at column at.column + p * apart.
+    `per_tile`: how many accumulators [64, 128] a warpgroup has. Accumulator p begins at column at.column + p * apart.
     `prefetch`: `prefetch(tile, inputs, scratch)` runs in the copying warpgroup. It starts to copy rows of `inputs` to
       shared memory for `finish`, and returns the barrier at which the warpgroup arrives when they are there.
     """
@@ -124,7 +124,7 @@ class Finish(NamedTuple):
     """Arrays in global memory that the kernels `product` and `activated` read after the matrix product of a tile."""
 
     rows: Any  # [tiles * rows]: for every row of the tiles, the index of its row in the result
-    bias: Any  # [E + 1, parts, columns padded], or None
+    bias: Any  # [E + 1, parts, columns padded to a multiple of 256], or None; bias[E] is 0, for rows without an expert
 
 
 class Activated(NamedTuple):
@@ -162,8 +162,8 @@ class DerivativeScratch(NamedTuple):
 def _product(plan: Plan, kind: Kind, x, source, weight, tasks: Tasks, inputs, out_type, scratch):
     """Launch the kernel `kind` and return its results, a pytree of arrays like `out_type`.
 
-    For row i of the tiles in `tasks`, whose expert is e, the kernel computes x[source[i]] @ weight[e]. From this and
-    from `inputs`, `kind.finish` computes the results. `scratch` declares its memory and barriers. x is
+    For row i of the tiles in `tasks`, whose expert is e, the kernel multiplies row source[i] of x by weight[e]. From
+    this and from `inputs`, `kind.finish` computes the results, with the memory and barriers of `scratch`. x is
     [parts, rows, width]. The weight is [E, parts * width, F], or [E, F, parts * width] if `plan.transposed`.
     """
     W, E = plan.warpgroups, weight.shape[0]
@@ -205,7 +205,7 @@ def _product(plan: Plan, kind: Kind, x, source, weight, tasks: Tasks, inputs, ou
 
 
 def _copy(plan: Plan, kind: Kind, operands: Operands, steps_mem: Steps, own, for_each_tile: Callable) -> None:
-    """In the copying warpgroup, copy x and the weights from global to shared memory, 64 columns of x per step.
+    """In the copying warpgroup, copy rows of x and weights from global to shared memory, 64 columns of x per step.
 
     `for_each_tile(body, state)` calls `state = body(tile, state)` for each tile of the block. `steps_mem` is the
     target. `own` has the shared memory and the barriers for `kind.prefetch`.
@@ -280,9 +280,10 @@ def _biased(accumulator, bias_ref, part, at):
 def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias=None):
     """Multiply rows of x by the weights of their experts. Return `out` [rows, columns].
 
-    For row i of the tiles in `tasks`, whose expert is e, out[target[i]] = x[source[i]] @ weight[e] + bias[e]. Other
-    rows of `out` are not written. x is [parts, rows of x, width]. The weight is [E, parts * width, F], or
-    [E, F, parts * width] if `plan.transposed`. The bias is [E + 1, 1, columns padded]. bias[E] is zero.
+    For row i of the tiles in `tasks`, whose expert is e, out[target[i]] = (row source[i] of x) @ weight[e] + bias[e].
+    Other rows of `out` are not written. x is [parts, rows of x, width]: row r of x is the parts x[:, r], joined to one
+    row. The weight is [E, parts * width, F], or [E, F, parts * width] if `plan.transposed`. The bias is [E + 1, 1, C]:
+    the columns are padded to C, a multiple of 256. bias[E] is zero, for rows without an expert, for which e is E.
     """
 
     def finish(at, accumulators, inputs: Finish, out_ref, out_mem):
@@ -360,8 +361,7 @@ def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks
         plgpu.barrier_wait(own.arrived)
         d_gate = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW)
 
-        # Two passes, each over two halves of the columns: all at once would not fit into the registers.
-        def halves():
+        def halves():  # one half of the columns after the other: both at once would not fit into the registers
             for first in range(0, COLUMNS, HALF):
                 parts = [own.hidden.at[p, at.wg, :, pl.ds(first, HALF)] for p in range(P)]
                 h = [plgpu.load(x, layout=shims.TILE) for x in parts]

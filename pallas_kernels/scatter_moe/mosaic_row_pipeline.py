@@ -1,11 +1,11 @@
 """The pipeline of the Mosaic expert kernels: one warpgroup copies rows and weights, the other warpgroups multiply them.
 
-A step is the part of a matrix product whose operands are in shared memory at the same time: 64 rows or columns of the
-axis that is summed. Shared memory has a ring of STAGES stages. A stage has room for the operands of one step, and step
-s uses stage s % STAGES. The copying warpgroup starts to copy the rows of a step (`row_copies.gather`) and goes on to
-the next step. AHEAD steps later, it waits until the rows have arrived, and then it arrives at the barrier `full` of the
-stage: it hands the step over to the multiplying warpgroups. The copy engine copies the weights, and it arrives at
-`full` itself. docs/design/expert_kernels.md explains the barriers.
+A step is a part of a matrix product: the products and sums over 64 elements of the axis that is summed. Shared memory
+has a ring of STAGES stages. A stage has room for the operands of one step, and step s uses stage s % STAGES. The
+copying warpgroup starts to copy the rows of a step (`row_copies.gather`) and goes on to the next step. AHEAD steps
+later, it waits until the rows have arrived, and then it arrives at the barrier `full` of the stage: it hands the step
+over to the multiplying warpgroups. The copy engine copies the weights, and it arrives at `full` itself.
+docs/design/expert_kernels.md explains the barriers.
 """
 
 from collections.abc import Callable

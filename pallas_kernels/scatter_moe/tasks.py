@@ -18,8 +18,8 @@ class Tasks(NamedTuple):
     """The (token, choice) pairs, sorted by expert and cut into tiles of M rows, as arrays of int32.
 
     All rows of a tile belong to one expert. The rows of all tiles are numbered: row m of tile i has the number
-    i * M + m. A row is one pair, or it is empty. The arrays are long enough for any routing of R pairs, and only the
-    first `count` tiles are in use.
+    i * M + m. A row is one pair. The last tile of an expert is filled up with empty rows. The arrays are long enough
+    for any routing of R pairs, and only the first `count` tiles are in use.
 
     `expert`: [tiles], the expert of every tile, in ascending order.
     `count`: [1], the number of tiles in use.

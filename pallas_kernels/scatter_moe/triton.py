@@ -135,9 +135,9 @@ def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
 def _d_activated_rows(activation, d_out, source, weight, tasks, h, h_numbers, gates, target):
     """Compute the backward pass of gate * act(h) @ weight[e], the output of one expert, for rows of h in any order.
 
-    For row i of the tiles in `tasks`, the token is source[i], the row of h is h[h_numbers[i]], and the gate is
-    gates[i]. The cotangent of gate * act(h) is dy = d_out[source[i]] @ weight[e]^T. A row index of -1 means that row i
-    is empty. Return (dh, gated, d_gate):
+    For row i of the tiles in `tasks`, of M rows each, the token is source[i], the row of h is h[h_numbers[i]], and the
+    gate is gates[i]. The cotangent of gate * act(h) is dy = d_out[source[i]] @ weight[e]^T. A row index of -1 means
+    that row i is empty. Return (dh, gated, d_gate):
 
     `dh`: the gradient of h, gate * dy times the derivative of act. The values for row i are at index target[i].
     `gated`: gate * act(h), a factor of the gradient of the weight. The values for row i are at index target[i].

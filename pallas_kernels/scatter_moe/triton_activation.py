@@ -16,7 +16,10 @@ _CUBIC = tl.constexpr(0.044715)
 
 @triton.jit
 def activate(NAME: tl.constexpr, x):
-    """Apply the function NAME, such as "silu", to every element of a tile x. Both are in registers, in fp32."""
+    """Return a tile with the function NAME, such as "silu", applied to every element of the tile x.
+
+    The tile x and the returned tile are in registers, in fp32.
+    """
     if NAME == "silu":
         y = x * tl.sigmoid(x)
     elif NAME == "gelu":
@@ -34,7 +37,10 @@ def activate(NAME: tl.constexpr, x):
 
 @triton.jit
 def slope(NAME: tl.constexpr, x):
-    """Return the derivative of the function NAME, such as "silu", at every element of a tile x in registers."""
+    """Return a tile with the derivative of the function NAME, such as "silu", at every element of the tile x.
+
+    The tile x and the returned tile are in registers, in fp32.
+    """
     if NAME == "silu":
         s = tl.sigmoid(x)
         y = s * (1 + x * (1 - s))

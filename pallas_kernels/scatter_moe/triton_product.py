@@ -156,9 +156,11 @@ def _d_activated(dy, gate, hidden, hidden_rows, rows, columns, dh, gated, F: tl.
 
     `columns` [C] are the indices of the columns. h is the pre-activation, and `dy` [M, C] is the cotangent of
     gate * act(h). Return the dot products <act(h), dy> over these columns, [M]. Their sum over all columns is the
-    gradient of the gates. `dy`, `gate` [M, 1] and the returned values are in registers. `hidden`, `dh` and `gated` are
-    pointers to global memory; h is read from `hidden`. `hidden_rows` [M] are the indices of the rows of `hidden` to
-    read, and `rows` [M] the indices of the rows of `dh` and `gated` to write. A negative index means no row.
+    gradient of the gates. `dy`, `gate` [M, 1] (the gates of the rows) and the returned values are in registers.
+
+    `hidden`, `dh` and `gated` are pointers to global memory; h is read from `hidden`. `hidden_rows` [M] are the indices
+    of the rows of `hidden` to read, and `rows` [M] are the indices of the rows of `dh` and `gated` to write. If an
+    index is negative, the row is empty.
     """
     all_columns: tl.constexpr = 2 * F if GATED else F
     at, there = _elements(rows, columns, F)

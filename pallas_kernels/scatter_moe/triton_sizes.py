@@ -71,9 +71,9 @@ def product_sizes(rows: int, depth: int, columns: int, dtype, *, products: int =
     """Return the sizes of a program that multiplies a tile of rows by `products` weights of one expert.
 
     The tile has `rows` rows of `depth` columns, and each weight is [depth, columns]. The program computes the same
-    columns of all products. `products` times their number is at most `widest`. Tiles have few columns for float32,
-    which runs without tensor cores. They also have few columns if `rows` is small, because then the time goes into
-    loading weights.
+    columns of all products. `products` times the number of these columns is at most `widest`. Tiles have few columns
+    for float32, which runs without tensor cores. They also have few columns if `rows` is small, because then the time
+    goes into loading weights.
     """
     if dtype == jnp.float32:
         columns_most, depth_most, warps = 64, 32, 4

@@ -15,11 +15,16 @@ def d_weights(left, left_numbers, right, right_numbers, heavy, first, rows, out,
               M: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, R: tl.constexpr):  # fmt: skip
     """Compute the gradients of the weights of all experts, and write them to `out` [E, D, F].
 
-    The rows of all experts are cut into tiles of M rows and numbered. Expert e has rows[e] rows: the numbers i from
-    first[e] * M on. out[e] is the sum of left[left_numbers[i]]^T right[right_numbers[i]] over these i. `left` is
-    [.., D], and `right` is [.., F]. `heavy` [E] lists the experts, the one with the most rows first. All arguments that
-    are not constants point to global memory. A program computes DOWN x ACROSS elements of out[e]. In each step, it adds
-    the terms of R rows.
+    The rows of every expert are cut into tiles of M rows, and its last tile is filled up with empty rows. The rows of
+    all tiles are numbered 0, 1, and so on. first[e] is the index of the first tile of expert e, and rows[e] is the
+    number of its rows, without empty rows. So expert e has the row numbers i from first[e] * M to
+    first[e] * M + rows[e] - 1.
+
+    out[e] is the sum of left[left_numbers[i]]^T right[right_numbers[i]] over these i. `left` [.., D] has the inputs of
+    the matrix products, and `right` [.., F] has the cotangents of their results. `left_numbers` and `right_numbers`
+    have a row index for every row of the tiles. `heavy` [E] lists the experts, the one with the most rows first. All
+    arguments that are not constants point to global memory. A program computes DOWN x ACROSS elements of out[e]. In
+    each step, it adds the terms of R rows.
     """
     across: tl.constexpr = (F + ACROSS - 1) // ACROSS
     pieces: tl.constexpr = (D + DOWN - 1) // DOWN * across
@@ -46,10 +51,15 @@ def d_bias(right, right_numbers, gates, first, rows, out, F: tl.constexpr, WEIGH
            ACROSS: tl.constexpr, R: tl.constexpr):  # fmt: skip
     """Compute the gradients of the biases of all experts, and write them to `out` [E, F].
 
-    The rows of all experts are cut into tiles of M rows and numbered. Expert e has rows[e] rows: the numbers i from
-    first[e] * M on. out[e] is the sum of right[right_numbers[i]] over these i, or of gates[i] * right[right_numbers[i]]
-    if WEIGHED. `right` is [.., F]: the cotangents of the outputs of the experts. All arguments that are not constants
-    point to global memory. A program computes ACROSS columns of out[e]. In each step, it adds R rows.
+    The rows of every expert are cut into tiles of M rows, and its last tile is filled up with empty rows. The rows of
+    all tiles are numbered 0, 1, and so on. first[e] is the index of the first tile of expert e, and rows[e] is the
+    number of its rows, without empty rows. So expert e has the row numbers i from first[e] * M to
+    first[e] * M + rows[e] - 1.
+
+    out[e] is the sum of right[right_numbers[i]] over these i, or of gates[i] * right[right_numbers[i]] if WEIGHED.
+    `right` [.., F] has the cotangents of the outputs of the experts. `right_numbers` and `gates` have a row index and a
+    gate for every row of the tiles. All arguments that are not constants point to global memory. A program computes
+    ACROSS columns of out[e]. In each step, it adds R rows.
     """
     e, columns = tl.program_id(1), tl.program_id(0) * ACROSS + tl.arange(0, ACROSS)
     start, count, row = tl.load(first + e) * M, tl.load(rows + e), tl.arange(0, R)

@@ -254,7 +254,12 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
                 plgpu.copy_gmem_to_smem(part, mem.at[half], scratch.resident)
 
     def copy(cursor, step):
-        """Call `offer` from `cursor` on until the copies of step `step` are started. Return the next cursor."""
+        """Start the copies of step `step`. Return the place in the loop after the query tiles of this step.
+
+        `cursor` is the place at which the search for these query tiles begins: (pass, query head, query tile). Each
+        call of `offer` copies the one or two query tiles at the place, if the pass computes them, and goes on to the
+        next place.
+        """
         is_to_find = lambda state: has_steps_left(state) & (state[1] == step)  # noqa: E731
         return lax.while_loop(is_to_find, lambda state: offer(*state), (cursor, step))[0]
 

@@ -218,7 +218,8 @@ def _write(
     """Write d_scale and dq of the 64 query rows of a warpgroup to global memory. dq goes through shared memory.
 
     `acc` [64, H], in registers, is the sum of dz K over all keys, where dz is the gradient of the logits. So dq is
-    scale * acc. `rows` is the slice of the query rows in the arrays.
+    scale * acc, and d_scale of a row, its share of the gradient of the scale, is <acc, query>. `rows` is the slice of
+    the query rows in the arrays.
     """
     b, n, wg = assigned.b, assigned.n, assigned.wg
     # d_scale is the sum of dz * <q, k> over the keys, which is <acc, q>. It is computed before acc is rounded, and in

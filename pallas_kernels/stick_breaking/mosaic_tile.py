@@ -141,10 +141,14 @@ def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
 def finished_padding(plan: Plan, segments, b, first_row):
     """Return the start values of the cumulative log-decay of 64 query rows, fp32 [64]: 1e30 for padding, else 0.
 
-    With `skip_below`, a block stops when the log-decay of all its rows is above -skip_below. A padding row (after the
-    last query, or with a negative segment id) may see no keys. If its log-decay started at 0, it would stay 0, and the
-    block would not stop. So it starts at 1e30 (FINISHED). b is the index of the batch entry, and `first_row` is the
-    index of the first row. `segments` is a pair of references to the segment ids of the queries and of the keys.
+    The cumulative log-decay of a row is -log2 of the part of its stick that remains: 0 before the first key, and a
+    positive number that grows with every key. With `skip_below`, a negative number, a warpgroup needs no more keys when
+    the log-decay of all its rows is above -skip_below. The log-decay of a padding row (after the last query, or with a
+    negative segment id) might never become so large, because the mask can hide all keys from this row. So it starts at
+    1e30 (FINISHED), and no warpgroup goes on for a padding row.
+
+    b is the index of the batch entry, and `first_row` is the index of the first of the 64 rows. `segments` is a pair of
+    references to the segment ids of the queries and of the keys, in global memory.
     """
     is_query = first_row + shims.row_numbers() < plan.rows
     if plan.segments:

@@ -37,9 +37,9 @@ def _dot(spec, *operands):
 
 
 def _sum_after(x, reverse: bool):
-    """Return (sums [.., C], total [..]): the sum of x over the keys to the right of each key, and over all keys.
+    """Return (sums [.., C], total [..]): for each key the sum of x over the keys on its right, and the sum of all x.
 
-    x is [.., C], one number for each of C keys. So sums[c] = sum of x[m] over m > c, or over m < c if `reverse`. The
+    x is [.., C], one number for each of C keys. So sums[c] = sum of x[m] over m > c or, if `reverse`, over m < c. The
     sums are products with triangular matrices of ones. The keys are cut into chunks of 64 keys: there is a product
     within each chunk and a product over the sums of the chunks. One product with a [C,C] matrix would cost more.
     """

@@ -4,8 +4,8 @@ A block computes one key tile. It sums over the query tiles whose queries see ke
     dk = scale dz^T Q,  dv = A^T dO,
 with the weights A, the gradients dz of the logits, and the cotangent dO of the output. It computes A and dz again, with
 the snapshots of `d_query`. These are two numbers for every query row and key tile: the cumulative log-decay before the
-key tile, which counts all keys on its right, and P, the prefix sum in the formula of dz. triton_d_query.py has all
-formulas.
+key tile, which counts all keys on its right, and P, the cotangent of log_rem plus the sum of weight * <dO, value> over
+all keys on its left. triton_d_query.py has all formulas.
 
 R is the number of rows of a query tile, and C is the number of keys of a key tile. Hp and Hvp are H and Hv, padded to
 powers of two.
@@ -31,8 +31,10 @@ def visit(
     are the keys and values of the key tile, and `column` is the index of its first key. b is the index of the batch
     entry. `q_head` and `d_out_head` point to the queries and to the cotangent of the output of one query head.
     `snapshots` points to two arrays that `d_query` wrote for this query head and key tile, [padded rows] each: the
-    cumulative log-decay before the tile, and P. `multiplier` is the scale times log2(e). `position` is the position of
-    the first query among the keys. If `masked`, a mask hides keys from queries. Otherwise every query sees every key.
+    cumulative log-decay before the tile, which counts all keys on its right, and P, the cotangent of log_rem plus the
+    sum of weight * <d_out, value> over all keys on its left. `multiplier` is the scale times log2(e). `position` is the
+    position of the first query among the keys. If `masked`, a mask hides keys from queries. Otherwise every query sees
+    every key.
     """
     row = i * R
     rows = row + tl.arange(0, R)

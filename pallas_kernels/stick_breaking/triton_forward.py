@@ -49,7 +49,7 @@ def forward(
     The results are written to global memory. The arguments whose names end in `_ref` point to arrays there, the
     arguments and results of `Kernels.forward`. R and C are the numbers of queries and keys of a tile, Hp and Hvp are H
     and Hv, padded to powers of two, and `tiles` is the number of query tiles of a head. If `skip`, the block stops when
-    the cumulative log-decay of all its queries is above `threshold`.
+    the cumulative log-decay of all its queries, -log2 of the part of the stick that remains, is above `threshold`.
     """
     entry, n, i = tile.block(entries * N, N, tiles, together)
     b = entry % B
