@@ -44,7 +44,7 @@ class TreeConfig(FamilyConfig):
         False, "take the root vector at the word before the last, as the original code does (ordered_memory only)"
     )
     encoder_dropout: float = _dropout(0.1, "encoder=ordered_memory: in its cell; encoder=gru: of the root vector")
-    memory_dropout: float = _dropout(0.1, "encoder=ordered_memory: in its slot distribution; encoder=gru: between layers")
+    memory_dropout: float = _dropout(0.1, "encoder=ordered_memory: in slot distributions; encoder=gru: between layers")
     split_dropout: float = _dropout(0.1, "of the vector of a node, to compute its children")
     leaf_dropout: float = _dropout(0.1, "of the vectors of a node, to compute whether it is a leaf")
     output_dropout: float = _dropout(0.1, "of the vector of a node from which its word is chosen")

@@ -55,9 +55,9 @@ def in_order(depth: int) -> np.ndarray:
 
 
 def intervals(depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return two arrays, start and end: below node i are the leaves start[i] .. end[i] - 1 of the complete tree.
+    """Return two arrays, start and end: node i covers the leaves start[i] .. end[i] - 1 of the complete tree.
 
-    The 2^D leaves of the complete tree of this depth D are counted from the left, from 0.
+    The complete tree of this depth D has 2^D leaves, which are counted from the left, from 0.
 
     >>> [x.tolist() for x in intervals(1)]
     [[0, 0, 1], [2, 1, 2]]
@@ -148,19 +148,25 @@ def levels_of(values) -> list[jax.Array]:
 
 
 def starts_of(places) -> list[jax.Array]:
-    """Return the value at start(i) for every node i, as one array per level. `places` has the places 0 .. 2^D - 1."""
+    """Return the value of every node's start, as one array per level, from the root on.
+
+    `places` has the values of the places 0 .. 2^D - 1. `intervals` defines the starts.
+    """
     size = places.shape[0]
     return [places[:: size >> d] for d in range(size.bit_length())]
 
 
 def ends_of(places) -> list[jax.Array]:
-    """Return the value at end(i) for every node i, as one array per level. `places` has the places 1 .. 2^D."""
+    """Return the value of every node's end, as one array per level, from the root on.
+
+    `places` has the values of the places 1 .. 2^D. `intervals` defines the ends.
+    """
     size = places.shape[0]
     return [places[(size >> d) - 1 :: size >> d] for d in range(size.bit_length())]
 
 
 def reduced_at_ends(reduce: Callable, levels: list):
-    """Combine the values of all nodes that end at the same place. Return an array over the places 1 .. 2^D.
+    """Combine the values of all nodes that have the same end (`intervals`). Return an array over the places 1 .. 2^D.
 
     `levels` has an array of the values of the nodes for each level, from the root on, or a tuple of arrays for each
     level. `reduce(above, below)` combines two arrays (or tuples) of equal shape, such as `jnp.add`; `above` comes from

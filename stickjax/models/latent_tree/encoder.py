@@ -20,7 +20,7 @@ from stickjax.models.layers import cast, linear_bias, linear_weight, normal, ran
 
 
 class Encoding(NamedTuple):
-    """The output of an encoder for B sources of up to S words. Adding padding to the batch does not change it.
+    """The output of an encoder for B sources of up to S words. What it has for a word does not depend on padding.
 
     `root` [B,H]: the vector of the root of the target tree.
     `bank` [B,M,H] and `bank_mask` [B,M]: M vectors that the nodes attend to for their context. The mask is False for

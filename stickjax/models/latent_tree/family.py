@@ -149,7 +149,7 @@ _PARAMETERS = {
 
 
 class LatentTree(Family):
-    """The family of latent-tree models, which translate a source into a target by production of a binary tree."""
+    """The family of latent-tree models, which translate a source into a target by building a binary tree."""
 
     config = TreeConfig
     parameters = _PARAMETERS

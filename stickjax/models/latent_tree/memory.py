@@ -114,7 +114,7 @@ class OrderedMemory(nnx.Module):
         return x, candidates.swapaxes(0, 1), p.swapaxes(0, 1)
 
     def _compose(self, x: Float[Array, "B H"], slots: Float[Array, "B N H"], share: Float[Array, "B N"], random):
-        """Return the candidates m_1 .. m_N [B,N,H] of a word. `share` is s, and `random` 6 arrays of bytes [B,N,H]."""
+        """Return the candidates m_1 .. m_N [B,N,H] of a word. `share` is s. `random`: 6 arrays of bytes [B,N,H]."""
         c = self.config
         rate, at = c.encoder_dropout, lambda array, i: None if array is None else array[:, i]
         w_in, w_out = cast(self.w_in, c), cast(self.w_out, c).reshape(4 * c.H, -1)

@@ -31,7 +31,7 @@ def dropped(x, rate: float, random: Array | None):
 
 
 def split_key(key, count: int) -> list:
-    """Return `count` random keys; without a key, a list of None."""
+    """Split a random key into a list of `count` keys. Without a key, return a list of `count` times None."""
     return [None] * count if key is None else list(jax.random.split(key, count))
 
 
@@ -72,9 +72,8 @@ class TreeAttention(nnx.Module):
 
 
 def centred(weight):
-    """Return `weight` minus its mean over the last axis. For a weight [I,O], so x weight has mean 0 for every x.
-
-    Then a LayerNorm after the map need not subtract a mean.
+    """Return `weight` minus its mean over the last axis. For a weight [I,O], the O values of x weight then have
+    mean 0, for every x. So a LayerNorm after the product need not subtract a mean.
     """
     return weight - weight.mean(-1, keepdims=True)
 

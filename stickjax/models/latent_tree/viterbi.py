@@ -80,7 +80,7 @@ def viterbi(scores: Float[Array, "B n V"], limit: int) -> Derivation:
 
 
 def _better(one, other):
-    """Return, elementwise, the (score, node) with the higher score; the one of `one` where the scores are equal."""
+    """Return (scores, nodes), elementwise from the argument with the higher score; from `one` where they are equal."""
     is_other = other[0] > one[0]
     return jnp.where(is_other, other[0], one[0]), jnp.where(is_other, other[1], one[1])
 

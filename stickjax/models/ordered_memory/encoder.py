@@ -91,7 +91,7 @@ def dropout_of(key, rate: float):
 
 
 def cell_masks(key, rate: float, N: int, B: int, H: int) -> Masks | None:
-    """Return the dropout masks of the cell at one token, for N slots and B sentences; None without a key or a rate."""
+    """Return the cell's dropout masks at one token, for N slots and B sentences; None without a key, or for rate 0."""
     if key is None or not rate:
         return None
     mask, exact = kept(jax.random.fold_in(key, 2), rate, (N, B, 6 * H))
