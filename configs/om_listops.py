@@ -1,4 +1,4 @@
-"""Ordered Memory on ListOps: the value of nested lists of digits.
+"""Ordered Memory on ListOps: a classifier of the value of nested lists of digits.
 
 python -m stickjax.train configs/om_listops.py
 """

@@ -9,7 +9,7 @@ The model is trained on lists of at most 50 tokens. The published accuracy on al
 from stickjax import Config, DataConfig, OptimConfig, TrainConfig
 from stickjax.config import OrderedMemoryConfig
 
-EPOCH = 68_000 // 128  # about the steps of one epoch: the training lists of at most 50 tokens, in batches of 128
+EPOCH = 68_000 // 128  # about the number of steps of one epoch: training lists of up to 50 tokens, 128 in a batch
 
 
 def get_config() -> Config:

@@ -1,4 +1,4 @@
-"""Ordered Memory on propositional logic: how two sentences are related.
+"""Ordered Memory on propositional logic: a classifier of the relation between two sentences.
 
 python -m stickjax.train configs/om_logic.py
 """

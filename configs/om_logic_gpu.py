@@ -16,7 +16,7 @@ learning rate follows a cosine over the same number of steps.
 from stickjax import Config, DataConfig, OptimConfig, TrainConfig
 from stickjax.config import OrderedMemoryConfig
 
-EPOCH = 128_882 // 128  # steps of one epoch: the training pairs without one in twenty, in batches of 128
+EPOCH = 128_882 // 128  # steps of one epoch: training pairs without the validation pairs (1 in 20), 128 in a batch
 
 
 def get_config() -> Config:

@@ -2,8 +2,8 @@
 
 python -m stickjax.train configs/tree_questions.py
 
-The training examples leave open whether the auxiliary verb is the main one or the first one (McCoy et al., 2020). The
-part "gen" of the examples tells them apart: python -m stickjax.evaluate RUN --part gen
+The training examples leave open whether the verb that moves is the main or the first auxiliary (McCoy et al., 2020).
+The examples of the split "gen" tell the two rules apart: python -m stickjax.evaluate RUN --part gen
 """
 
 from stickjax import Config, DataConfig, OptimConfig, TrainConfig

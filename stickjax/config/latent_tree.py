@@ -1,4 +1,4 @@
-"""The config of top-down production with latent trees. Its fields with one capital letter are sizes of axes."""
+"""The config of the model family latent_tree, a translator. Its fields with one capital letter are sizes of axes."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -13,11 +13,12 @@ def _dropout(rate: float, of: str) -> float:
 
 @dataclass(frozen=True)
 class TreeConfig(FamilyConfig):
-    """The config of a model that translates a sentence by production of a binary tree from its root down.
+    """The config of a model that translates a sentence by building a binary tree from its root down.
 
-    An encoder reads the source. Then every node of a complete binary tree of this `depth` becomes a vector. Its
-    probability to be a leaf, and its distribution over words, give the probability of every target sentence, summed
-    over all trees (arXiv 2010.04704). A target has at most 2^depth words.
+    An encoder reads the source. A decoder computes a vector for every node of a complete binary tree of this `depth`.
+    The vector gives the probability that the node is a leaf, and a distribution over words. The probability of a target
+    sentence is the sum over all trees with its words at the leaves (arXiv 2010.04704). A target has at most 2^depth
+    words.
 
     The defaults are the sizes and dropout rates of the original code for SCAN.
     """
@@ -26,28 +27,28 @@ class TreeConfig(FamilyConfig):
     accumulates = False  # the loss is a mean over the sentences of the whole batch
 
     family: Literal["latent_tree"] = field("latent_tree", "the kind of model; a config file chooses it by its class")
-    V: int | None = field(None, "words of the source, and id 0, which is padding; None: those of the data", at_least=2)
+    V: int | None = field(None, "number of source ids, with id 0 for padding; None: the number in the data", at_least=2)
     V_target: int | None = field(
         None,
-        "words of the target, and id 0, which is padding; None: the target has the words of the source",
+        "number of target ids, with id 0 for padding; None: the number in the data, or V without data",
         at_least=2,
     )
     H: int = field(128, "width of all hidden vectors", at_least=2)
-    N: int = field(5, "slots of the memory of the encoder ordered_memory; layers of the encoder gru", at_least=1)
-    depth: int = field(8, "depth of the tree: a target has at most 2^depth words", at_least=1, at_most=12)
+    N: int = field(5, "encoder=ordered_memory: number of memory slots; encoder=gru: number of layers", at_least=1)
+    depth: int = field(8, "depth of the complete tree: a target has at most 2^depth words", at_least=1, at_most=12)
     encoder: Literal["ordered_memory", "tree", "gru"] = field(
         "ordered_memory",
-        "ordered_memory: finds a tree of the source; tree: follows given brackets; gru: bidirectional, without a tree",
+        "ordered_memory: induces a tree over the source; tree: reads its brackets; gru: bidirectional, without a tree",
     )
     early_root: bool = field(
-        False, "read the root one word before the end of the source, as the original code does (ordered_memory only)"
+        False, "take the root vector at the word before the last, as the original code does (ordered_memory only)"
     )
-    encoder_dropout: float = _dropout(0.1, "in the cell of ordered_memory, and of the root of gru")
-    memory_dropout: float = _dropout(0.1, "in the distribution over slots of ordered_memory, and between layers of gru")
-    split_dropout: float = _dropout(0.1, "of a node when it is split into its children")
-    leaf_dropout: float = _dropout(0.1, "of a node when it is decided whether it is a leaf")
-    output_dropout: float = _dropout(0.1, "of a node when its word is chosen")
-    attention_dropout: float = _dropout(0.6, "of the inputs of queries and keys")
+    encoder_dropout: float = _dropout(0.1, "encoder=ordered_memory: in its cell; encoder=gru: of the root vector")
+    memory_dropout: float = _dropout(0.1, "encoder=ordered_memory: in slot distributions; encoder=gru: between layers")
+    split_dropout: float = _dropout(0.1, "of the vector of a node, to compute its children")
+    leaf_dropout: float = _dropout(0.1, "of the vectors of a node, to compute whether it is a leaf")
+    output_dropout: float = _dropout(0.1, "of the vector of a node from which its word is chosen")
+    attention_dropout: float = _dropout(0.6, "of the inputs of the queries and keys of the attention")
     norm_eps: float = field(1e-5, "epsilon of every normalisation", above=0)
     dtype: Dtype = field("float32", "type of the computation")
     param_dtype: Dtype = field(
@@ -58,16 +59,16 @@ class TreeConfig(FamilyConfig):
     def __post_init__(self):
         check_fields(self)
         if self.H % 2:
-            raise ValueError(f"H={self.H} must be even: half of it is one direction of a GRU")
+            raise ValueError(f"H={self.H} must be even: a bidirectional GRU has H/2 units in each direction")
 
     @property
     def D(self) -> int:
-        """The width of all hidden vectors, by the name that shared layers read."""
+        """The width H of all hidden vectors, under the name D that `LayerNorm` and other shared layers read."""
         return self.H
 
     @property
     def target_vocabulary(self) -> int:
-        """The size of the target vocabulary. It is `vocabulary` if V_target is None."""
+        """The number of target ids: V_target, or if that is None, the size of the source vocabulary."""
         return self.vocabulary if self.V_target is None else self.V_target
 
     def check_mesh(self, sizes: dict[str, int], T: int) -> None:
@@ -75,7 +76,7 @@ class TreeConfig(FamilyConfig):
         self.check_words(T)
 
     def check_words(self, T: int) -> None:
-        """Raise ValueError if a target of T words does not fit in the tree.
+        """Raise ValueError if a target of T words has more words than the complete tree has leaves, 2^depth.
 
         >>> TreeConfig(depth=4).check_words(17)
         Traceback (most recent call last):

@@ -1,4 +1,4 @@
-"""The config of Ordered Memory. Its fields with one capital letter are sizes of axes."""
+"""The config of the model family Ordered Memory. Its fields with one capital letter are sizes of axes."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,26 +11,26 @@ from stickjax.config.fields import Dtype, check_fields, field
 class OrderedMemoryConfig(FamilyConfig):
     """The config of a classifier of one sentence, or of a pair of sentences, with an Ordered Memory encoder.
 
-    The encoder reads a sentence token by token, and keeps phrases in a memory of N slots with H numbers each.
+    The encoder reads a sentence token by token, and stores phrases in a memory of N slots with H numbers each.
     """
 
     family: Literal["ordered_memory"] = field(
         "ordered_memory", "the kind of model; a config file chooses it by its class"
     )
-    V: int | None = field(None, "vocabulary size; None: the ids of the data (0 is padding)", at_least=1)
+    V: int | None = field(None, "vocabulary size, with id 0 for padding; None: the number in the data", at_least=1)
     D: int = field(128, "width of the embeddings", at_least=1)
     H: int = field(128, "numbers in one memory slot", at_least=1)
-    N: int = field(12, "memory slots", at_least=2)
+    N: int = field(12, "number of memory slots", at_least=2)
     evaluation_N: int = field(
-        0, "memory slots when the model is not trained, for deeper sentences than in training; 0: N", at_least=0
+        0, "number of memory slots in evaluation, for deeper sentences than in training; 0: N", at_least=0
     )
-    directions: int = field(1, "2: a second encoder reads the sentence from its end", at_least=1, at_most=2)
-    sentences: int = field(2, "sentences that have one label together", at_least=1, at_most=2)
-    classes: int | None = field(None, "number of labels; None: the labels of the data", at_least=2)
-    hidden: bool = field(True, "whether the classifier has a hidden layer of 4 times its width")
-    embedding_std: float = field(0.06, "standard deviation of new embeddings", above=0)
+    directions: int = field(1, "1, or 2: a second encoder reads the sentence from its end", at_least=1, at_most=2)
+    sentences: int = field(2, "number of sentences of an example: 1, or 2 for a pair", at_least=1, at_most=2)
+    classes: int | None = field(None, "number of labels; None: the number in the data", at_least=2)
+    hidden: bool = field(True, "whether the classifier has a hidden layer, as wide as its features")
+    embedding_std: float = field(0.06, "standard deviation of the initial embeddings", above=0)
     cell_dropout: float = field(
-        0.0, "dropout in training: of the inputs of both layers of the cell", at_least=0, below=1
+        0.0, "dropout in training: of the inputs of the two layers of the cell", at_least=0, below=1
     )
     memory_dropout: float = field(0.0, "dropout in training: in the distribution over the slots", at_least=0, below=1)
     input_dropout: float = field(0.0, "dropout in training: of the embeddings", at_least=0, below=1)
@@ -40,7 +40,7 @@ class OrderedMemoryConfig(FamilyConfig):
     param_dtype: Dtype = field(
         "float32", "type of the stored parameters; if it is below float32, the optimizer state has float32 masters"
     )
-    remat: Literal["none", "full"] = field("none", "what a step of the encoder recomputes in the backward pass")
+    remat: Literal["none", "full"] = field("none", "not used: the encoder always saves the same arrays")
     implementation: str | None = field(None, "not used: Ordered Memory has no kernels")
 
     accumulates = False  # the batch of a classifier has no mask of targets
@@ -48,7 +48,7 @@ class OrderedMemoryConfig(FamilyConfig):
     def __post_init__(self):
         check_fields(self)
         if 0 < self.evaluation_N < self.N:
-            raise ValueError(f"evaluation_N={self.evaluation_N} must be at least N={self.N}, or 0")
+            raise ValueError(f"evaluation_N={self.evaluation_N} must be at least N={self.N}, or 0, which means N")
 
     @property
     def reads(self) -> str:

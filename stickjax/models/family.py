@@ -98,18 +98,18 @@ class Family(ABC):
         return 6 * self.parameter_counts(config)[1]
 
     def predict(self, model, batch: dict[str, jax.Array]) -> jax.Array:
-        """Return what the model answers to a batch of examples, without training mode.
+        """Return the predictions of the model for a batch of examples, in inference mode.
 
-        For a classifier, this is the most probable label of every example [B]. For translations it is the ids of the
-        most probable target [B,T], padded with 0 on the right. The default is for classifiers.
+        A classifier returns the most probable label of every example [B]. A translation model returns the ids of the
+        predicted targets [B,T], padded with 0 on the right. The default is for classifiers.
         """
         return self.apply(model, batch).logits.argmax(-1)
 
     def induced_trees(self, model, batch: dict[str, jax.Array]) -> dict[str, list] | None:
-        """Return {name of an array of token ids [B,T]: a binary tree for each of its B texts}, or None.
+        """Return the binary trees that the model induces over the texts of a batch; None if it induces no trees.
 
-        The trees are over the tokens of a text, without padding (see `stickjax.evaluation.trees`). The default is
-        None: the model induces no trees.
+        The result is {name of an array of token ids [B,T]: list of the trees of its B texts}. The leaves of a tree are
+        the indices of the tokens, without padding (`stickjax.evaluation.trees`). The default is None.
         """
         del model, batch
         return None

@@ -43,9 +43,10 @@ def dropout(x, rate: float, key):
 
 
 def random_bytes(key, *shape: int) -> UInt8[Array, "..."] | None:
-    """Return random numbers of 8 bits, for dropout masks of this shape. Without a key, return None.
+    """Return random numbers of 8 bits in an array of this shape, for dropout masks. Without a key, return None.
 
-    They are parts of random numbers of 32 bits. On a CPU, `jax.random.bits` takes five times as long for 8 bits.
+    The bytes are cut from random numbers of 32 bits, because `jax.random.bits` takes five times as long for 8 bits on
+    a CPU.
 
     >>> random_bytes(jax.random.key(0), 2, 3).shape
     (2, 3)
@@ -104,7 +105,7 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Normalise over the last axis, in fp32 (fp64 for fp64): (x - mean) / sqrt(variance + eps) * scale + bias."""
+    """Normalise over the last axis, in fp32, or fp64 if x is: (x - mean) / sqrt(variance + eps) * scale + bias."""
 
     def __init__(self, config, eps: float | None = None, size: int | None = None):
         self.eps = config.norm_eps if eps is None else eps

@@ -1,4 +1,4 @@
-"""The sizes of a model that follow from its data, if the config does not set them: V, V_target and classes."""
+"""Set the sizes of a model that follow from its data, if the config leaves them None: V, V_target and classes."""
 
 from collections.abc import Mapping
 
@@ -10,10 +10,10 @@ SIZES = ("V", "V_target", "classes")
 
 
 def with_vocabulary(config: Config, ids: Mapping[str, int] | None = None, devices=None) -> Config:
-    """Return the config with the vocabulary size `model.V` set, and for some families also V_target and classes.
+    """Return the config with `model.V` set, the vocabulary size, and for some families `V_target` and `classes`.
 
-    A size that is None becomes the size of the data. V and V_target are rounded up to a multiple of the size of the
-    mesh axis "tensor". Sizes that the model config does not have are left out.
+    A size that is None is set from the data. V and V_target are then rounded up to a multiple of the size of the mesh
+    axis "tensor". Sizes for which the model config has no field are ignored.
 
     Args:
       config: the config of the experiment.
@@ -22,8 +22,8 @@ def with_vocabulary(config: Config, ids: Mapping[str, int] | None = None, device
       devices: the devices of the mesh, which matter if the size of an axis is -1; None: all devices.
 
     Raises:
-      ValueError: the tokenizer or the examples cannot be read, V or V_target is smaller than the number of ids, or
-        classes is not the number of labels.
+      ValueError: the tokenizer or the examples cannot be read, V or V_target is smaller than the number of ids; or
+        `classes` is set, and is not the number of labels.
 
     >>> with_vocabulary(Config()).model.V, with_vocabulary(Config().replace({"model.V": 512})).model.V
     (257, 512)
@@ -51,9 +51,9 @@ def with_vocabulary(config: Config, ids: Mapping[str, int] | None = None, device
 
 
 def with_sizes_of(config: Config, before: Config) -> Config:
-    """Return the config of a resumed run, in which sizes that are None are the sizes of the run before.
+    """Return the config of a run that continues, with each of V, V_target and classes that is None taken from `before`.
 
-    `before` is the config of the run before. Its V may have been rounded up for another mesh.
+    `before` is the config of the run so far. Its V may have been rounded up for another mesh, so it must be kept.
     """
     names = [name for name in SIZES if getattr(config.model, name, 0) is None]
     return config.replace({f"model.{name}": getattr(before.model, name, None) for name in names}) if names else config

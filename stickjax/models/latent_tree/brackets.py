@@ -1,4 +1,4 @@
-"""The joins of a binary tree that is given by its brackets."""
+"""Convert the brackets of a binary tree to the list of the pairs of subtrees that are joined."""
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +8,19 @@ from jaxtyping import Array, Bool, Int
 def joins_of(
     brackets: Int[Array, "B S"], mask: Bool[Array, "B S"]
 ) -> tuple[Int[Array, "B S-1 2"], Bool[Array, "B S-1"]]:
-    """Return the joins of the binary tree of every sentence, in the order in which its brackets close.
+    """Return which two subtrees each closing bracket of a binary tree joins, for B sentences of up to S words.
 
-    The words are the parts 0 .. S-1, and join k makes part S + k from two earlier parts.
+    The subtrees are numbered: a single word is a subtree with the number of the word, 0 .. S-1, and join k = 0, 1, ...
+    makes the subtree S + k. Joins are in the order in which the brackets close.
 
     Args:
-      brackets: how many brackets close after each word. Each bracket joins the last two parts that are not yet joined.
+      brackets: the number of brackets that close after each word. Each bracket joins the last two subtrees that are not
+        yet joined.
       mask: False for padding, whose brackets have no effect.
 
     Returns:
-      The two parts of every join, and which joins exist: a sentence of n words has n - 1.
+      The numbers of the left and the right subtree of every join, and a mask of the joins that exist: a sentence of n
+      words has n - 1 joins.
 
     >>> joins_of(jnp.array([[0, 0, 2, 0]]), jnp.array([[True, True, True, False]]))[0].tolist()  # ( a ( b c ) )
     [[[1, 2], [0, 4], [0, 0]]]
@@ -27,7 +30,7 @@ def joins_of(
     closed = jnp.cumsum(jnp.where(mask, brackets, 0), axis=1)
 
     def step(_, state):
-        """Join two parts if a bracket closes after the last word that was read. Otherwise read a word."""
+        """Join two subtrees if a bracket after the last word read has no join yet. Else read the next word."""
         stack, size, read, done, pairs = state
         is_join = (done < closed[rows, read - 1]) & (size > 1)
         left, right = stack[rows, size - 2], stack[rows, size - 1]

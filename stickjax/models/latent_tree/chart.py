@@ -2,19 +2,19 @@
 
 A complete binary tree of depth D has n = 2^(D+1) - 1 nodes. They are numbered level by level: the root is 0, and the
 children of node i are 2i + 1 and 2i + 2. A binary tree inside it has the same root. Its leaves are nodes n_0 .. n_(T-1)
-from left to right, and every other node of it has both children. The score of a tree for a sentence is the sum of
-scores[n_t, t] over its words t.
+from left to right, and every other node of the tree has both children in it. The score of a tree for a sentence is the
+sum of scores[n_t, t] over the words t of the sentence.
 
 The leaves of the complete tree divide a line of length 2^D. A node i at depth d covers the interval
 [start(i), end(i)) of length 2^(D-d). The leaves of a tree cover the line without gaps: start(n_0) = 0,
 start(n_(t+1)) = end(n_t), end(n_(T-1)) = 2^D. Every such sequence of nodes is a tree, because an interval of length w
-begins at a multiple of w. So the sum over trees is a sum over paths, and a forward algorithm over places of the line
-computes it. With a_0(0) = 0 and all other a_0(p) = -inf,
+begins at a multiple of w. So the sum over trees is a sum over paths, and a forward algorithm over the places
+0 .. 2^D of the line computes it. With a_0(0) = 0 and all other a_0(p) = -inf,
 
   a_(t+1)(p) = logsumexp over the nodes i with end(i) = p of a_t(start(i)) + scores[i, t],
   log_likelihood = a_T(2^D).
 
-The work is n operations for each word. The original code has a matrix over pairs of nodes instead.
+The work is n operations for each word. The original code uses a matrix over pairs of nodes instead.
 
 Tan et al., `Recursive Top-Down Production for Sentence Generation with Latent Trees
 <https://arxiv.org/abs/2010.04704>`_.
@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 
 
 def depth_of(nodes: int) -> int:
-    """Return the depth D of the complete binary tree with this number of nodes.
+    """Return the depth D of the complete binary tree that has `nodes` nodes.
 
     Raises ValueError if `nodes` is not 2^(D+1) - 1 for any D.
 
@@ -39,12 +39,12 @@ def depth_of(nodes: int) -> int:
     4
     """
     if nodes < 1 or nodes & (nodes + 1):
-        raise ValueError(f"{nodes} nodes are not a complete binary tree, which has 2^(D+1) - 1 nodes")
+        raise ValueError(f"{nodes} nodes are not a complete binary tree: the number must be 2^(D+1) - 1, such as 7")
     return nodes.bit_length() - 1
 
 
 def in_order(depth: int) -> np.ndarray:
-    """Return the nodes of the complete tree from left to right: the left subtree, the node, the right subtree.
+    """Return the numbers of all nodes of a complete binary tree in order: left subtree, node, right subtree.
 
     >>> in_order(2).tolist()
     [3, 1, 4, 0, 5, 2, 6]
@@ -55,7 +55,9 @@ def in_order(depth: int) -> np.ndarray:
 
 
 def intervals(depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return start(i) and end(i) of all nodes i: the interval of leaves of the complete tree that a node covers.
+    """Return two arrays, start and end: node i covers the leaves start[i] .. end[i] - 1 of the complete tree.
+
+    The complete tree of this depth D has 2^D leaves, which are counted from the left, from 0.
 
     >>> [x.tolist() for x in intervals(1)]
     [[0, 0, 1], [2, 1, 2]]
@@ -66,9 +68,9 @@ def intervals(depth: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def edges(depth: int) -> list[tuple[int, int]]:
-    """Return the pairs of nodes (i, j) where j can be the next leaf after i: those with end(i) = start(j).
+    """Return the pairs of nodes (i, j) where j can be the leaf after leaf i of a tree, because end(i) = start(j).
 
-    There are sum over h = 1 .. D of 2^(D-h) h^2 of them.
+    Their number is the sum of 2^(D-h) h^2 over h = 1 .. D. `intervals` defines start and end.
 
     >>> len(edges(3)), len(edges(8))
     (21, 1434)
@@ -78,9 +80,10 @@ def edges(depth: int) -> list[tuple[int, int]]:
 
 
 def trees(depth: int, leaves: int, root: int = 0) -> Iterator[tuple[int, ...]]:
-    """Yield all binary trees with this number of leaves, and at most this depth. A tree is a tuple of its leaves.
+    """Yield all binary trees with this number of leaves and at most this depth.
 
-    There are Catalan-many trees, so this is for tests with few leaves. `root` is the node where the trees begin.
+    Each tree is the tuple of the nodes that are its leaves, from left to right. `root` is the number of the root. The
+    number of trees is a Catalan number, so this is for tests with few leaves.
 
     >>> list(trees(2, 3))
     [(1, 5, 6), (3, 4, 2)]
@@ -94,9 +97,9 @@ def trees(depth: int, leaves: int, root: int = 0) -> Iterator[tuple[int, ...]]:
 
 
 def log_likelihood_reference(scores: Float[Array, "n T"]) -> Float[Array, ""]:
-    """Compute the log of the sum of exp(score) over all trees with T leaves, by a list of all trees.
+    """Compute `log_likelihood` of one sentence of T words slowly, from a list of all trees with T leaves.
 
-    The arguments are as in `log_likelihood`, for one sentence of T words.
+    `scores` has the score of every node for every word. For tests.
     """
     n, T = scores.shape
     paths = np.array(list(trees(depth_of(n), T)), int).reshape(-1, T)
@@ -104,11 +107,11 @@ def log_likelihood_reference(scores: Float[Array, "n T"]) -> Float[Array, ""]:
 
 
 def log_likelihood(scores: Float[Array, "B n T"], lengths: Int[Array, " B"]) -> Float[Array, " B"]:
-    r"""Compute the log of the sum of exp(score) over all trees with as many leaves as the sentence has words.
+    r"""Compute the log of the sum of exp(score) over all binary trees whose T leaves are the T words of a sentence.
 
-    The score of a tree with the leaves n_0 .. n_(T-1) is the sum over t of scores[n_t, t]. If exp(scores[i, t]) is the
-    probability that the node i is a leaf and has word t, given that its parent splits, times the probability that the
-    parent splits, then the result is the log-probability of the sentence.
+    The score of a tree whose leaves are the nodes n_0 .. n_(T-1) is the sum over t of scores[n_t, t]. If
+    exp(scores[i, t]) is the probability that the node i is a leaf and has word t, given that its parent splits, times
+    the probability that the parent splits, then the result is the log-probability of the sentence.
 
     The gradient is the posterior: d log_likelihood / d scores[i, t] is the probability that word t is at the leaf i. A
     backward recursion computes it from the saved a_t. With g_T(2^D) = 1 and all other g_T(p) = 0,
@@ -135,34 +138,42 @@ def log_likelihood(scores: Float[Array, "B n T"], lengths: Int[Array, " B"]) -> 
     return _log_likelihood(scores.transpose(2, 1, 0), lengths)
 
 
-# In the functions below, the batch is the last axis: then every slice of the nodes or places consists of whole rows.
+# In the functions below, the batch is the last axis, so a slice of the nodes or places is contiguous for each index.
 
 
 def levels_of(values) -> list[jax.Array]:
-    """Split an array over nodes into one array for each level, from the root on."""
+    """Split an array whose first axis has the n nodes of a complete tree into one array per level, from the root on."""
     depth = depth_of(values.shape[0])
     return [values[2**d - 1 : 2 ** (d + 1) - 1] for d in range(depth + 1)]
 
 
 def starts_of(places) -> list[jax.Array]:
-    """Return the values of the places 0 .. 2^D - 1 at the starts of the nodes, as one array for each level."""
+    """Return the value of every node's start, as one array per level, from the root on.
+
+    `places` has the values of the places 0 .. 2^D - 1. `intervals` defines the starts.
+    """
     size = places.shape[0]
     return [places[:: size >> d] for d in range(size.bit_length())]
 
 
 def ends_of(places) -> list[jax.Array]:
-    """Return the values of the places 1 .. 2^D at the ends of the nodes, as one array for each level."""
+    """Return the value of every node's end, as one array per level, from the root on.
+
+    `places` has the values of the places 1 .. 2^D. `intervals` defines the ends.
+    """
     size = places.shape[0]
     return [places[(size >> d) - 1 :: size >> d] for d in range(size.bit_length())]
 
 
 def reduced_at_ends(reduce: Callable, levels: list):
-    """Reduce the values of all nodes that end at the same place. Return an array over the places 1 .. 2^D.
+    """Combine the values of all nodes that have the same end (`intervals`). Return an array over the places 1 .. 2^D.
 
-    `levels` has one array for each level, or one tuple of arrays; `reduce(above, below)` returns the same.
+    `levels` has an array of the values of the nodes for each level, from the root on, or a tuple of arrays for each
+    level. `reduce(above, below)` combines two arrays (or tuples) of equal shape, such as `jnp.add`; `above` comes from
+    the levels nearer to the root.
 
-    A right child ends where its parent ends. No other node of its level, or of a level above, ends where a left child
-    ends. So the result for a level is the values of the left children, and the values of the right children reduced
+    A right child ends where its parent ends. Where a left child ends, no other node of its level or of a level above
+    ends. So the result of a level has the values of its left children, and the values of its right children combined
     with the result of the level above.
     """
     total = levels[0]
@@ -177,7 +188,7 @@ def _interleaved(left, right):
 
 
 def _summed_at_starts(levels: list[jax.Array]) -> jax.Array:
-    """Add up the values of all nodes that start at the same place. Return an array over the places 0 .. 2^D - 1."""
+    """Add up the values of all nodes with the same start. Return an array over the places 0 .. 2^D - 1."""
     total = levels[0]
     for level in levels[1:]:
         total = _interleaved(total + level[::2], level[1::2])
@@ -185,7 +196,7 @@ def _summed_at_starts(levels: list[jax.Array]) -> jax.Array:
 
 
 def shifted(ends, at_start: float):
-    """Return an array over the places 0 .. 2^D - 1, from one over 1 .. 2^D and the value at place 0."""
+    """Return an array over the places 0 .. 2^D - 1, from `ends` over the places 1 .. 2^D and `at_start` for place 0."""
     return jnp.concatenate([jnp.full_like(ends[:1], at_start), ends[:-1]])
 
 
@@ -194,12 +205,12 @@ def _finite(x):
 
 
 def _places_before(B: int, depth: int, dtype) -> jax.Array:
-    """Return a_0 at the places 0 .. 2^D - 1 of B sentences."""
+    """Return a_0 [2^D,B], the start of the forward algorithm: 0 at place 0, and -inf at all other places."""
     return jnp.full((2**depth, B), -jnp.inf, dtype).at[0].set(0)
 
 
 def _forward(scores, lengths):
-    """Return the log-likelihoods [B], and for every word t the array a_(t+1) at the places 1 .. 2^D."""
+    """Return the log-likelihoods [B], and the a_1 .. a_T of the forward algorithm at the places 1 .. 2^D [T,2^D,B]."""
     T, n, B = scores.shape
     depth = depth_of(n)
 

@@ -25,12 +25,14 @@ from stickjax.models.layers import LayerNorm, cast, linear_bias, linear_weight, 
 
 
 class Production(NamedTuple):
-    """The scores of a batch of trees. Nodes are numbered as in `chart`: the children of node i are 2i + 1 and 2i + 2.
+    """The output of the model for B sources: the scores of all words at the n nodes of a complete binary tree.
 
-    `logits` [B,n,V]: scores[i, w], the log-probability that node i is a leaf with the word w, plus the node's share of
-      the log-probabilities that its ancestors split.
-    `attention` [B,n,S]: the weights of the source words with which each node chooses its word.
-    `slots` [B,S,N]: the distributions of the encoder's memory, or None.
+    The children of node i are 2i + 1 and 2i + 2.
+
+    `logits` [B,n,V]: for every node and word, the log-probability that the node is a leaf with this word, plus the
+      node's share of the log-probabilities that its ancestors split (`TreeDecoder`).
+    `attention` [B,n,S]: how much each node attends to each of the S source words to choose its word.
+    `slots` [B,S,N]: the distribution of every source word over the N slots of the encoder's memory; None without one.
     """
 
     logits: jax.Array
@@ -39,9 +41,11 @@ class Production(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What the nodes attend to. `keys` [B,M+S,H] and `shifts` [B,M+S] are the keys of the bank and of the words.
+    """The vectors that the nodes of the target tree attend to: M vectors of the bank, and S source words.
 
-    `bank` [B,M,H] and `words` [B,S,H] are the values. `bank_mask` and `mask` are False for padding.
+    The bank gives the context of a node, and the words give its word. `keys` [B,M+S,H] and `shifts` [B,M+S] are the
+    results of `TreeAttention.keys` for the bank and then the words. `bank` [B,M,H] and `words` [B,S,H] are the values.
+    `bank_mask` [B,M] and `mask` [B,S] are False for padding.
     """
 
     keys: jax.Array
@@ -53,10 +57,10 @@ class Source(NamedTuple):
 
 
 class Level(NamedTuple):
-    """The nodes of a level: the left children of all parents, then their right children.
+    """The n nodes of one level of the tree: the left children of all nodes above, then their right children.
 
-    `x` and `context` [B,n,H] are the vectors. `leaf` [B,n,2] has the scores log p + h and log(1 - p) + h. `logits`
-    [B,n,V] and `attention` [B,n,S] are as in `Production`.
+    `x` and `context` [B,n,H] are the vectors x and c of `TreeDecoder`. `leaf` [B,n,2] has log p + h and log(1 - p) + h,
+    with p and h of `TreeDecoder`. `logits` [B,n,V] and `attention` [B,n,S] are as in `Production`.
     """
 
     x: jax.Array
@@ -66,32 +70,34 @@ class Level(NamedTuple):
     attention: jax.Array
 
 
-# Parts of the random bytes of a node.
+# Indices of the five arrays of random bytes of a level, one array for each dropout mask.
 SPLIT, QUERY, LEAF, LEAF_CONTEXT, OUTPUT = range(5)
 
 
 class TreeDecoder(nnx.Module):
-    r"""The production of a complete binary tree of depth D, level by level. All nodes share the parameters.
+    r"""Computes the vectors and the scores of all nodes of a complete binary tree of depth D, level by level.
 
-    A node has a vector x and a context c. With act(x) = tanh(LN(x)) and the root vector r of the encoder, the root has
-    x = act(r root + root_bias) and c = r. The children y_1, y_2 of a node are
+    All nodes share the parameters. A node has a vector x and a context c. With act(x) = tanh(LN(x)), and the root
+    vector r of the encoder, the root has x = act(r root + root_bias) and c = r. The children of a node have the vectors
+    y_1, y_2 and the contexts c_1, c_2:
 
       [a_1, a_2, b_1, b_2] = relu([x; c] w_in + in_bias) w_out + out_bias
       y_j = sigmoid(a_j) act(b_j) + (1 - sigmoid(a_j)) x,   c_j = Attend(y_j, bank).
 
-    The node is a leaf with probability p, and splits with 1 - p, where [log p, log(1 - p)] is
-    log_softmax([x; c] leaf + leaf_bias). A leaf has the word w with the probability
+    The node is a leaf with probability p, and has children with probability 1 - p, where [log p, log(1 - p)] is
+    log_softmax([x; c] leaf + leaf_bias). A leaf has the word w with the probability P(w) =
 
       softmax over w of N(unembed)_w . Attend(x, values),   N(v) = tanh((v - mean) / standard deviation).
 
-    `TreeAttention` is Attend. The score of a word w at a node is
+    Attend is `TreeAttention`, and the values are vectors of the source words. The score of a word w at a node is
 
       log P(w) + log p + h,   where h = (log(1 - p') + h') / 2 for the parent's p' and h', and h = 0 for the root.
 
-    The log-probability that a node splits is so divided among all nodes below it. A tree counts it exactly once.
+    So the log-probability that a node splits is divided among all nodes below it. In the sum over the leaves of a tree
+    it counts exactly once.
 
-    In training, one dropout mask of the keys and one of the query serve both attentions of a node, and one mask of the
-    keys serves all levels. The original code draws them separately.
+    In training, both attentions of a node (to the bank and to the words) use the same dropout mask of the query. All
+    nodes use the same dropout mask of the keys. The original code draws a mask for each use.
     """
 
     def __init__(self, config: TreeConfig, key):
@@ -138,7 +144,7 @@ class TreeDecoder(nnx.Module):
         return Source(keys, shifts, e.bank, e.bank_mask, values, e.mask)
 
     def _expand(self, parents: Level, source: Source, split_random, random) -> Level:
-        """Return the children of a level."""
+        """Return the level below `parents`. `split_random` and `random` are random bytes for dropout, or None."""
         c, H = self.config, self.config.H
         x = dropped(parents.x, c.split_dropout, split_random)
         w_in, w_out, out_bias = cast(self.w_in, c), cast(self.w_out, c), cast(self.out_bias, c)
@@ -157,7 +163,7 @@ class TreeDecoder(nnx.Module):
         return self._level(jnp.concatenate(children, 1), None, jnp.concatenate([shared] * 2, 1), source, random)
 
     def _level(self, x: Float[Array, "B n H"], context, shared: Float[Array, "B n 1"], source: Source, random) -> Level:
-        """Return the nodes with the vectors x and the scores h in `shared`. Without `context`, they use the bank."""
+        """Return the nodes with the vectors x and with h = `shared`. If `context` is None, compute it from the bank."""
         c, M = self.config, source.bank.shape[1]
         y, deviation = self.attention.queries(dropped(x, c.attention_dropout, random[QUERY]))
         scores = jnp.einsum("BnH,BMH->BnM", checkpoint_name(y, "product"), source.keys)
@@ -174,7 +180,7 @@ class TreeDecoder(nnx.Module):
         return Level(x, context, leaf, logits, of_words)
 
     def _leaf(self, x, context, random) -> Float[Array, "B n 2"]:
-        """Return the log-probabilities that nodes are leaves, and that they split."""
+        """Return the log-probabilities that every node is a leaf (index 0), and that it splits (index 1)."""
         c, H, rate = self.config, self.config.H, self.config.leaf_dropout
         weight, bias = cast(self.leaf, c), cast(self.leaf_bias, c)
         weight = weight[:, 0] - weight[:, 1]
@@ -184,15 +190,15 @@ class TreeDecoder(nnx.Module):
 
 
 def _centred_pair(weight):
-    """Centre each half of the last axis (`parts.centred`)."""
+    """Subtract its mean from each half of the last axis, as `parts.centred` does for a whole axis."""
     return jnp.concatenate([centred(half) for half in jnp.split(weight, 2, -1)], -1)
 
 
 def _by_parent(levels: list[jax.Array]) -> jax.Array:
-    """Concatenate arrays of levels, with the nodes in the order of `chart`: the children of a parent side by side.
+    """Concatenate arrays [B,n,...] of all levels to one over all nodes, where 2i + 1 and 2i + 2 are the children of i.
 
-    In a `Level`, the index of a node has the choices left or right from its parent upwards as binary digits, and in
-    `chart` from the root downwards.
+    Within a level, the binary digits of a node's index are its path from the root, 0 for left and 1 for right. In
+    `Level` the last step of the path is the first digit; in the result the first step is.
     """
     order = np.zeros(1, int)
     ordered = [levels[0]]

@@ -1,7 +1,7 @@
-"""The encoders: each reads the source and returns the root of the tree and what the nodes attend to.
+"""The encoders of the source. Each returns the vector of the root of the target tree, and vectors that nodes attend to.
 
-`OrderedMemoryEncoder` finds a tree of the source itself, `TreeEncoder` follows given brackets, and `RecurrentEncoder`
-is a GRU without trees.
+`OrderedMemoryEncoder` induces a tree over the source, `TreeEncoder` uses the brackets of the batch, and
+`RecurrentEncoder` is a GRU without trees.
 """
 
 from typing import NamedTuple
@@ -20,14 +20,15 @@ from stickjax.models.layers import cast, linear_bias, linear_weight, normal, ran
 
 
 class Encoding(NamedTuple):
-    """What an encoder returns for a batch of sources of up to S words. It does not depend on padding.
+    """The output of an encoder for B sources of up to S words. What it has for a word does not depend on padding.
 
     `root` [B,H]: the vector of the root of the target tree.
-    `bank` [B,M,H] and `bank_mask` [B,M]: the vectors that nodes attend to, and which of them exist.
-    `keys` [B,S,H], `values` [B,S,H] and `mask` [B,S]: nodes that produce a word attend to the source words with these
-      keys, and get these values.
-    `slots` [B,S,N]: the distribution of every word over the memory slots, which contains the induced tree of the
-      source; None for encoders without memory.
+    `bank` [B,M,H] and `bank_mask` [B,M]: M vectors that the nodes attend to for their context. The mask is False for
+      vectors that do not exist.
+    `keys` [B,S,H], `values` [B,S,H] and `mask` [B,S]: a node that chooses a word attends to the source words: it scores
+      the keys, and sums the values. The mask is False for padding.
+    `slots` [B,S,N]: the distribution of every word over the N memory slots, from which `induced_tree` makes a tree over
+      the source; None for encoders without memory.
     """
 
     root: jax.Array
@@ -40,7 +41,7 @@ class Encoding(NamedTuple):
 
 
 def _at(x, index: Int[Array, " B"]):
-    """Return x[b, index[b]] for every row b."""
+    """Return x[b, index[b]] for every sentence b. A negative index counts as 0."""
     return jnp.take_along_axis(x, jnp.maximum(index, 0)[:, None, None], axis=1)[:, 0]
 
 
@@ -49,10 +50,11 @@ def _table(config: TreeConfig, key) -> nnx.Param:
 
 
 class OrderedMemoryEncoder(nnx.Module):
-    """A bidirectional GRU, and Ordered Memory over its outputs (`OrderedMemory`).
+    """A bidirectional GRU whose outputs an `OrderedMemory` reads. It induces a tree over the source.
 
-    The root is the candidate of the highest slot after the last word. Nodes attend to the candidates of all N slots
-    after every word. `embed` has the inputs of the GRU, and `values` what nodes get that produce a word.
+    The root vector is the candidate for the highest slot at the last word; with `early_root`, at the word before the
+    last. Nodes attend to the candidates for all N slots at every word. `embed` is the embedding that the GRU reads;
+    `values` is the embedding whose weighted sum gives a node its word.
     """
 
     def __init__(self, config: TreeConfig, key):
@@ -75,15 +77,15 @@ class OrderedMemoryEncoder(nnx.Module):
 
 
 class TreeEncoder(nnx.Module):
-    """A binary TreeLSTM that follows the brackets of the source.
+    """A binary TreeLSTM that joins the words of the source in the order of its brackets.
 
-    The vector of a word is its embedding h, with the cell state c = 0. Two parts (h, c) and (h', c') are joined with
+    A word has the vector h, its embedding, and the cell state c = 0. Subtrees (h, c) and (h', c') are joined with
 
       [i, f, f', o, u] = [h; h'] join + join_bias
       c'' = sigmoid(i) tanh(u) + sigmoid(f) c + sigmoid(f') c',   h'' = sigmoid(o) tanh(c'').
 
-    A batch has `brackets` [B,S]: how many brackets close after each word of the source (`trees.read_brackets`). The
-    root is the h of the whole source, and nodes attend to the h of all parts.
+    A batch has `brackets` [B,S]: how many brackets close after each word of the source (see `trees.closing_brackets`).
+    The root vector is the h of the whole source. Nodes attend to the h of all words and joined subtrees.
     """
 
     def __init__(self, config: TreeConfig, key):
@@ -96,7 +98,7 @@ class TreeEncoder(nnx.Module):
     def __call__(self, batch, key=None) -> Encoding:
         del key  # no dropout
         if "brackets" not in batch:
-            raise ValueError("encoder='tree' needs the array 'brackets' in its batches")
+            raise ValueError("encoder='tree' needs the array 'brackets' in every batch, the brackets of each source")
         c, source = self.config, batch["source"]
         (B, S), mask = source.shape, source != 0
         words = cast(self.embed, c)[source]
@@ -127,7 +129,7 @@ class TreeEncoder(nnx.Module):
 class RecurrentEncoder(nnx.Module):
     """A bidirectional GRU of N layers. Nodes attend to the outputs of its last layer.
 
-    The root is tanh(l w_root + root_bias), where l [2 N H/2] has the last states of all layers and directions.
+    The root vector is tanh(l w_root + root_bias), where l [N H] has the last states of all layers and both directions.
     """
 
     def __init__(self, config: TreeConfig, key):

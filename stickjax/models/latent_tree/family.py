@@ -18,7 +18,7 @@ from stickjax.parallel.collectives import psum_over_batch
 
 
 def init(config: TreeConfig, key: jax.Array) -> LatentTreeModel:
-    """Return a new model. It is also the pytree of its parameters.
+    """Return a new model with random parameters. The model is the pytree of its parameters.
 
     >>> model = init(TreeConfig(V=14, V_target=7, H=8, depth=3), jax.random.key(0))
     >>> model.decoder.w_out.shape
@@ -28,10 +28,10 @@ def init(config: TreeConfig, key: jax.Array) -> LatentTreeModel:
 
 
 def apply(model: LatentTreeModel, batch: dict[str, jax.Array], key: jax.Array | None = None) -> Production:
-    """Run a model on the sources of a batch. With a random key, it runs in training mode, with dropout.
+    """Return the scores of all words at all nodes of the tree, for the sources of a batch, as a `Production`.
 
     `batch` has `source` [B,S], padded with 0 on the right. For encoder="tree" it also has `brackets` [B,S]: how many
-    brackets close after each word.
+    brackets close after each word. With a random key, the model runs in training mode, with dropout.
 
     >>> model = init(TreeConfig(V=14, V_target=7, H=8, depth=3), jax.random.key(0))
     >>> output = apply(model, {"source": jnp.array([[3, 4, 0]])})
@@ -44,7 +44,7 @@ def apply(model: LatentTreeModel, batch: dict[str, jax.Array], key: jax.Array | 
 def loss(
     model: LatentTreeModel, batch: dict[str, jax.Array], key: jax.Array | None
 ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
-    """Compute the loss of a batch, the mean over its sentences of -log p(target | source) / T, and its metrics.
+    """Return the loss of a batch, the mean of -log p(target | source) / T over its sentences, and its metrics.
 
     T is the number of words of the target, and p is the sum over all trees with T leaves. The loss of a sentence does
     not depend on the other sentences of the batch. Sentences without target words do not count.
@@ -52,10 +52,10 @@ def loss(
     Args:
       model: a latent-tree model.
       batch: as in `apply`, with `target` [B,T], padded with 0 on the right.
-      key: randomness of a training step, or None.
+      key: the random key of a training step (for dropout); None for inference.
 
     Returns:
-      The loss, and the metrics `loss` (the same) and `sentence_nll` (the mean of -log p(target | source)).
+      The loss, and the metrics `loss` (equal to it) and `sentence_nll` (the mean of -log p(target | source)).
 
     Raises:
       ValueError: the tree has fewer leaves than T.
@@ -78,14 +78,14 @@ def loss(
 
 @partial(jax.jit, static_argnames="limit")
 def decode(model: LatentTreeModel, batch: dict[str, jax.Array], limit: int | None = None) -> Derivation:
-    """Return the best tree of every source of a batch, and its words: the most probable derivation.
+    """Return the most probable derivation of a target for every source of a batch: a tree with a word at every leaf.
 
     The most probable derivation is not always the most probable sentence, whose probability is a sum over trees.
 
     Args:
       model: a latent-tree model.
       batch: as in `apply`.
-      limit: the largest number of words; None: as many as the tree can have, 2^depth.
+      limit: the largest number of words; None: 2^depth, the most that the tree can have.
 
     >>> model = init(TreeConfig(V=14, V_target=7, H=8, depth=3), jax.random.key(0))
     >>> decode(model, {"source": jnp.array([[3, 4, 0]])}, limit=5).words.shape
@@ -105,7 +105,7 @@ _PARAMETERS = {
     "OrderedMemoryEncoder": _TABLES,
     "TreeEncoder": _TABLES | {"join": Parameter("2D 5D"), "join_bias": _vector("5D")},
     "RecurrentEncoder": _TABLES | {"w_root": Parameter("ND D"), "root_bias": _vector("D")},
-    # The axis P has the two directions; U is 3 H / 2, for the three gates of a direction.
+    # Axis P has the two directions. U is 3 H / 2: three gates with H/2 units of a direction.
     "BidirectionalGRU": {
         "input": Parameter("P D U"),
         "input_bias": _vector("P U"),
@@ -149,7 +149,7 @@ _PARAMETERS = {
 
 
 class LatentTree(Family):
-    """The family of latent-tree models, which translate a source into a target by production of a binary tree."""
+    """The family of latent-tree models, which translate a source into a target by building a binary tree."""
 
     config = TreeConfig
     parameters = _PARAMETERS
@@ -167,7 +167,7 @@ class LatentTree(Family):
         return decode(model, batch).words
 
     def induced_trees(self, model, batch) -> dict[str, list[Tree]] | None:
-        """Return the trees of the sources that the memory of the encoder ordered_memory induces."""
+        """Return {"source": the trees that the encoder's memory induces over the B sources}; None without a memory."""
         if model.config.encoder != "ordered_memory":
             return None
         slots, source = jax.device_get((_slots(model, batch), batch["source"]))
@@ -181,7 +181,7 @@ class LatentTree(Family):
     def parameter_counts(self, config: TreeConfig) -> tuple[int, int]:
         """Return (the number of all parameters, the number of active parameters).
 
-        All parameters are active, except for the two embeddings of the source.
+        The two embeddings of the source words are not active. All other parameters are.
         """
         total, _ = super().parameter_counts(config)
         return total, total - 2 * config.vocabulary * config.H
@@ -189,8 +189,8 @@ class LatentTree(Family):
     def flops_per_token(self, config: TreeConfig, T: int) -> float:
         """Return the floating-point operations of a training step per word, for sources and targets of T words.
 
-        The products of matrices count, in the forward pass and twice in the backward pass. The tree has as many nodes
-        for a short target as for a long one.
+        Only matrix products count: once in the forward pass, and twice in the backward pass. The number of nodes of the
+        tree does not depend on the length of the target.
         """
         H, N, n = config.H, config.N, 2 ** (config.depth + 1) - 1
         bank, of_word = {

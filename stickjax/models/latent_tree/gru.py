@@ -31,9 +31,11 @@ class BidirectionalGRU(nnx.Module):
     def __call__(
         self, x: Float[Array, "B S H"], lengths: Int[Array, " B"]
     ) -> tuple[Float[Array, "B S H"], Float[Array, "B H"]]:
-        """Return the states after every word, and the states at the end: after the last word and after the first word.
+        """Return the states of both directions at every word, and the final state of each direction.
 
-        The two directions are concatenated. What is returned for padding has no meaning.
+        The final state from left to right is the one at the last word; from right to left, the one at the first word.
+        The last axis has the H/2 units from left to right, then the H/2 units from right to left. `lengths` is the
+        number of words of each sentence. Values at padding have no meaning.
         """
         c, (B, S, _) = self.config, x.shape
         place = jnp.arange(S)[None]

@@ -1,4 +1,4 @@
-"""The variant of Ordered Memory (arXiv 1910.13466) in the encoder of arXiv 2010.04704.
+"""The variant of Ordered Memory (arXiv 1910.13466) that the encoder of arXiv 2010.04704 uses.
 
 Its cell differs from the original's cell: the three gates of a unit are a softmax, and the activation is
 tanh(LayerNorm(x)).
@@ -14,13 +14,13 @@ from stickjax.config.latent_tree import TreeConfig
 from stickjax.models.latent_tree.parts import affine, dropped, split_key
 from stickjax.models.layers import LayerNorm, cast, linear_bias, linear_weight, random_bytes, uniform
 
-SMALLEST = 1e-5  # a smaller factor c of a slot counts as 0
+SMALLEST = 1e-5  # a factor c_i of a slot that is smaller counts as 0
 
 
 class SlotDistribution(nnx.Module):
-    """The distribution p of a word over the N slots of the memory.
+    """Computes the distribution p of a word over the N slots of the memory.
 
-    For the projected word x, the candidates m_i of the word before, and its distribution p', it is
+    x is the projected word. m_i and p' are the candidates and the distribution of the word before it. Then
 
       q = LN(x query + query_bias),   k_i = LN(m_i key + key_bias)
       p_i is proportional to c_i exp((relu(q + k_i) . weight + bias) / sqrt(H)),
@@ -37,14 +37,17 @@ class SlotDistribution(nnx.Module):
         self.query_norm, self.key_norm = LayerNorm(c), LayerNorm(c)
 
     def queries(self, x: Float[Array, "B S H"], random=None) -> Float[Array, "B S H"]:
-        """Return q for the projected words. `random`: random bytes for dropout, or None."""
+        """Return the queries q of the projected words x. `random`: random bytes [B,S,H] for dropout, or None."""
         c = self.config
         return self.query_norm(affine(dropped(x, c.memory_dropout, random), self.query, self.query_bias, c))
 
     def __call__(
         self, query: Float[Array, "B H"], candidates: Float[Array, "B N H"], before: Float[Array, "B N"], random
     ) -> Float[Array, "B N"]:
-        """Return p. `random`: two arrays of random bytes [B,N,H] for dropout, or None twice."""
+        """Return p, from the query q and the candidates and distribution of the word before.
+
+        `random`: two arrays of random bytes [B,N,H] for dropout, or None twice.
+        """
         c, rate = self.config, self.config.memory_dropout
         keys = self.key_norm(affine(dropped(candidates, rate, random[0]), self.key, self.key_bias, c))
         hidden = dropped(jax.nn.relu(query[:, None] + keys), rate, random[1])
@@ -58,9 +61,9 @@ class SlotDistribution(nnx.Module):
 class OrderedMemory(nnx.Module):
     """A memory of N slots that reads a sentence word by word.
 
-    With act(x) = tanh(LN(x)), the projected words are x = act(e w_project + project_bias). A word has the distribution
-    p over the slots (`SlotDistribution`). M_i are the slots, and m_i the candidates for them, all zero at first. With
-    s_i = sum over j <= i of p_j, r_i = sum over j >= i of p_j, and m_0 = x:
+    The input e is projected: x = act(e w_project + project_bias), with act(x) = tanh(LN(x)). M_i are the contents of
+    the slots, and m_i the candidates for them. All are zero at first. p is the distribution of a word over the slots
+    (`SlotDistribution`). With s_i = sum over j <= i of p_j, r_i = sum over j >= i of p_j, and m_0 = x:
 
       M_i <- (1 - r_i) M_i + r_i m_i,   then in the order of i:   m_i = (1 - s_i) x + s_i cell(m_(i-1), M_i)
       cell(h, M) = v h + g M + u act(z),   [a, b, d, z] = relu([h; M] w_in + in_bias) w_out + out_bias,
@@ -84,14 +87,14 @@ class OrderedMemory(nnx.Module):
     def __call__(
         self, e: Float[Array, "B S H"], key=None
     ) -> tuple[Float[Array, "B S H"], Float[Array, "B S N H"], Float[Array, "B S N"]]:
-        """Return the projected words x, the candidates after every word, and the distributions over the slots.
+        """Return the projected words x, the candidates at every word, and its distribution over the slots.
 
-        A word does not depend on later words, so padding on the right has no effect on the words before it.
+        The results for a word do not depend on later words, so padding on the right does not change them.
         """
         c, (B, S, H), (k_query, k_steps) = self.config, e.shape, split_key(key, 2)
         x = self.activation(affine(e, self.w_project, self.project_bias, c))
         queries = self.distribution.queries(x, random_bytes(k_query, B, S, H))
-        # For each word: the distribution needs 2 H bytes for a slot, and the cell 6 H.
+        # For each word and slot, the distribution needs 2 H random bytes, and the cell 6 H.
         random = random_bytes(k_steps, S, 8, B, c.N, H)
 
         def step(state, inputs):
@@ -111,7 +114,7 @@ class OrderedMemory(nnx.Module):
         return x, candidates.swapaxes(0, 1), p.swapaxes(0, 1)
 
     def _compose(self, x: Float[Array, "B H"], slots: Float[Array, "B N H"], share: Float[Array, "B N"], random):
-        """Return the candidates m_1 .. m_N [B,N,H] of a word. `share` is s, and `random` 6 arrays of bytes [B,N,H]."""
+        """Return the candidates m_1 .. m_N [B,N,H] of a word. `share` is s. `random`: 6 arrays of bytes [B,N,H]."""
         c = self.config
         rate, at = c.encoder_dropout, lambda array, i: None if array is None else array[:, i]
         w_in, w_out = cast(self.w_in, c), cast(self.w_out, c).reshape(4 * c.H, -1)

@@ -1,4 +1,4 @@
-"""The model: an encoder of the source, and a top-down decoder of the target."""
+"""The latent-tree model: an encoder of the source sentence, and a top-down decoder of the target sentence."""
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ class LatentTreeModel(nnx.Module):
     def __call__(self, batch: dict[str, jax.Array], key=None) -> Production:
         """Return the scores of all words at all nodes, for the sources of a batch.
 
-        `batch` has `source` [B,S], padded with 0 on the right; for encoder="tree" also `brackets` [B,S]. With a random
-        key, the model runs in training mode, with dropout.
+        `batch` has `source` [B,S], padded with 0 on the right; for encoder="tree" also `brackets` [B,S], the number of
+        brackets that close after each word. With a random key, the model runs in training mode, with dropout.
         """
         k_encoder, k_decoder = (None, None) if key is None else jax.random.split(key)
         return self.decoder(self.encoder(batch, k_encoder), k_decoder)
@@ -43,7 +43,7 @@ def sentence_log_likelihood(logits: Float[Array, "B n V"], target: Int[Array, "B
     >>> round(float(jnp.exp(sentence_log_likelihood(logits, jnp.array([[2, 1]])))[0]), 4)  # 0.4 * 0.4
     0.16
     """
-    # A product with 0 and 1: its derivative is a product too, and not a scatter.
+    # A product with an array of 0 and 1: its derivative is a matrix product, and not a scatter.
     is_word = jax.nn.one_hot(target, logits.shape[-1], dtype=logits.dtype)
     finite = jnp.maximum(logits, jnp.finfo(logits.dtype).min / 2)  # 0 * -inf would be NaN
     scores = jnp.einsum("BnV,BTV->BnT", finite, is_word, precision=jax.lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""Small parts of the model: affine maps, dropout, and the attention that nodes and words share."""
+"""Small functions of the latent-tree model: affine maps, dropout, and the attention of the nodes to the source."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 from pallas_kernels.arguments import sum_type
 from stickjax.models.layers import LayerNorm, cast, linear_bias, linear_weight
 
-SINK = 1e-3  # the constant in the denominator of the attention weights
+SINK = 1e-3  # the constant 10^-3 in the denominator of the attention weights
 LARGEST = 80.0  # exp of a larger number overflows in float32
 
 
@@ -19,9 +19,10 @@ def affine(x: Float[Array, "*b I"], weight, bias, config) -> Float[Array, "*b O"
 
 
 def dropped(x, rate: float, random: Array | None):
-    """Set a share `rate` of the values of x to zero, and divide the others by 1 - rate. Without `random`, return x.
+    """Apply dropout to x: set each value to zero with probability `rate`, and divide the others by 1 - rate.
 
-    `random` are `layers.random_bytes` of the shape of x. The rate is rounded to a multiple of 1/256.
+    `random` has random bytes with the shape of x (`layers.random_bytes`); None: x is returned unchanged. The rate is
+    rounded to a multiple of 1/256.
     """
     level = round(256 * rate)
     if random is None or not level:
@@ -30,7 +31,7 @@ def dropped(x, rate: float, random: Array | None):
 
 
 def split_key(key, count: int) -> list:
-    """Return `count` random keys; without a key, a list of None."""
+    """Split a random key into a list of `count` keys. Without a key, return a list of `count` times None."""
     return [None] * count if key is None else list(jax.random.split(key, count))
 
 
@@ -42,7 +43,7 @@ class TreeAttention(nnx.Module):
 
     .. math:: softmax(s)_m \; \sigma(\log \textstyle\sum_m e^{s_m} - 2 \max_m s_m + \log 1000)
 
-    They sum to less than 1: a node with a high score attends less. The original code means to add 10^-3 to the
+    They sum to less than 1, and to less still if the scores are high. The original code means to add 10^-3 to the
     denominator of a softmax, but subtracts the maximum of the scores twice.
     """
 
@@ -54,16 +55,16 @@ class TreeAttention(nnx.Module):
         self.query_norm, self.key_norm = LayerNorm(c), LayerNorm(c)
 
     def queries(self, x: Float[Array, "B n H"]) -> tuple[Float[Array, "B n H"], Float[Array, "B n 1"]]:
-        """Return y and r for nodes: r y is the query without scale and bias of its LayerNorm."""
+        """Return (y, r) for nodes with the vectors x: r y is the query before its LayerNorm applies scale and bias."""
         c = self.config
         y = affine(x, centred(cast(self.query, c)), centred(cast(self.query_bias, c)), c)
         return y, inverse_deviation(y, c.norm_eps)
 
     def keys(self, z: Float[Array, "B M H"], random=None) -> tuple[Float[Array, "B M H"], Float[Array, "B M"]]:
-        """Return k' and t for source vectors: the score of a query (y, r) is r y . k' + t.
+        """Return (k', t) for the source vectors z: the score of the query (y, r) of `queries` is r (y . k') + t.
 
-        They contain the scale and the bias of the LayerNorm of the queries, because there are fewer keys than queries.
-        `random`: for dropout, or None.
+        k' and t contain the scale and the bias of the LayerNorm of the queries, because there are fewer keys than
+        queries. `random`: random bytes [B,M,H] for dropout, or None.
         """
         c, norm = self.config, self.query_norm
         k = self.key_norm(affine(dropped(z, c.attention_dropout, random), self.key, self.key_bias, c)) * c.H**-0.5
@@ -71,9 +72,8 @@ class TreeAttention(nnx.Module):
 
 
 def centred(weight):
-    """Subtract the mean over the last axis. An affine map with centred parameters has outputs of mean 0.
-
-    So a LayerNorm after the map need not subtract a mean.
+    """Return `weight` minus its mean over the last axis. For a weight [I,O], the O values of x weight then have
+    mean 0, for every x. So a LayerNorm after the product need not subtract a mean.
     """
     return weight - weight.mean(-1, keepdims=True)
 
@@ -84,7 +84,7 @@ def inverse_deviation(x, eps: float):
 
 
 def attention_weights(scores: Float[Array, "B n M"], mask: Bool[Array, "B M"]) -> Float[Array, "B n M"]:
-    """Return the weights of `TreeAttention` for the scores s. They are 0 where the mask of the keys is False.
+    """Return the weights of `TreeAttention` from the scores s of n nodes for M keys; 0 where the mask is False.
 
     >>> weights = attention_weights(jnp.array([[[0.0, 0.0, 9.0]]]), jnp.array([[True, True, False]]))
     >>> [round(weight, 4) for weight in weights[0, 0].tolist()]
@@ -98,7 +98,7 @@ def attention_weights(scores: Float[Array, "B n M"], mask: Bool[Array, "B M"]) -
 
 
 def largest_of(x: Float[Array, "B n M"]) -> Float[Array, "B n 1"]:
-    """Return the maximum over the last axis. The gradient belongs to the first element that has it.
+    """Return the maximum over the last axis. The whole gradient goes to the first element that has the maximum.
 
     The derivative of `jnp.max` compares x with its maximum, and divides by the number of equal elements. XLA may
     compute x once for the maximum and again for the comparison, and round differently: with a product and a sum in one

@@ -1,6 +1,6 @@
-"""The trees of a translation as nested indices of words: of its best derivation, and the brackets that a batch needs.
+"""Convert between trees of nested word indices, the leaves of a derivation, and the numbers of closing brackets.
 
-The form of the trees is that of `stickjax.models.ordered_memory.parse`. `stickjax.evaluation.trees` reads them from
+A tree is the index of a word, or a tuple of trees, such as (0, (1, 2)). `stickjax.evaluation.trees` reads trees from
 text, and writes them as text.
 """
 
@@ -10,28 +10,28 @@ from stickjax.models.ordered_memory.parse import Tree
 
 
 def derivation_tree(nodes: Iterable[int]) -> Tree:
-    """Return the tree of a sentence from its leaves in the complete tree. The words are numbered from left to right.
+    """Return the tree over the words 0 .. T-1 of a sentence, from the nodes of a complete binary tree that are leaves.
 
-    `nodes` are the leaves, as in one row of `Derivation.nodes`: the children of node i are 2i + 1 and 2i + 2, and -1
-    comes after the last leaf.
+    `nodes` are these leaves from left to right, as in one row of `Derivation.nodes`; -1 fills the rest. The children of
+    node i are 2i + 1 and 2i + 2.
 
     >>> derivation_tree([1, 5, 6, -1])
     (0, (1, 2))
     """
     parts: dict[int, Tree] = {int(node): word for word, node in enumerate(nodes) if node >= 0}
     while len(parts) > 1:
-        right = max(parts)  # the last node of the deepest level: its sibling is there too
+        right = max(parts)  # the last node of the deepest level is a right child, so its sibling is in `parts` too
         parts[right // 2 - 1] = (parts.pop(right - 1), parts.pop(right))
     return parts[0]
 
 
 def closing_brackets(tree: Tree) -> list[int]:
-    """Return the number of brackets that close after each word of a binary tree.
+    """Return how many brackets close after each word of a binary tree.
 
-    The numbers are a row of the array `brackets` in a batch for encoder="tree".
+    A batch for encoder="tree" has these numbers for every source, as a row of its array `brackets`.
 
     Raises:
-      ValueError: a part of the tree has more than two parts.
+      ValueError: the tree is not binary: a node does not have two children.
 
     >>> closing_brackets((0, (1, 2)))
     [0, 0, 2]

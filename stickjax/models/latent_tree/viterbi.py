@@ -1,6 +1,7 @@
 """The best tree: the binary tree inside a complete binary tree whose leaves have the highest total score.
 
-`stickjax.models.latent_tree.chart` defines the nodes, the trees and the places of the line that the leaves cover.
+`stickjax.models.latent_tree.chart` defines the nodes, the trees inside the complete tree, and the places of the line
+that the leaves cover.
 """
 
 from functools import partial
@@ -21,10 +22,10 @@ from stickjax.models.latent_tree.chart import (
 
 
 class Derivation(NamedTuple):
-    """The best tree of every sentence of a batch, with up to T leaves.
+    """The best binary tree of every sentence of a batch, with up to T leaves, and the word at every leaf.
 
     `words` [B,T]: the word of every leaf, from left to right; 0 after the last leaf.
-    `nodes` [B,T]: the node of every leaf; -1 after the last leaf.
+    `nodes` [B,T]: the number of the node of every leaf in the complete tree; -1 after the last leaf.
     `lengths` [B]: the number of leaves.
     `scores` [B]: the sum of the scores of the leaves.
     """
@@ -39,8 +40,8 @@ class Derivation(NamedTuple):
 def viterbi(scores: Float[Array, "B n V"], limit: int) -> Derivation:
     """Find the tree and the words with the highest score, among all trees with at most `limit` leaves.
 
-    Every leaf i has the word w with the highest scores[i, w]. Word 0 is padding, and is never chosen. The result is
-    deterministic. Among equal scores, the smallest word, the shortest sentence, and then the shallowest last leaf win.
+    Every leaf i gets the word w with the highest scores[i, w]. Word 0 is padding, and is never chosen. Of equal scores,
+    the smallest word id is chosen, then the shortest sentence, then the tree whose last leaf is nearest to the root.
 
     Args:
       scores: the score of every node i for every word.
@@ -79,13 +80,17 @@ def viterbi(scores: Float[Array, "B n V"], limit: int) -> Derivation:
 
 
 def _better(one, other):
-    """Return the pairs (score, node) with the higher score; `one` where they are equal."""
+    """Return (scores, nodes), elementwise from the argument with the higher score; from `one` where they are equal."""
     is_other = other[0] > one[0]
     return jnp.where(is_other, other[0], one[0]), jnp.where(is_other, other[1], one[1])
 
 
 def _leaves(last: Int[Array, "T P B"], lengths: Int[Array, " B"], depth: int) -> Int[Array, "B T"]:
-    """Follow the best last nodes from the end of the line to its start. Return the leaves; -1 after the last one."""
+    """Return the leaves of the best trees, from left to right; -1 after the last leaf.
+
+    `last` has, for a number of leaves t + 1 and a place p + 1, the last leaf of the best sequence that ends there.
+    The leaves are found from the end of the line backwards.
+    """
     starts = jnp.asarray(intervals(depth)[0])
 
     def step(end, inputs):

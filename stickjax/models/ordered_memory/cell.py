@@ -1,8 +1,8 @@
 """One step of Ordered Memory (Shen et al., arXiv 1910.13466): where to write in the memory, and what to write.
 
-The memory of a sentence has N slots of H numbers. Slot N holds the most complete phrase, and lower slots hold parts of
-it. A new token first decides, with a distribution p over the slots, how much of the memory it joins into one phrase.
-Then a cell composes the token with the slots, one slot after the other, from the lowest to the highest.
+The memory of a sentence has N slots of H numbers each. Slot N holds the most complete phrase, and lower slots hold
+parts of it. For a new token, a distribution p over the slots says up to which slot the stored phrases are joined. Then
+a cell composes the token with the slots, one slot after the other, from the lowest to the highest.
 """
 
 from typing import NamedTuple
@@ -16,14 +16,14 @@ from pallas_kernels.arguments import sum_type
 from stickjax.models.layers import LayerNorm, cast, linear_bias, linear_weight
 from stickjax.models.ordered_memory.compose import Weights, compose
 
-SMALLEST = 1e-5  # a cumulative probability below this counts as 0, so that a cell without weight need not run
+SMALLEST = 1e-5  # a cumulative probability below this counts as 0, so that slots with almost no weight are skipped
 
 
 class Memory(NamedTuple):
-    """The memory of a batch of sentences after a token.
+    """The memory of B sentences after one token of each: N slots with H numbers per sentence.
 
-    `slots` [N,B,H]: M, the memory. `candidates` [N,B,H]: C, what the last token would write into each slot.
-    `p` [B,N]: the distribution of the last token over the slots. It is 0 before the first token.
+    `slots` [N,B,H]: M, the contents of the slots. `candidates` [N,B,H]: C, the vectors that this token offers for the
+    slots; the next token mixes them into M. `p` [B,N]: the distribution of this token over the slots.
     """
 
     slots: jax.Array
@@ -32,14 +32,19 @@ class Memory(NamedTuple):
 
 
 def empty_memory(B: int, N: int, H: int, dtype) -> Memory:
-    """Return the memory before the first token: zeros."""
+    """Return the memory of B sentences before the first token: all zeros.
+
+    `slots` and `candidates` have the type `dtype`. `p` has the type in which sums are computed, at least float32.
+    """
     return Memory(
         jnp.zeros((N, B, H), dtype), jnp.zeros((N, B, H), dtype), jnp.zeros((B, N), sum_type(jnp.zeros((), dtype)))
     )
 
 
 class Distribution(nnx.Module):
-    r"""The distribution of a token x over the slots, from the candidates C and the distribution p' of the last token.
+    r"""Computes the distribution p of a token x over the N memory slots.
+
+    Its inputs are x, and the candidates C_i and the distribution p' of the token before x:
 
     .. math::
         \beta_i = (w \cdot relu(q + k_i) + b) / \sqrt{H}, \qquad q = LN(x W_q + b_q), \quad k_i = LN(C_i W_k + b_k)
@@ -47,8 +52,8 @@ class Distribution(nnx.Module):
         p_i = c_i \exp(\beta_i) / \sum_m c_m \exp(\beta_m), \qquad
         c_i = \sum_{m \le i + 1} p'_m \; (i < N), \quad c_N = 1
 
-    This breaks a stick: the token can move at most one slot below the lowest slot that the last token used. A c_i below
-    1e-5 counts as 0.
+    Because of the factor c, a token can use at most one slot below the lowest slot that the token before it used. A c_i
+    below 1e-5 counts as 0.
     """
 
     def __init__(self, config, key):
@@ -60,13 +65,17 @@ class Distribution(nnx.Module):
         self.weight, self.bias = linear_weight(keys[4], c.H, 1, c), linear_bias(keys[5], c.H, 1, c)
 
     def queries(self, x: Float[Array, "*b H"]) -> Float[Array, "*b H"]:
-        """Return q for tokens x, in any number of leading axes."""
+        """Return the queries q of the projected tokens x, with any number of leading axes."""
         return self.query_norm(_affine(x, cast(self.query, self.config), cast(self.query_bias, self.config)))
 
     def __call__(
         self, q: Float[Array, "B H"], candidates: Float[Array, "N B H"], previous: Float[Array, "B N"], dropped
     ) -> Float[Array, "B N"]:
-        """Return p in float32. `dropped(x, index)` applies dropout number `index` of the step to x."""
+        """Return p, at least in float32, from the queries q of one token per sentence.
+
+        `candidates` and `previous` are C and p' of the token before. `dropped(x, index)` applies dropout to x, with
+        another mask for each index.
+        """
         c = self.config
         k = self.key_norm(_affine(dropped(candidates, 0), cast(self.key, c), cast(self.key_bias, c)))
         hidden = dropped(jax.nn.relu(q[None] + k), 1)
@@ -76,9 +85,11 @@ class Distribution(nnx.Module):
 
 
 def reachable(previous: Float[Array, "B N"]) -> Float[Array, "B N"]:
-    """Return c, the factor that limits which slots a token can use, from the distribution of the token before it.
+    """Return the factor c of `Distribution`, from `previous`, the distribution of the token before over the N slots.
 
-    >>> reachable(jnp.array([[0.0, 0.0, 1.0]])).tolist()  # the last token used the highest slot only
+    A token cannot use a slot where c is 0.
+
+    >>> reachable(jnp.array([[0.0, 0.0, 1.0]])).tolist()  # the token before used the highest slot only
     [[0.0, 1.0, 1.0]]
     """
     c = jnp.concatenate([jnp.cumsum(previous, axis=1)[:, 1:], jnp.ones_like(previous[:, :1])], axis=1)
@@ -86,16 +97,16 @@ def reachable(previous: Float[Array, "B N"]) -> Float[Array, "B N"]:
 
 
 def restricted_softmax(beta: Float[Array, "B N"], c: Float[Array, "B N"]) -> Float[Array, "B N"]:
-    """Return c_i exp(beta_i) / sum_m c_m exp(beta_m) over the last axis. It is 0 where c is 0."""
+    """Return c_i exp(beta_i) / sum_m c_m exp(beta_m), with i and m over the last axis. It is 0 where c is 0."""
     beta = beta - jax.lax.stop_gradient(jnp.where(c > 0, beta, -jnp.inf).max(1, keepdims=True))
     weight = jnp.where(c > 0, c * jnp.exp(jnp.where(c > 0, beta, 0)), 0)
     return weight / weight.sum(1, keepdims=True)
 
 
 class Cell(nnx.Module):
-    """The parameters of the cell that composes a vector h (the lower part of a phrase) and a memory slot m into one.
+    """The parameters of the cell, which composes the vector of a phrase with a memory slot into one vector.
 
-    `stickjax.models.ordered_memory.compose` has the formula.
+    `stickjax.models.ordered_memory.compose` has the formula and computes it.
     """
 
     def __init__(self, config, key):
@@ -108,7 +119,7 @@ class Cell(nnx.Module):
         )
 
     def weights(self, norm: LayerNorm) -> Weights:
-        """Return the parameters of the cell and of the LayerNorm `norm`, in the type of the computation."""
+        """Return the parameters of the cell and of the LayerNorm `norm` as arrays of the type `config.dtype`."""
         return Weights(*(cast(p, self.config) for p in (
             self.w_in, self.in_bias, self.w_out, self.out_bias, norm.scale, norm.bias
         )))  # fmt: skip
@@ -125,24 +136,25 @@ def step(
     dropped,
     masks=None,
 ) -> tuple[Memory, Float[Array, "B H"]]:
-    r"""Return the memory after a token, and the output of the token, which is its candidate for the highest slot.
+    r"""Return the memory after one more token of each sentence, and the output, the token's candidate for slot N.
 
     .. math::
         M_i \leftarrow (1 - r_i) M_i + r_i C_i, \qquad r_i = \sum_{m \ge i} p_m
 
         C_i = (1 - s_i) x + s_i \, cell(C_{i-1}, M_i), \qquad s_i = \sum_{m \le i} p_m, \quad C_0 = x
 
-    At the first position of the array, r is 1, and s and p are 0. After padding, memory and output are 0.
+    p is the token's distribution over the slots. At the first position of the array, r is 1, and s and p are 0. If the
+    token is padding, the new memory and the output are 0.
 
     Args:
       distribution: the module that computes p.
       weights: the parameters of the cell.
       memory: the memory before the token.
-      x: the projected token.
+      x: the projected token, LN(e w_in + in_bias) in `Encoder`.
       q: the query of the token (`Distribution.queries`).
       token_mask: False for padding.
       is_first: whether this is the first position of the array.
-      dropped: `dropped(x, index)` applies dropout to x; the index differs between the calls of one step.
+      dropped: `dropped(x, index)` applies dropout to x, with another mask for each index.
       masks: the dropout masks of the cell, see `compose`; None: no dropout.
     """
     p = distribution(q, memory.candidates, memory.p, dropped)

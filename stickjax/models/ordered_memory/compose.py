@@ -1,7 +1,7 @@
-"""The composition of a token with the slots of a memory, from the lowest used slot to the highest.
+"""The composition of a token with the slots of a memory, from the lowest slot with weight to the highest slot.
 
-This is nearly all the work of Ordered Memory. Its derivative is written by hand, for two reasons: the loops run only
-over the slots that the batch uses, and only two arrays per slot are saved for the backward pass.
+This is nearly all the work of Ordered Memory. Its derivative is written by hand, for two reasons: the loops skip
+slots that no sentence of the batch uses, and the cell saves only two arrays per slot for the backward pass.
 """
 
 from typing import NamedTuple
@@ -14,10 +14,10 @@ from stickjax.models.layers import normalised
 
 
 class Weights(NamedTuple):
-    """The parameters of the cell, in the type of the computation.
+    """The parameters of the cell as arrays, in the type `config.dtype`.
 
     `w_in` [2H,4H], `in_bias` [4H], `w_out` [4H,4H] and `out_bias` [4H] are the cell's own. `scale` and `shift` [H]
-    belong to the LayerNorm that the cell shares with the projection of the tokens.
+    belong to the LayerNorm of the cell's output. The projection of the tokens uses the same LayerNorm.
     """
 
     w_in: jax.Array
@@ -29,9 +29,10 @@ class Weights(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """Dropout masks for the N calls of the cell at one token: True where a value is kept.
+    """Dropout masks for the N calls of the cell at one token, one call per slot: True where a value is kept.
 
-    `inputs` [N,B,2H] and `hidden` [N,B,4H]. `rate`: the share of values that are dropped.
+    `inputs` [N,B,2H] is for the inputs of the cell, and `hidden` [N,B,4H] for its hidden units. `rate`: the probability
+    that a value is dropped.
     """
 
     inputs: jax.Array
@@ -39,7 +40,7 @@ class Masks(NamedTuple):
     rate: jax.Array
 
 
-EPS = 1e-5  # of the LayerNorm in the cell
+EPS = 1e-5  # the epsilon of the LayerNorm in the cell
 
 
 @jax.custom_vjp
@@ -50,15 +51,15 @@ def compose(
     share: Float[Array, "N B"],
     masks: Masks | None = None,
 ) -> Float[Array, "N B H"]:
-    r"""Return the candidates C_1 .. C_N of a token x for the slots M_1 .. M_N of the memory.
+    r"""Return the candidates C_1 .. C_N of a token x: the vectors that it offers for the N memory slots M_1 .. M_N.
 
     .. math::
         C_i = (1 - s_i) x + s_i \, LN(\sigma(v) C_{i-1} + \sigma(g) M_i + \sigma(u) z), \qquad C_0 = x
 
         [v, g, u, z] = relu([C_{i-1}, M_i] W_{in} + b_{in}) W_{out} + b_{out}
 
-    `share` is s, how much of the composed vector is used. It must not fall with i. Where it is 0 for the whole batch,
-    the candidate is x, and nothing is computed.
+    `share` is s, the weight of the composed vector. It must not fall from one slot to the next. Slots where s is 0 for
+    the whole batch are skipped: their candidate is x. `masks`: dropout masks of the cell, or None.
 
     >>> ones, zeros = jnp.ones, jnp.zeros
     >>> weights = Weights(ones((4, 8)), zeros(8), ones((8, 8)), zeros(8), ones(2), zeros(2))
@@ -78,7 +79,7 @@ def compose(
 
 
 def _first_used(share: Float[Array, "N B"]) -> Int[Array, ""]:
-    """Return the index of the lowest slot that has a share in any sentence of the batch; N if there is none."""
+    """Return the lowest index of a slot whose share is above 0 in any sentence of the batch; N if there is none."""
     used = (share > 0).any(1)
     return jnp.where(used.any(), jnp.argmax(used), len(share)).astype(jnp.int32)
 
@@ -88,7 +89,10 @@ def _of_slot(masks: Masks | None, i) -> Masks | None:
 
 
 def _call(w: Weights, x, h, m, share, masks: Masks | None):
-    """Return (the candidate C_i, the hidden units after relu and dropout [B,4H], the gates before sigmoid [B,4H])."""
+    """Run the cell for one slot m = M_i, with h = C_(i-1), both [B,H].
+
+    Return (the candidate C_i [B,H], the hidden units after relu and dropout [B,4H], [v, g, u, z] of `compose` [B,4H]).
+    """
     hidden = jax.nn.relu(_dropped(jnp.concatenate([h, m], -1), masks, "inputs") @ w.w_in + w.in_bias[None])
     hidden = _dropped(hidden, masks, "hidden")
     gates = hidden @ w.w_out + w.out_bias[None]
@@ -100,14 +104,14 @@ def _dropped(x, masks: Masks | None, name: str):
 
 
 def _mixed(gates, h, m, x, share, scale, shift):
-    """Return the candidate (1 - share) x + share LN(...) from the four vectors in `gates` [B,4H]."""
+    """Return the candidate C_i of `compose`, from `gates` [B,4H], which are [v, g, u, z], and h = C_(i-1), m = M_i."""
     v, g, u, z = jnp.split(gates, 4, axis=-1)
     y = jax.nn.sigmoid(v) * h + jax.nn.sigmoid(g) * m + jax.nn.sigmoid(u) * z
     return x * (1 - share[:, None]) + (normalised(y, EPS) * scale[None] + shift[None]) * share[:, None]
 
 
 def _forward(weights, x, slots, share, masks):
-    """Return the candidates, and what the backward pass needs."""
+    """Return the candidates as `compose` does, and the arrays that the backward pass needs."""
     first, (N, B, H) = _first_used(share), slots.shape
     wide = jnp.zeros((N, B, 4 * H), x.dtype)
 
@@ -126,7 +130,7 @@ def _backward(saved, cotangent):
     first, N, H = _first_used(share), len(slots), x.shape[1]
     w_in, w_out = w.w_in.T, w.w_out.T
     below_first = (jnp.arange(N) < first)[:, None, None]
-    d_x = jnp.where(below_first, cotangent, 0).sum(0)  # these candidates are x
+    d_x = jnp.where(below_first, cotangent, 0).sum(0)  # the candidates below `first` are x
 
     def body(n, now):
         i = N - 1 - n

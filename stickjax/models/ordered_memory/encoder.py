@@ -13,12 +13,11 @@ from stickjax.models.ordered_memory.compose import Masks
 
 
 class Encoded(NamedTuple):
-    """The output of an encoder for a batch of sentences.
+    """The output of an Ordered Memory encoder for B sentences of up to T tokens.
 
-    `output` [B,T,H]: the candidate for the highest slot after every token. The one after the last token represents the
-      sentence. It is 0 for padding.
-    `p` [B,T,N]: the distribution of every token over the slots, which contains the induced tree
-      (`stickjax.models.ordered_memory.parse`).
+    `output` [B,T,H]: the candidate for the highest slot at every token; 0 for padding. The candidate at the last token
+      represents the sentence.
+    `p` [B,T,N]: the distribution of every token over the N slots. `parse.induced_tree` makes a binary tree of it.
     `memory`: the memory after the last position of the array.
     """
 
@@ -28,25 +27,26 @@ class Encoded(NamedTuple):
 
 
 class Encoder(nnx.Module):
-    """Ordered Memory over a sentence. The projected tokens are x = LN(e w_in + in_bias), with the embeddings e.
+    """An encoder that reads sentences token by token with Ordered Memory (arXiv 1910.13466).
 
-    The number of slots is an argument of the call, because no parameter depends on it.
+    The embeddings e [B,T,D] of the tokens are projected first: x = LN(e w_in + in_bias). The number of slots N is an
+    argument of the call, because no parameter depends on it.
     """
 
     def __init__(self, config, key):
         self.config = c = config
         keys = jax.random.split(key, 4)
         self.w_in, self.in_bias = linear_weight(keys[0], c.D, c.H, c), linear_bias(keys[1], c.D, c.H, c)
-        self.norm = LayerNorm(c, size=c.H)  # of the tokens and of the cell
+        self.norm = LayerNorm(c, size=c.H)  # for the projected tokens, and in the cell
         self.distribution = Distribution(c, keys[2])
         self.cell = Cell(c, keys[3])
 
     def __call__(self, embedded: Float[Array, "B T D"], token_mask: Bool[Array, "B T"], N: int, key=None) -> Encoded:
-        """Read sentences of embedded tokens with N slots.
+        """Encode B sentences, given as embedded tokens, with a memory of N slots each.
 
-        Padding may be on the right or on the left. The two give different results, as in the original: a sentence that
-        begins at the first position stores its first token without the cell; after padding on the left, the first token
-        is composed with an empty slot. With a random key, dropout is applied.
+        Padding may be on the right or on the left. The results differ, as in the original: a first token at position 0
+        is stored without the cell; a first token after padding is composed with an empty slot. With a random key,
+        dropout is applied.
         """
         c = self.config
         x = self.norm(embedded @ cast(self.w_in, c) + cast(self.in_bias, c)[None, None])
@@ -70,7 +70,7 @@ class Encoder(nnx.Module):
 
 
 def kept(key, rate: float, shape) -> tuple[Bool[Array, "..."], float]:
-    """Return a mask that is True with probability 1 - rate, and the exact rate, which is rounded to 1/256."""
+    """Return a random mask, True with probability 1 - r, and r, which is `rate` rounded to a multiple of 1/256."""
     level = round(256 * rate)
     return random_bytes(key, *shape) >= level, level / 256
 
@@ -78,7 +78,7 @@ def kept(key, rate: float, shape) -> tuple[Bool[Array, "..."], float]:
 def dropout_of(key, rate: float):
     """Return a function dropped(x, index) that applies dropout to x. Without a key, it returns x unchanged.
 
-    `index` is different for every call with the same key.
+    Each `index` gives another mask, so calls that need independent masks use different indices.
     """
 
     def dropped(x, index):
@@ -91,7 +91,7 @@ def dropout_of(key, rate: float):
 
 
 def cell_masks(key, rate: float, N: int, B: int, H: int) -> Masks | None:
-    """Return the dropout masks for the N calls of the cell at one token; None without a key."""
+    """Return the cell's dropout masks at one token, for N slots and B sentences; None without a key, or for rate 0."""
     if key is None or not rate:
         return None
     mask, exact = kept(jax.random.fold_in(key, 2), rate, (N, B, 6 * H))

@@ -19,7 +19,7 @@ def _distributions(model: OrderedMemoryClassifier, batch: dict[str, jax.Array]) 
 
 
 class OrderedMemory(Family):
-    """The family of classifiers with an Ordered Memory encoder."""
+    """The family of classifiers of a sentence, or of a pair of sentences, with an Ordered Memory encoder."""
 
     config = OrderedMemoryConfig
     parameters = {
@@ -54,7 +54,7 @@ class OrderedMemory(Family):
         return model(batch, key)
 
     def loss(self, model: OrderedMemoryClassifier, batch, key):
-        """Return the mean cross-entropy of the labels, and the metrics `loss` and `accuracy`."""
+        """Return the mean cross-entropy of the labels, and the metrics `loss` (the same) and `accuracy`."""
         logits, labels = model(batch, key).logits, batch["label"]
         count = psum_over_batch(jnp.float32(len(labels)))
         nll = psum_over_batch(optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()) / count
@@ -76,15 +76,16 @@ class OrderedMemory(Family):
         return dict.fromkeys(names, sentence) | {"label": jax.ShapeDtypeStruct((config.data.B,), jnp.int32)}
 
     def parameter_counts(self, config: OrderedMemoryConfig) -> tuple[int, int]:
-        """Return (the number of all parameters, the number of active parameters: all but the embedding)."""
+        """Return (the number of all parameters, the number of active parameters, which are all but the embedding)."""
         total, _ = super().parameter_counts(config)
         return total, total - config.vocabulary * config.D
 
     def flops_per_token(self, config: OrderedMemoryConfig, T: int) -> float:
         """Return the floating-point operations of a training step per token of one sentence.
 
-        The cell has 24 H^2 parameters and runs N times for every token, and so does the key of the distribution. A
-        pair counts as 2 T tokens here, so the value is per token of the left sentence.
+        The cell has 24 H^2 parameters, and the keys of the distribution have H^2. Both are computed N times for every
+        token. For pairs, the value is for one token of the left and one of the right sentence together, because a batch
+        of B pairs counts as B T tokens.
         """
         del T
         c = config

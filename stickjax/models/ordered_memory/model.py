@@ -14,10 +14,10 @@ from stickjax.models.ordered_memory.encoder import Encoder, dropout_of
 
 
 class ClassifierOutput(NamedTuple):
-    """The output of a classifier for a batch.
+    """The output of a classifier for B sentences, or for B pairs of sentences.
 
-    `logits` [B,classes], in float32. `p` [B,T,N], for pairs [2,B,T,N]: the distribution of every token over the memory
-    slots, which contains the induced tree (`stickjax.models.ordered_memory.parse`).
+    `logits` [B,classes], in float32. `p` [B,T,N], for pairs [2,B,T,N] (first the left sentences): the distribution of
+    every token over the N memory slots. `parse.induced_tree` makes a binary tree of it.
     """
 
     logits: jax.Array
@@ -25,10 +25,11 @@ class ClassifierOutput(NamedTuple):
 
 
 class OrderedMemoryClassifier(nnx.Module):
-    """The logits of the labels of one sentence, or of a pair of sentences.
+    """A model that computes the logits of the labels for a sentence, or for a pair of sentences.
 
-    A sentence is represented by the last output of the encoder, and with `directions=2` also by the last output of a
-    second encoder that reads it from its end. Token id 0 is padding, on the right or on the left.
+    A batch has the token ids `tokens` [B,T], or for pairs `left` and `right` [B,T]. Id 0 is padding, on the right or on
+    the left. The encoder's output at the last token represents a sentence. With `directions=2`, the output of a second
+    encoder, which reads the sentence from its end, is appended.
     """
 
     def __init__(self, config: OrderedMemoryConfig, key):
@@ -60,7 +61,10 @@ class OrderedMemoryClassifier(nnx.Module):
 def last_output(
     encoder: Encoder, embedded: Float[Array, "B T D"], token_mask: Bool[Array, "B T"], N: int, key
 ) -> tuple[Float[Array, "B H"], Float[Array, "B T N"]]:
-    """Return the output of the encoder after the last token of every sentence, and the distributions of all tokens."""
+    """Encode sentences with a memory of N slots. Return the encoder's output at the last token of every sentence.
+
+    The second result is the distribution of every token over the slots. `key`: randomness for dropout, or None.
+    """
     end = encoder(embedded, token_mask, N, key)
     T = token_mask.shape[1]
     last = T - 1 - jnp.argmax(token_mask[:, ::-1], axis=1)
@@ -68,7 +72,7 @@ def last_output(
 
 
 def reversed_places(token_mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """Return the indices that reverse the tokens of every sentence, and leave its padding where it is.
+    """Return indices [B,T] that reverse the order of the tokens of every sentence. Padding keeps its position.
 
     The tokens of a sentence must be next to each other, with padding on one side or on both sides.
 

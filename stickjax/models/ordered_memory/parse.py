@@ -8,22 +8,25 @@ Tree = int | tuple["Tree", ...]
 
 
 def induced_depths(p: np.ndarray) -> list[int]:
-    """Return the slot that each token of a sentence used most, counted from 1, from its distributions `p` [T,N].
+    """Return the number (1 .. N) of the memory slot that each of the T tokens of a sentence used most.
 
-    The first token counts as one that used the highest slot, N. `p` must not contain padding.
+    `p` [T,N] has the distribution of every token over the N slots, without rows for padding. The first token always
+    counts as one that used slot N.
     """
     return [p.shape[1], *(1 + int(i) for i in p[1:].argmax(1))]
 
 
 def tree_of_depths(depths: Sequence[int]) -> Tree:
-    """Return the binary tree over the words 0 .. T-1 for the slots that they used (`induced_depths`).
+    """Return the binary tree over the words 0 .. T-1. A tree is the index of a word, or a pair of trees.
 
-    The words are pushed onto a stack, one after the other. A word that uses slot d first joins the phrases below d: if
-    the word before it used slot d', the two topmost phrases of the stack are joined d - d' + 1 times, as long as there
-    are two. After the last word, all phrases are joined, from the top.
+    `depths` has the number of the memory slot that each word used, as `induced_depths` returns it.
 
-    A word that goes one slot down joins nothing. So slots that fall by one give a tree that branches to the right, and
-    equal slots give a tree that branches to the left.
+    The words are pushed onto a stack, one after the other. Before a word that uses slot d is pushed, the two topmost
+    phrases of the stack are joined d - d' + 1 times, or until one phrase is left. Here d' is the slot of the word
+    before. After the last word, all phrases are joined, from the top of the stack down.
+
+    For d = d' - 1, nothing is joined. So slots that fall by one from word to word give a tree that branches to the
+    right, and equal slots give a tree that branches to the left.
 
     >>> tree_of_depths([4, 3, 2]), tree_of_depths([4, 4, 4])
     ((0, (1, 2)), ((0, 1), 2))
@@ -45,5 +48,5 @@ def tree_of_depths(depths: Sequence[int]) -> Tree:
 
 
 def induced_tree(p: np.ndarray) -> Tree:
-    """Return the binary tree of a sentence from the distributions `p` [T,N] of its tokens, without padding."""
+    """Return the binary tree over the T tokens of a sentence, from the distribution `p` [T,N] of each over N slots."""
     return tree_of_depths(induced_depths(p))
