@@ -40,7 +40,6 @@ class OrderedMemoryConfig(FamilyConfig):
     param_dtype: Dtype = field(
         "float32", "type of the stored parameters; if it is below float32, the optimizer state has float32 masters"
     )
-    remat: Literal["none", "full"] = field("none", "not used: the encoder always saves the same arrays")
     implementation: str | None = field(None, "not used: Ordered Memory has no kernels")
 
     accumulates = False  # the batch of a classifier has no mask of targets
