@@ -243,7 +243,7 @@ def without(index: int, field: str):
         (without(4, "label"), {}, r"x.jsonl:5: no field data.label_field='label'; the fields are 'sentence1',"),
         (without(4, "sentence2"), {}, r"x.jsonl:5: no field data.right_field='sentence2' .did you mean 'sentence1'"),
         (changed(4, sentence1="a " * 17), {}, r"x.jsonl:5: a text of 17 tokens is longer than T=16; the longest .* 17"),
-        (changed(0, label="other"), {}, r"x.jsonl:1: the label 'other' is not a label in the training: 'contradic"),
+        (changed(0, label="other"), {}, r"x.jsonl:1: the label 'other' is not in the training rows; their .* 'contr"),
         (changed(4, sentence1="half \ud800"), {}, r"x.jsonl:5: the field 'sentence1' has half a surrogate pair"),
         (lambda found: found.clear(), {}, r"x.jsonl' has no labelled rows"),
         (

@@ -61,7 +61,9 @@ def labelled_task(d: DataConfig, names: tuple[str, ...]) -> Task:
     if len(names) == 2 and d.right_field is None:
         raise ValueError("this model reads pairs: data.right_field must be the name of the field with the second text")
     if len(names) == 1 and d.right_field is not None:
-        raise ValueError(f"right_field={d.right_field!r} is not used: this model reads one text; leave it out")
+        raise ValueError(
+            f"right_field={d.right_field!r} is not used: this model reads one text; leave data.right_field out"
+        )
     rows = LabelledRows(d, names)
     kind = "pairs" if len(names) == 2 else "sentences"
     name, heldout = f"{kind} of {printable(d.path or '')}", d.path if d.heldout_path is None else d.heldout_path
@@ -78,8 +80,8 @@ class LabelledRows:
     `names` are the names of the arrays with the token ids, one for each text of a row.
 
     The training rows are needed for the labels if `data.labels` is None, and for the tokenizer if `data.tokenizer` is
-    "words". The config of a run folder names files of the run folder instead, so the held-out rows in a file
-    `data.heldout_path` can be read without the training rows.
+    "words". A run folder has files with its labels and its tokenizer, which its config names. So the held-out rows of a
+    run can be read without the training rows, if they are in another file, `data.heldout_path`.
     """
 
     def __init__(self, data: DataConfig, names: tuple[str, ...]):
@@ -153,7 +155,9 @@ class LabelledRows:
             where = f"{file}:{record.line}"
             if record.label not in label_ids:
                 known = ", ".join(map(repr, self.labels))
-                raise ValueError(f"{where}: the label {record.label!r} is not a label in the training: {known:.100}")
+                raise ValueError(
+                    f"{where}: the label {record.label!r} is not in the training rows; their labels are {known:.100}"
+                )
             ids = [np.asarray(self.tokenizer.encode(text), "<i4") + 1 for text in record.texts]
             if not all(map(len, ids)):
                 raise ValueError(f"{where}: a text of this row has no tokens; remove the row")

@@ -111,9 +111,10 @@ def filtered_rows(rows: Sequence[Record], chosen: Sequence[str]) -> list[Record]
 def lines_of(path: str | Path, lines: Iterable[int]) -> bytes:
     """Copy some rows of a file of labelled rows, and return them as the content of a new file of the same format.
 
-    `lines` are the numbers of the lines to copy, from 1. The lines are copied unchanged, and the first line of a table
-    is always copied. The new file can be used as `data.heldout_path`, for example. Raises ValueError for a .csv file in
-    which a value has several lines.
+    `lines` are the numbers of the lines to copy, from 1. The lines are copied with all their fields, and the first line
+    of a table is always copied. The new file can be used as `data.heldout_path`, for example.
+
+    Raises ValueError for a .csv file in which a value has several lines.
     """
     file = Path(path)
     is_table, kept = file.suffix.lower() in (".tsv", ".csv"), set(lines)

@@ -27,7 +27,7 @@ class Task(NamedTuple):
 
     `tokenizer`: the tokenizer that converts a text to ids.
     `heldout`: the name of the held-out rows in messages.
-    `files`: {name: content} of the files that a run folder keeps besides the files of the tokenizer.
+    `files`: {name: content} of the files that training writes into the run folder, besides the tokenizer.
     """
 
     name: str

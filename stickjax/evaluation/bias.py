@@ -83,4 +83,4 @@ def report(model, config: Config, path: Path, say: Callable[[str], None], B: int
         wrong += [row.line for row, answer in zip(rows, answers, strict=False) if row.label != answer]
     write_file(path, lines_of(_source(config), wrong))
     print_table(words_table(words_by_label(config)))
-    print(f"{len(wrong):,} of {len(examples):,} held-out rows are in {printable(path)}")
+    print(f"{len(wrong):,} of {len(examples):,} held-out rows are labelled wrongly; {printable(path)} has them")

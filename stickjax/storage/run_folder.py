@@ -81,10 +81,9 @@ def read_config(run: str | os.PathLike) -> Config:
 
 
 def _own_files(run: str | os.PathLike) -> dict[str, str]:
-    """Return {config field: path} of the files in a run folder that replace files outside it.
+    """Return the paths of the copies of the tokenizer and of the labels in a run folder.
 
-    The field "data.tokenizer" has the path of the tokenizer, and "data.labels" the path of the labels. A field is left
-    out if the run folder does not have its file.
+    The result is {"data.tokenizer": path, "data.labels": path}; an entry is left out if its file does not exist.
     """
     folder = Path(run)
     files = {"data.tokenizer": "tokenizer.json", "data.labels": LABELS_FILE}

@@ -62,7 +62,7 @@ class Examples:
     Example i is `arrays(rows[i])`: the function `arrays` is called each time the example is used.
 
     Args:
-      rows: a short description of every example, such as its text.
+      rows: a value for every example, such as its text, from which `arrays` makes the example.
       arrays: a function from a row to the arrays of the example.
       texts: groups of names of arrays. The arrays of a group have token ids, and are padded with 0 to one length. The
         groups are (("left", "right"),) for pairs and (("source",), ("target",)) for translations.
@@ -96,7 +96,7 @@ class Examples:
         return hashlib.sha256("\n".join(f"{row}" for row in self.rows).encode()).hexdigest()[:16]
 
     def lengths(self) -> Int[np.ndarray, "examples groups"]:
-        """Return an array [examples, groups]: the number of tokens of the longest text in each group of `texts`."""
+        """Return for each example, and each group of `texts`, the number of tokens of the longest text in the group."""
         found = [self._lengths(row) for row in self.rows]
         return np.array(found, int).reshape(len(found), len(self.texts))
 
@@ -130,7 +130,9 @@ def divided(rows: Sequence, part: str, valid_every: int, key: Callable = lambda 
     """
     if not valid_every:
         if part == "valid":
-            raise ValueError("valid_every=0 leaves no examples for validation; data.valid_every=10 takes one in 10")
+            raise ValueError(
+                "valid_every=0 leaves no examples for validation; data.valid_every=10 leaves one in ten for validation"
+            )
         return rows
     keys = [key(row) for row in rows]
     count = Counter(keys)

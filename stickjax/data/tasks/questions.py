@@ -63,7 +63,7 @@ class QuestionParts(NamedTuple):
 
 
 def _noun(pick: Pick, number: int | None = None) -> list:
-    """Draw a determiner and a noun. `number` is 0 for singular and 1 for plural; None: it is drawn, too."""
+    """Draw a determiner and a noun. `number` is 0 for singular, 1 for plural, and None for one of both at random."""
     number = pick((0, 1)) if number is None else number
     return [pick(DETERMINERS), pick((SINGULAR, PLURAL)[number])]
 
@@ -84,7 +84,7 @@ def _clause(pick: Pick, number: int) -> list:
 
 
 def _phrase(pick: Pick, kind: str, number: int) -> list:
-    """Draw a noun. `number` is 0 for singular and 1 for plural.
+    """Draw a noun with its determiner, and return the list of words. `number` is 0 for singular and 1 for plural.
 
     `kind` is "noun", "preposition" or "clause": the noun alone, with a preposition, or with a relative clause.
     """
@@ -176,8 +176,8 @@ def examples(
     """Return the examples of one split. An example has the int32 arrays `source` [T] and `target` [S].
 
     `part` is the name of the split: "train", "valid", "test" or "gen". The arrays have the ids of the words in
-    VOCABULARY, padded with 0. If T is None, it is the number of words of the longest source; S, of the longest target.
-    `generate` explains `seed` and `count`, the number of training examples.
+    VOCABULARY, padded with 0. If T is None, it is the number of words of the longest source. If S is None, it is
+    the number of words of the longest target. `generate` explains `seed` and `count`, the number of training examples.
 
     Raises ValueError if a source has more than T words, if a target has more than S words, or for an unknown part.
 
