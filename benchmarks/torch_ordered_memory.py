@@ -1,7 +1,8 @@
-"""The training step of the original Ordered Memory in torch, as a peer of `benchmarks.ordered_memory`.
+"""Make training steps of the original Ordered Memory in torch, for the comparison in `benchmarks.ordered_memory`.
 
-The original code is read from .peers/Ordered-Memory, a clone of the repository yikangshen/Ordered-Memory. With --serve,
-the program makes one step for each line of standard input, and prints the loss and the peak of its memory in bytes.
+The original code is read from .peers/Ordered-Memory, a clone of the repository yikangshen/Ordered-Memory. The program
+makes one step for each line of standard input. After each step it prints the loss and by how many bytes its peak of
+memory has grown since its start.
 """
 
 import argparse
@@ -18,7 +19,11 @@ ORIGINAL = Path(__file__).parents[1] / ".peers" / "Ordered-Memory" / "ordered_me
 
 
 class Pairs(nn.Module):
-    """The original encoder with an embedding and the classifier of pairs of sentences."""
+    """A classifier of sentence pairs: an embedding, the original encoder, and two linear layers on top.
+
+    V is the number of token ids, D the width of the embedding, H the width of the encoder and N its number of memory
+    slots.
+    """
 
     def __init__(self, encoder: type, V: int, D: int, H: int, N: int, classes: int, dropout: float):
         super().__init__()
@@ -34,7 +39,11 @@ class Pairs(nn.Module):
 
 
 def stepper(B: int, T: int, classes: int, **sizes):
-    """Return a function that makes one step (forward, backward, clipping, Adam) and returns the loss."""
+    """Return a function that makes one step (forward, backward, clipping, Adam) and returns the loss.
+
+    Every step uses the same B random pairs of sentences of T tokens, with `classes` different labels. `sizes` are the
+    other arguments of `Pairs`.
+    """
     spec = importlib.util.spec_from_file_location("ordered_memory", ORIGINAL)
     original = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(original)

@@ -208,7 +208,9 @@ def _parser() -> Parser:
 
 
 def _kind(configs: Iterable[Config], part: str) -> str:
-    """Return what the runs are scored by: "text" (bits per byte), "halting" (accuracy at thresholds) or "examples".
+    """Return how runs with these configs are evaluated. `part` says which examples are used, such as "test".
+
+    "text": by bits per byte. "halting": by the accuracy at several halting thresholds. "examples": by the accuracy.
 
     Raises ValueError if runs with these configs cannot be compared.
     """
@@ -224,7 +226,11 @@ def _kind(configs: Iterable[Config], part: str) -> str:
 
 
 def _records(kind: str, name: str, loaded: Loaded, place: Path | None, words, say: Callable[[str], None]) -> Records:
-    """Evaluate a run, and write its numbers and pictures into the folder `place`, if there is one."""
+    """Evaluate a run, and return its records. `kind` is the result of `_kind`, and `name` is the name of the run.
+
+    Numbers and pictures are written into the folder `place`; None: nothing is written. `words` are the parsed arguments
+    of the command. `say` is called with lines of progress.
+    """
     model, config = loaded.model, loaded.config
     if kind == "halting":
         return accuracy.report(model, config, place, words.max_pairs, say)
@@ -240,7 +246,11 @@ def _records(kind: str, name: str, loaded: Loaded, place: Path | None, words, sa
 
 
 def _show(kind: str, results: dict[str, Records], bucket_name: str, picture: Path | str | None) -> None:
-    """Print the table of the runs, and draw their curves into `picture`, if it is given."""
+    """Print a table of the results of the runs, and draw their curves into the file `picture`; None: no curves.
+
+    `kind` is the result of `_kind`, and `results` is {name of a run: its records}. `bucket_name` is what the number of
+    a bucket (a group of examples) counts, such as "operators"; "" if all examples are in one bucket.
+    """
     if kind == "text":
         print_table(table(results))
         draw = plots.plot_length_curves

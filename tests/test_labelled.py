@@ -243,7 +243,7 @@ def without(index: int, field: str):
         (without(4, "label"), {}, r"x.jsonl:5: no field data.label_field='label'; the fields are 'sentence1',"),
         (without(4, "sentence2"), {}, r"x.jsonl:5: no field data.right_field='sentence2' .did you mean 'sentence1'"),
         (changed(4, sentence1="a " * 17), {}, r"x.jsonl:5: a text of 17 tokens is longer than T=16; the longest .* 17"),
-        (changed(0, label="other"), {}, r"x.jsonl:1: the label 'other' is not one of the training rows: 'contradic"),
+        (changed(0, label="other"), {}, r"x.jsonl:1: the label 'other' is not in the training rows; their .* 'contr"),
         (changed(4, sentence1="half \ud800"), {}, r"x.jsonl:5: the field 'sentence1' has half a surrogate pair"),
         (lambda found: found.clear(), {}, r"x.jsonl' has no labelled rows"),
         (
@@ -253,7 +253,7 @@ def without(index: int, field: str):
         ),
         (lambda found: None, dict(left_field="premise"), r"x.jsonl:1: no field data.left_field='premise'; the fields"),
         (lambda found: None, dict(right_field=None), r"reads pairs: data.right_field must be the name of the field"),
-        (lambda found: [row.update(label="a") for row in found], {}, r"all training rows have the label 'a'"),
+        (lambda found: [row.update(label="a") for row in found], {}, r"all training rows have the same label 'a'"),
         (
             lambda found: [row.update(label=row["id"] % 2) for row in found],
             {},
@@ -262,7 +262,7 @@ def without(index: int, field: str):
         (lambda found: None, dict(tokenizer="none.json"), r"tokenizer='none.json' is neither 'byte' nor a readable"),
         (lambda found: None, dict(labels="none.json"), r"data.labels='none.json' cannot be read"),
         (lambda found: None, dict(heldout_path="none.tsv"), r"data.heldout_path='none.tsv' does not exist"),
-        (lambda found: None, dict(B=64), r"B=64 is more than the 54 training examples of pairs of"),
+        (lambda found: None, dict(B=64), r"B=64 is more than the number of training examples: 54 pairs of"),
     ],
 )
 def test_bad_rows_are_one_line_and_write_nothing(tmp_path, spoil, options, message):

@@ -191,7 +191,7 @@ def test_what_a_step_takes_is_counted():
     [
         (
             {"data.source": "stdlib"},
-            "this model of family='sut' reads pairs: source='logic' or 'labelled', not 'stdlib'",
+            "this model of family='sut' reads pairs: data.source must be 'logic' or 'labelled', not 'stdlib'",
         ),
         ({"model.classes": 3}, "classes=3 must be 7, the number of labels of pairs of logic"),
         (

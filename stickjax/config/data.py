@@ -62,7 +62,7 @@ class DataConfig:
     B: int = field(16, "sequences in one step, in all processes and microbatches together", at_least=1)
     seed: int = field(0, "seed of the order of the sequences", at_least=0, at_most=SEED)
     curriculum: int = field(
-        0, "steps in which the training examples grow from the shortest tenth to all; 0: always all", at_least=0
+        0, "steps at the start that use only short examples: first the shortest tenth, then more; 0: none", at_least=0
     )
 
     def __post_init__(self):

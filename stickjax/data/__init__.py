@@ -1,4 +1,4 @@
-"""Data: token streams of texts, windows of held-out text for evaluation, and batches for training."""
+"""Data: token streams of texts, examples of tasks, windows of held-out text for evaluation, and training batches."""
 
 from stickjax.data.batches import make_batch, task_loader, text_data, train_loader
 from stickjax.data.corpus import Corpus, load_corpus

@@ -220,9 +220,11 @@ def text_data(config: Config) -> TrainingData:
             "set data.curriculum=0"
         )
     if d.split is not None:
-        raise ValueError(f"split={d.split!r} divides examples; this model reads a text")
+        raise ValueError(f"split={d.split!r} divides examples; this model reads a text, so leave data.split out")
     if d.valid_every:
-        raise ValueError(f"valid_every={d.valid_every} divides examples; this model reads a text")
+        raise ValueError(
+            f"valid_every={d.valid_every} divides examples; this model reads a text, so set data.valid_every=0"
+        )
     if d.source == "labelled":
         raise ValueError("source='labelled' needs a classifier; this model reads a text")
     corpus, heldout = load_corpus(d)

@@ -18,7 +18,7 @@ from stickjax.data.tasks.encoding import words_in
 
 
 def _up_to(length: int, bounds: tuple[int, ...]) -> int:
-    """Return the smallest of the bounds that is at least `length`; the largest bound if there is none."""
+    """Return the smallest of `bounds` that is at least `length`. If all bounds are smaller, return the largest one."""
     return next((bound for bound in bounds if length <= bound), bounds[-1])
 
 
@@ -55,7 +55,8 @@ def _scan(d: DataConfig) -> Task:
 def _questions(d: DataConfig) -> Task:
     if d.valid_every:
         raise ValueError(
-            f"valid_every={d.valid_every} is not used by source='questions', which has a part of its own for validation"
+            f"valid_every={d.valid_every} is not used by source='questions', which always generates 1000 examples for "
+            "validation; set data.valid_every=0"
         )
 
     def examples(part: str, T: int | None = None, **options) -> Examples:
@@ -67,7 +68,7 @@ def _questions(d: DataConfig) -> Task:
     )
 
 
-# {`reads` of the config of a model: {`data.source`: a function that returns the task of a data config}}
+# {what a model reads (`config.model.reads`): {`data.source`: a function from a DataConfig to its task}}
 TASKS_OF = {
     "pairs": {"logic": _logic, "labelled": partial(labelled_task, names=("left", "right"))},
     "sentences": {"listops": _listops, "labelled": partial(labelled_task, names=("tokens",))},
@@ -76,9 +77,10 @@ TASKS_OF = {
 
 
 def task_of(config: Config) -> Task:
-    """Return the task of a config: its source, in the form that its model reads.
+    """Return the Task for a config: the examples of `config.data.source`, in the form that `config.model` reads.
 
-    Raises ValueError if the source does not have what the model reads.
+    A model reads pairs of sentences, single sentences or translations. Raises ValueError if the source does not have
+    examples of the form that the model reads.
 
     >>> from stickjax.config import SutConfig
     >>> task_of(Config(SutConfig(classes=7), DataConfig(source="logic"))).ids
@@ -91,36 +93,38 @@ def task_of(config: Config) -> Task:
     if d.source not in tasks:
         known = " or ".join(map(repr, tasks))
         raise ValueError(
-            f"this model of family={config.model.family!r} reads {reads}: source={known}, not {d.source!r}"
+            f"this model of family={config.model.family!r} reads {reads}: data.source must be {known}, not {d.source!r}"
         )
     return tasks[d.source](d)
 
 
 def examples_of(config: Config, part: str, **options) -> Examples:
-    """Return the examples of a part that the model of a config reads. The parts are "train", "valid" and "test".
+    """Return examples of `config.data.source` for training or evaluation, in the form that `config.model` reads.
 
-    The source "questions" also has a part "gen". Texts of the parts "train" and "valid" have at most `config.data.T`
-    tokens. Texts of other parts may have any length. `options` are passed to the task; with the option T, texts have at
-    most T tokens.
+    `part` says which examples: "train", "valid" (for validation) or "test". The source "questions" also has "gen",
+    which tests generalisation. Texts for "train" and "valid" have at most `config.data.T` tokens; other texts may have
+    any length. `options` are arguments for the function `examples` of the source. Among them may be T, which replaces
+    the largest number of tokens in a text.
 
-    Raises ValueError if the source does not have what the model reads, and for the same reasons as the task.
+    Raises ValueError if the source does not have examples of the form that the model reads, or if the function
+    `examples` of the source raises it.
     """
     options = {"T": config.data.T if part in ("train", "valid") else None} | options
     return task_of(config).examples(part, **options)
 
 
 def example_data(config: Config) -> TrainingData:
-    """Load the examples that the model of a config reads as training data.
+    """Load the training examples of `config.data.source`, in the form that `config.model` reads.
 
-    Raises ValueError if the source does not have them, or has fewer than B.
+    Raises ValueError if the source does not have examples of this form, or has fewer than B of them.
     """
     d, task = config.data, task_of(config)
     examples = task.examples("train", T=d.T)
     if len(examples) < d.B:
-        raise ValueError(f"B={d.B} is more than the {len(examples)} training examples of {task.name}")
+        raise ValueError(f"B={d.B} is more than the number of training examples: {len(examples)} {task.name}")
     source, digest = LengthBucketedBatches(examples, d.B, d.seed), examples.digest()
     summary, heldout_hash = f"{len(examples):,} {task.name}, {digest}", None
-    if task.heldout is not None:  # a row that does not fit must be known before the training begins
+    if task.heldout is not None:  # read now, so that an error in the held-out rows comes before training
         heldout = task.examples("test")
         heldout_hash, labels = heldout.digest(), ", ".join(task.labels)
         summary += f"; {len(task.labels)} labels: {labels:.80}; {len(heldout):,} rows are held out"

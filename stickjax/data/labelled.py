@@ -1,4 +1,4 @@
-"""Labelled rows of a file as examples for a classifier: one or two texts, and a label."""
+"""Examples for a classifier from the rows of a file. A row has one or two texts, and a label."""
 
 import functools
 import hashlib
@@ -18,19 +18,24 @@ from stickjax.data.tasks.encoding import PARTS, divided
 from stickjax.data.tokenizer import Tokenizer, WordTokenizer, load_tokenizer
 from stickjax.system.text import printable
 
-LABELS_FILE = "labels.json"  # a JSON list of the labels in the order of their ids
+LABELS_FILE = "labels.json"  # a JSON list of the labels; the label with index i has id i
 
 
 class Row(NamedTuple):
-    """A labelled row as ids: for each text its ids as the bytes of little-endian 32-bit numbers, and the label."""
+    """A labelled row of a file, in which the texts and the label are converted to ids.
+
+    `texts`: for each text its token ids, stored as the bytes of little-endian 32-bit integers.
+    `label`: the id of the label.
+    `line`: the number of the line in the file, from 1.
+    """
 
     texts: tuple[bytes, ...]
     label: int
-    line: int  # in the file, from 1
+    line: int
 
 
 class LabelledExamples(Examples):
-    """Examples whose rows are of the class `Row`. The digest does not depend on the numbers of the lines."""
+    """Examples that are made from objects of the class `Row`. `digest` does not depend on `Row.line`."""
 
     rows: Sequence[Row]
 
@@ -43,17 +48,22 @@ class LabelledExamples(Examples):
 
 
 def labelled_task(d: DataConfig, names: tuple[str, ...]) -> Task:
-    """Return the labelled rows of a config as a task. `names` are the names of the arrays, one for each text of a row.
+    """Return the Task of the labelled rows that a data config names: to predict the label from one or two texts.
 
-    The id of a token is the id of the tokenizer plus one, because id 0 is padding. So V is the number of ids of the
-    tokenizer plus one.
+    `names` are the names of the arrays with the token ids, one for each text of a row, such as ("left", "right").
 
-    Raises ValueError if the config does not name as many fields as there are `names`, or if the rows cannot be read.
+    A token id in these arrays is the id of the tokenizer plus one, because id 0 is padding. So V, the number of ids, is
+    `vocab_size` of the tokenizer plus one.
+
+    Raises ValueError if `d.right_field` is set for one text, or is not set for two texts. Also raises it if the rows
+    cannot be read.
     """
     if len(names) == 2 and d.right_field is None:
         raise ValueError("this model reads pairs: data.right_field must be the name of the field with the second text")
     if len(names) == 1 and d.right_field is not None:
-        raise ValueError(f"right_field={d.right_field!r} is not used: this model reads one text; leave it out")
+        raise ValueError(
+            f"right_field={d.right_field!r} is not used: this model reads one text; leave data.right_field out"
+        )
     rows = LabelledRows(d, names)
     kind = "pairs" if len(names) == 2 else "sentences"
     name, heldout = f"{kind} of {printable(d.path or '')}", d.path if d.heldout_path is None else d.heldout_path
@@ -65,10 +75,13 @@ def labelled_task(d: DataConfig, names: tuple[str, ...]) -> Task:
 
 
 class LabelledRows:
-    """The labelled rows of a config. A file is read when its rows are needed for the first time.
+    """The labelled rows that a data config names. A file is read when its rows are needed for the first time.
 
-    The labels of `data.labels` and a tokenizer with a file need no training rows. So the held-out rows of a run can be
-    read where the training rows are missing.
+    `names` are the names of the arrays with the token ids, one for each text of a row.
+
+    The training rows are needed for the labels if `data.labels` is None, and for the tokenizer if `data.tokenizer` is
+    "words". A run folder has files with its labels and its tokenizer, which its config names. So the held-out rows of a
+    run can be read without the training rows, if they are in another file, `data.heldout_path`.
     """
 
     def __init__(self, data: DataConfig, names: tuple[str, ...]):
@@ -79,9 +92,11 @@ class LabelledRows:
         return read_records(self.data.path, self.data)
 
     def records(self, part: str) -> Sequence[Record]:
-        """Return the rows of a part, "train", "valid" or "test", as text.
+        """Return the rows for training ("train"), for validation ("valid") or for tests ("test"), as text.
 
-        Raises ValueError if the file cannot be read, has a single row, or if the part is unknown.
+        `part` is one of these three names. The rows for tests are the held-out rows.
+
+        Raises ValueError if the file cannot be read, has a single row, or if `part` is another name.
         """
         one_of("part", part, PARTS)
         d = self.data
@@ -92,7 +107,7 @@ class LabelledRows:
         else:
             if len(self._rows) < 2:
                 raise ValueError(
-                    f"data.path={d.path!r} has 1 row, but a training part and a held-out part need one each"
+                    f"data.path={d.path!r} has 1 row, but a training part and a held-out part need one row each"
                 )
             if part == "test":
                 return self._rows[:: d.heldout_every]
@@ -103,7 +118,7 @@ class LabelledRows:
     def labels(self) -> tuple[str, ...]:
         """The labels in the order of their ids: from the file `data.labels`, or from the training rows, sorted.
 
-        Labels that are whole numbers are sorted as numbers.
+        If all labels are whole numbers, they are sorted as numbers.
         """
         if self.data.labels is not None:
             return read_labels(self.data.labels)
@@ -111,7 +126,7 @@ class LabelledRows:
         as_number = all(label.removeprefix("-").isdecimal() for label in found)
         labels = tuple(sorted(found, key=int if as_number else str))
         if len(labels) < 2:
-            raise ValueError(f"data.path={self.data.path!r}: all training rows have the label {labels[0]!r}")
+            raise ValueError(f"data.path={self.data.path!r}: all training rows have the same label {labels[0]!r}")
         return labels
 
     @functools.cached_property
@@ -125,10 +140,13 @@ class LabelledRows:
         return self.tokenizer.decode([int(i) - 1 for i in ids if i])
 
     def examples(self, part: str, T: int | None = None) -> LabelledExamples:
-        """Return the examples of a part: the ids of each text [T], padded with 0, and `label`, int32.
+        """Return the examples for training ("train"), for validation ("valid") or for tests ("test").
 
-        T None: the longest text of the part. Raises ValueError, with the file and the line, for a text without tokens
-        or with more than T, and for a label that the training rows do not have.
+        An example has int32 arrays: for each name in `names` the token ids [T] of a text, padded with 0; and `label`,
+        the id of the label. If T is None, it is the number of tokens of the longest text.
+
+        Raises ValueError, with the file and the line, for a text without tokens, for a text of more than T tokens, and
+        for a label that is not in `labels`.
         """
         d, label_ids = self.data, {label: i for i, label in enumerate(self.labels)}
         file = printable((part == "test" and d.heldout_path) or d.path or "")
@@ -137,10 +155,12 @@ class LabelledRows:
             where = f"{file}:{record.line}"
             if record.label not in label_ids:
                 known = ", ".join(map(repr, self.labels))
-                raise ValueError(f"{where}: the label {record.label!r} is not one of the training rows: {known:.100}")
+                raise ValueError(
+                    f"{where}: the label {record.label!r} is not in the training rows; their labels are {known:.100}"
+                )
             ids = [np.asarray(self.tokenizer.encode(text), "<i4") + 1 for text in record.texts]
             if not all(map(len, ids)):
-                raise ValueError(f"{where}: a text has no tokens")
+                raise ValueError(f"{where}: a text of this row has no tokens; remove the row")
             if T is not None and (longest := max(map(len, ids))) > T:
                 too_long.append((where, longest))
             rows.append(Row(tuple(x.astype("<i4").tobytes() for x in ids), label_ids[record.label], record.line))
@@ -161,7 +181,10 @@ def _arrays(names: tuple[str, ...], T: int, row: Row) -> dict[str, np.ndarray]:
 
 
 def read_labels(path: str) -> tuple[str, ...]:
-    """Read a labels.json. Raises ValueError if it cannot be read, or is not a list of different texts."""
+    """Return the labels in a JSON file, in the order of their ids. `path` is the path of the file.
+
+    Raises ValueError if the file cannot be read, or is not a JSON list of two or more different texts.
+    """
     where = f"data.labels={path!r}"
     try:
         labels = json.loads(Path(path).read_text("utf-8"))

@@ -19,7 +19,8 @@ from stickjax.data.tokenizer import words_of
 class Association(NamedTuple):
     """A word and a label that occur together in rows. `pmi` is their pointwise mutual information in bits.
 
-    `together` is the number of rows that have both, and `rows` the number of rows that have the word.
+    `together` is the number of rows with this label whose text has the word. `rows` is the number of rows whose text
+    has the word, with any label.
     """
 
     word: str
@@ -32,21 +33,23 @@ class Association(NamedTuple):
 def word_associations(
     rows: Iterable[tuple[str, str]], *, min_count: int = 5, smoothing: float = 10.0
 ) -> dict[str, list[Association]]:
-    r"""Return {label: its words, the highest pointwise mutual information first} of rows (text, label).
+    r"""Find the words that occur more often with one label than with the others.
 
-    Let n(w, y) be the number of rows with the label y whose text has the word w at least once, n(w) and n(y) the sums
-    over labels and the number of rows with the label y, and N the number of rows. A word that occurs several times in a
-    text counts once. The pointwise mutual information is
+    Return {label: [Association, ...]}, where the words of a label are sorted by their pointwise mutual information
+    (pmi) with the label, the highest first. Only words with a positive pmi are returned.
+
+    N is the number of rows, n(w) the number of rows whose text has the word w at least once, n(y) the number of rows
+    with the label y, and n(w, y) the number of rows with both. The pointwise mutual information is
 
       pmi(w, y) = log2( p(y | w) / p(y) ),   p(y) = n(y) / N,   p(y | w) = (n(w, y) + s p(y)) / (n(w) + s)
 
     with s = `smoothing`. The smoothing acts like s further rows with the word, whose labels are divided like those of
-    all rows: it pulls the value of rare words to 0.
+    all rows. So the pmi of a rare word is close to 0.
 
     Args:
-      rows: pairs of a text and its label; `stickjax.data.tokenizer.words_of` splits the text.
-      min_count: words in fewer rows are left out.
-      smoothing: the number of rows that are added for each word.
+      rows: (text, label) of every row; `stickjax.data.tokenizer.words_of` splits the text.
+      min_count: a word that occurs in fewer rows is left out.
+      smoothing: s, the number of rows that are added for each word.
 
     Raises:
       ValueError: `min_count` is below 1, `smoothing` is below 0, or there are no rows.
@@ -81,7 +84,9 @@ def word_associations(
 
 
 def majority_share(labels: Sequence) -> float:
-    """Return the share of the most frequent label: the accuracy of a classifier that always chooses it.
+    """Return the share of the most frequent label: the accuracy of a classifier that always chooses this label.
+
+    `labels` has the label of every row.
 
     >>> majority_share(["no", "yes", "no"])
     0.6666666666666666
@@ -90,9 +95,9 @@ def majority_share(labels: Sequence) -> float:
 
 
 def filtered_rows(rows: Sequence[Record], chosen: Sequence[str]) -> list[Record]:
-    """Return the rows whose label is not the one that a model of one text alone chose.
+    """Return the rows for which a model that reads only one of two texts chose a wrong label.
 
-    `chosen` has the label that the model chose for each row. Raises ValueError if their number differs.
+    `chosen` has the label that the model chose for each row. Raises ValueError if `rows` and `chosen` differ in length.
 
     >>> rows = [Record(("it rains",), "yes", 2), Record(("it snows",), "no", 3)]
     >>> filtered_rows(rows, ["yes", "yes"])
@@ -104,17 +109,18 @@ def filtered_rows(rows: Sequence[Record], chosen: Sequence[str]) -> list[Record]
 
 
 def lines_of(path: str | Path, lines: Iterable[int]) -> bytes:
-    """Return the content of a file of labelled rows with only some of its rows: the numbers of their lines, from 1.
+    """Copy some rows of a file of labelled rows, and return them as the content of a new file of the same format.
 
-    The rows are copied as they are, with all their fields, and so is the first line of a table. The result is the
-    content of a file of the same format, for example for `data.heldout_path`. Raises ValueError for a .csv file in
-    which a value has several lines.
+    `lines` are the numbers of the lines to copy, from 1. The lines are copied with all their fields, and the first line
+    of a table is always copied. The new file can be used as `data.heldout_path`, for example.
+
+    Raises ValueError for a .csv file in which a value has several lines.
     """
     file = Path(path)
     is_table, kept = file.suffix.lower() in (".tsv", ".csv"), set(lines)
     content = file.read_bytes().split(b"\n")
     if file.suffix.lower() == ".csv" and any(line.count(b'"') % 2 for line in content):
-        raise ValueError(f"{file}: a value has several lines; rows of such a file cannot be copied by their lines")
+        raise ValueError(f"{file}: a value has several lines; rows are copied only from a file with one line per row")
     return b"".join(
         line.rstrip(b"\r") + b"\n" for i, line in enumerate(content, 1) if i in kept or (is_table and i == 1)
     )

@@ -20,7 +20,7 @@ _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls
 
 
 class Named(NamedTuple):
-    """The ids of special tokens that are named in the files of a tokenizer's folder: the result of `named`."""
+    """The ids of the special tokens that the files in a tokenizer's folder name. The function `named` returns it."""
 
     ends: tuple[int, ...]  # each of these ids ends a generated text; the first also ends a document in training
     special: frozenset[int]  # the ids of all added tokens that a file names as special tokens, for any purpose

@@ -1,4 +1,4 @@
-"""Read labelled rows from a file with fields: lines of JSON, or a table that is separated by tabs or by commas."""
+"""Read labelled rows from a file: a JSON object on every line, or a table with columns separated by tabs or commas."""
 
 import csv
 import json
@@ -30,14 +30,16 @@ def read_records(path: str, data: DataConfig, name: str = "data.path") -> list[R
     """Read the labelled rows of a file.
 
     A .jsonl or .ndjson file has a JSON object on every line. A .tsv file has columns separated by tabs, without
-    quotation marks around values; a .csv file has columns separated by commas. Their first line has the names of the
-    columns. Empty lines are left out, and so are the rows with the label `data.unlabelled`, with a log message.
+    quotation marks around values; a .csv file has columns separated by commas. The first line of a table has the names
+    of the columns. Empty lines are left out. Rows with the label `data.unlabelled` are also left out, and a log message
+    says how many.
 
-    The fields are `data.left_field`, `data.right_field` (if it is not None) and `data.label_field`. The label of a JSON
-    object may also be a whole number, true or false.
+    The texts and the label are in the fields `data.left_field`, `data.right_field` (if it is not None) and
+    `data.label_field`. The label of a JSON object may also be a whole number, true or false.
 
-    `name` is the name of the path in messages. Raises ValueError, with the file and the line, if the file cannot be
-    read, a row has another number of columns than the first line, a field is missing or empty, or there are no rows.
+    `name` is the config field that has the path, for messages. Raises ValueError, with the file and the line, if the
+    file cannot be read, a row has another number of columns than the first line, a field is missing or empty, or there
+    are no rows.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +87,10 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _objects(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
-    """Yield the number of every line of JSON and its object."""
+    """Yield (number of the line, from 1; its JSON object) for all lines that are not empty.
+
+    `file` is the path of the file, for messages.
+    """
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -100,7 +105,12 @@ def _objects(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
 
 
 def _columns(file: Path, lines: Iterable[str], suffix: str, fields: dict) -> Iterator[tuple[int, dict]]:
-    """Yield the number of the last line of every row of a table, and {name of a column: its value}."""
+    """Yield (number of the line, from 1; {name of a column: value}) for every row of a table, without its first line.
+
+    The value of a .csv file may have several lines; then the number is the one of the last line of the row. `file` and
+    `suffix` are the path of the table and its ending. `fields` is {config field: name of a column}; these columns must
+    exist.
+    """
     tabs = suffix == ".tsv"
     reader = csv.reader(
         lines, delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL, strict=True
@@ -134,7 +144,11 @@ def _check_field(where: str, option: str, field: str, known: Iterable[str]) -> N
 
 
 def _record(where: str, row: dict, fields: dict[str, str], line: int) -> Record:
-    """Make a record of a row, {field: value}. `where` is the start of messages."""
+    """Return the Record of a row. `where` (file and line) is the start of messages.
+
+    `row` is {name of a field: value}. `fields` is {config field, such as "left_field": name of a field}; its order is
+    the texts, then the label. `line` is the number of the line in the file.
+    """
     for option, field in fields.items():
         _check_field(where, option, field, row)
         value, is_label = row[field], option == "label_field"

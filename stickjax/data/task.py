@@ -1,4 +1,4 @@
-"""What all sources of examples have in common, for models that do not read a text."""
+"""The class Task, a source of examples for a model that reads examples instead of a text, such as a classifier."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -8,19 +8,26 @@ from stickjax.data.tokenizer import Tokenizer
 
 
 class Task(NamedTuple):
-    """One source of examples, in the form that one kind of model reads.
+    """A source of examples: pairs of sentences with a label, single sentences with a label, or translations.
 
-    `name`: the name in messages. `ids`: the sizes that the model needs: V (the number of ids), V_target (the number of
-    ids of targets, for translations) and classes (the number of labels), each as {field of the model config: number}.
-    `examples(part, T=..., **options)`: returns the examples of a part, such as "train", with at most T tokens in a
-    text; T None: texts of any length. `decode`: for each array of ids the function that returns its text. `labels`: the
-    names of the labels, in the order of their ids.
+    `name`: the name in messages, such as "pairs of logic".
+    `ids`: the sizes that the model needs, {field of the model config: number}. The fields are V, the number of token
+      ids; V_target, the number of token ids of the targets of translations; and classes, the number of labels.
+    `examples`: the function `examples(part, T=..., **options)`. It returns the examples for `part`, such as "train" or
+      "test". A text has at most T tokens; T None: any number of tokens.
+    `decode`: {name of an array of token ids: a function that converts the ids of one text to the text}.
+    `labels`: the names of the labels, in the order of their ids.
+    `bucket`: a function from a row (see `Examples`) to a number that says how long the row is, such as its number of
+      operators. An evaluation scores the rows with the same number, a bucket, together. None: all rows are one bucket.
+    `bucket_name`: what the number of `bucket` counts, such as "operators".
+    `brackets`: a function from a row to its texts with brackets around every node of their true trees. None: the texts
+      have no trees.
 
-    `bucket(row)`: the number by which an evaluation groups examples, and `bucket_name` what it counts; None: one group.
-    `brackets(row)`: for every text of a row the same text with all brackets of its tree; None: there are no trees.
+    Three fields are set for labelled rows only:
 
-    The other fields are for labelled rows only. `tokenizer`: converts text to ids. `heldout`: the name of the held-out
-    rows in messages. `files`: {name: content} of the files that a run folder keeps besides the files of the tokenizer.
+    `tokenizer`: the tokenizer that converts a text to ids.
+    `heldout`: the name of the held-out rows in messages.
+    `files`: {name: content} of the files that training writes into the run folder, besides the tokenizer.
     """
 
     name: str

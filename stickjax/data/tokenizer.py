@@ -169,13 +169,16 @@ class WordTokenizer(Tokenizer):
 
     @classmethod
     def made_of(cls, texts: Iterable[str], min_count: int = 1) -> "WordTokenizer":
-        """Make a tokenizer of the words that occur at least `min_count` times in texts, the most frequent first."""
+        """Return a tokenizer of the words that occur at least `min_count` times in `texts`, the most frequent first."""
         count = Counter(word for text in texts for word in words_of(text))
         return cls(sorted((word for word, n in count.items() if n >= min_count), key=lambda word: (-count[word], word)))
 
     @classmethod
     def read(cls, path: str | Path) -> "WordTokenizer":
-        """Read a words.json. Raises ValueError if it cannot be read or is no words.json."""
+        """Load a tokenizer from the file words.json at `path`, which `save` has written.
+
+        Raises ValueError if the file cannot be read, or has another format than `save` writes.
+        """
         where = f"data.tokenizer={str(path)!r}"
         try:
             tree = json.loads(Path(path).read_text("utf-8"))

@@ -1,1 +1,1 @@
-"""Evaluate trained models: the accuracy of classifiers of sentence pairs, and plots."""
+"""Evaluate trained models: their accuracy on labelled sentences and translations, the trees they induce, and plots."""

@@ -1,7 +1,7 @@
-"""What one text alone says about the label: the words that give it away, and the rows that remain without them.
+"""Find the words that give away the label of a row, and write the held-out rows that a classifier labels wrongly.
 
-`python -m stickjax.evaluate RUN --filtered FILE` calls this for a classifier of labelled rows (see
-`configs/nli_hypothesis_only.py`).
+`python -m stickjax.evaluate RUN --filtered FILE` calls `report` for a classifier of labelled rows, such as a model that
+reads only the second of two texts (see `configs/nli_hypothesis_only.py`). FILE gets the rows.
 """
 
 from collections.abc import Callable
@@ -22,23 +22,27 @@ from stickjax.system.text import printable
 
 
 def rows_of(config: Config) -> LabelledRows:
-    """Return the labelled rows of a config. Raises ValueError if its source is not "labelled"."""
+    """Return the labelled rows that a config names. Raises ValueError if `config.data.source` is not "labelled"."""
     if config.data.source != "labelled":
         raise ValueError(f"--filtered needs a run on labelled rows (source='labelled'), not {config.data.source!r}")
     return LabelledRows(config.data, ("left", "right") if config.model.reads == "pairs" else ("tokens",))
 
 
 def words_by_label(config: Config) -> dict[str, list[Association]]:
-    """Return {label: the words of the last text of the training rows that occur mostly with it, the strongest first}.
+    """Find the words of the training rows that occur more often with one label than with the others.
 
-    The last text is the second of a pair, such as the hypothesis, or the only text.
+    Return {label: [Association, ...]}, the highest pointwise mutual information first (see `word_associations`). If a
+    row has two texts, only the words of the second text are counted.
     """
     rows = rows_of(config).records("train")
     return word_associations(((row.texts[-1], row.label) for row in rows), min_count=config.data.min_count)
 
 
 def words_table(words: dict[str, list[Association]], count: int = 8) -> Table:
-    """Return a table with a column per label: the `count` words with the highest pointwise mutual information."""
+    """Return a table with a column per label: its `count` words with the highest pointwise mutual information.
+
+    `words` is the result of `words_by_label`.
+    """
     result = Table(title="words that occur with a label (pointwise mutual information in bits)")
     for label in words:
         result.add_column(label)
@@ -49,10 +53,13 @@ def words_table(words: dict[str, list[Association]], count: int = 8) -> Table:
 
 
 def check_filtered(config: Config, path: Path) -> None:
-    """Raise ValueError if the filtered rows of a run with this config cannot be written to `path`."""
+    """Raise ValueError if `report` cannot write the rows that a run labels wrongly to `path`.
+
+    `config` is the config of the run. `path` must be a new file with the ending of the file of the held-out rows.
+    """
     rows_of(config)
     if (suffix := _source(config).suffix.lower()) != path.suffix.lower():
-        raise ValueError(f"--filtered={path} must end in {suffix!r}, like the file of the rows, {_source(config)}")
+        raise ValueError(f"--filtered={path} must end in {suffix!r}, like the held-out rows in {_source(config)}")
     if path.exists():
         raise ValueError(f"--filtered={path} exists already; name another file")
 
@@ -63,9 +70,10 @@ def _source(config: Config) -> Path:
 
 
 def report(model, config: Config, path: Path, say: Callable[[str], None], B: int = 128) -> None:
-    """Print the words of each label, and write the held-out rows that the model labels wrongly to `path`.
+    """Print the words that give away each label, and write the held-out rows that the model labels wrongly to `path`.
 
-    The rows are written in the format of their file (see `stickjax.data.nli_bias.lines_of`).
+    The rows are written in the format of their file (see `stickjax.data.nli_bias.lines_of`). `say` is called with a
+    line of progress, and B is the number of rows in one call of the model.
     """
     examples, predict = examples_of(config, "test"), jax.jit(family_of(config.model).predict)
     say(f"labelling {len(examples):,} {task_of(config).name}")
@@ -75,4 +83,4 @@ def report(model, config: Config, path: Path, say: Callable[[str], None], B: int
         wrong += [row.line for row, answer in zip(rows, answers, strict=False) if row.label != answer]
     write_file(path, lines_of(_source(config), wrong))
     print_table(words_table(words_by_label(config)))
-    print(f"{len(wrong):,} of {len(examples):,} held-out rows are in {printable(path)}")
+    print(f"{len(wrong):,} of {len(examples):,} held-out rows are labelled wrongly; {printable(path)} has them")

@@ -1,6 +1,6 @@
-"""The share of held-out examples that a model answers exactly: labels of sentences, and translations.
+"""Compute the accuracy of a model that reads examples: the share of labels, or of whole translations, that are right.
 
-`python -m stickjax.evaluate RUN` calls this for a model that reads examples.
+`python -m stickjax.evaluate RUN` calls `report` for such a model.
 """
 
 from collections.abc import Callable
@@ -31,23 +31,27 @@ def accuracy(
     B: int = 128,
     say: Say = lambda text: None,
 ) -> Records:
-    """Compute the share of examples that the model answers exactly, for each bucket of the task.
+    """Compute the accuracy of a model for each bucket: the share of examples that the model answers exactly.
+
+    A bucket is a group of examples of about the same length, such as pairs of sentences with the same number of
+    operators. This number is the name of the bucket: `bucket` of `stickjax.data.task.Task` computes it.
 
     Args:
-      model: the parameters.
-      config: its data section names the task.
-      part: the part of the examples, such as "test" or "valid".
+      model: the module with the parameters.
+      config: the config of the model; its data section names the source of the examples.
+      part: which examples: "train", "valid", "test" or another part that the source has.
       max_examples: the largest number of examples in a bucket; they are drawn at random, the same in every call.
       B: the largest number of examples in one call of the model.
       say: is called with one line of progress before each bucket is evaluated.
 
     Returns:
-      A record for every bucket: {"bucket" (None if the task has no buckets), "accuracy", "examples"}. Classifiers also
-      have "majority", the share of the commonest label. Translations also have "first_word", the share of examples
-      whose first word is right. Models that induce trees also have "f1", the unlabelled F1 of these trees.
+      A record for every bucket: {"bucket" (its number; None if all examples are in one bucket), "accuracy", "examples"
+      (how many)}. For labels there is also "majority", the share of the most frequent label. For translations there is
+      also "first_word", the share of examples whose first word is right. If the model induces trees and the source has
+      true trees, there is also "f1", the unlabelled F1 of the induced trees against the true trees.
 
     Raises:
-      ValueError: `max_examples` below 1, an unknown part, or a part without examples.
+      ValueError: `max_examples` is below 1, or `part` is unknown or has no examples.
     """
     if max_examples < 1:
         raise ValueError(f"max_examples={max_examples} must be at least 1")
@@ -78,12 +82,14 @@ def accuracy(
 
 
 def buckets_of(config: Config, part: str, max_examples: int) -> dict[int | None, Examples]:
-    """Return {bucket: at most `max_examples` of its examples} for a part of the task of a config.
+    """Divide the examples of a source into buckets, which are groups of about the same length.
 
-    Raises ValueError if the part has no examples.
+    Return {number of the bucket: at most `max_examples` of its examples, drawn at random}. A bucket has the number that
+    `Task.bucket` returns for its examples, or None if all examples are in one bucket. `config.data` names the source,
+    and `part` says which of its examples, such as "test". Raises ValueError if the part has no examples.
     """
     task = task_of(config)
-    # Texts of any length. In logic, all numbers of operators, also those that are not trained on.
+    # Texts of any length. The source logic: pairs with any number of operators, also those that are not trained on.
     options = {"buckets": range(13)} if config.data.source == "logic" and config.data.split is None else {}
     examples = task.examples(part, T=None, **options)
     if not len(examples):
@@ -98,10 +104,10 @@ def buckets_of(config: Config, part: str, max_examples: int) -> dict[int | None,
 
 
 def batches_of(examples: Examples, B: int):
-    """Yield (a batch of B examples, its rows) for all examples, the shortest first.
+    """Yield all examples in batches, the shortest first: (a dictionary of B stacked examples, the list of their rows).
 
-    If the examples do not fill the last batch, it has the first example of the batch again at its end. Texts are
-    padded to a power of two, so that the model is compiled only a few times.
+    If the last batch has fewer than B rows, its first example is repeated until there are B examples. Texts are padded
+    to a power of two, at least 8, so that the model is compiled only a few times.
     """
     lengths = examples.lengths()
     order = np.argsort(lengths.max(1, initial=0), kind="stable")
@@ -120,16 +126,20 @@ def _padded(ids: np.ndarray, width: int) -> np.ndarray:
 
 
 def _compared(answers: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return which of the answers [B,T] are the targets [B,S] exactly, and which have the same first word."""
+    """Compare B translations `answers` [B,T] with their `targets` [B,S], both token ids that are padded with 0.
+
+    Return two boolean arrays [B]: whether all words are the same, and whether the first word is the same.
+    """
     T = max(answers.shape[1], targets.shape[1])
     answers, targets = _padded(answers, T), _padded(targets, T)
     return (answers == targets).all(1), answers[:, 0] == targets[:, 0]
 
 
 def _tree_pairs(task: Task, induced: dict[str, list] | None, rows: list) -> list[tuple]:
-    """Return (induced tree, true tree) without brackets for all texts of these rows; an empty list if none is induced.
+    """Return a list of (induced tree, true tree) for all texts of `rows`, in order; an empty list if `induced` is None.
 
-    The task must have `brackets`.
+    `induced` is {name of an array: the tree of each row}, the result of `Family.induced_trees`. If a text contains
+    brackets as tokens, they are removed from its trees. `task.brackets`, which gives the true trees, must not be None.
     """
     if induced is None:
         return []
@@ -149,7 +159,11 @@ def _texts(row) -> list[str]:
 
 
 def table(runs: dict[str, Records], bucket_name: str) -> Table:
-    """Return a table of the accuracy of every run, with a row per bucket. `runs` is {name: records of `accuracy`}."""
+    """Return a table of the accuracy of every run, with a row per bucket (examples of about the same length).
+
+    `runs` is {name of a run: the records of `accuracy`}. `bucket_name` is what the number of a bucket counts, such as
+    "operators"; "" if all examples are in one bucket.
+    """
     first = next(iter(runs.values()))
     extra = [name for name in ("majority", "first_word", "f1") if name in first[0]]
     heads = {"majority": "commonest label", "first_word": "first word", "f1": "F1 of trees"}
@@ -164,9 +178,10 @@ def table(runs: dict[str, Records], bucket_name: str) -> Table:
 
 
 def report(model, config: Config, folder: Path | None, part: str, max_examples: int, say: Say) -> Records:
-    """Compute `accuracy`, and return its records. If `folder` is given, write accuracy.json and trees.png into it.
+    """Compute the accuracy of a model, and return the records of `accuracy`, which explains the arguments.
 
-    trees.png has the induced and the true tree of three examples, if the model induces trees.
+    If `folder` is not None, the records are written into it as accuracy.json. If the model induces trees, a picture
+    trees.png is added, with the induced tree and the true tree of the texts of three examples.
     """
     records = accuracy(model, config, part=part, max_examples=max_examples, say=say)
     if folder is not None:
@@ -177,9 +192,10 @@ def report(model, config: Config, folder: Path | None, part: str, max_examples: 
 
 
 def example_trees(model, config: Config, part: str, count: int = 3, longest: int = 24) -> list[tuple]:
-    """Return (tree, words, title) for the induced and the true tree of a few examples; an empty list without trees.
+    """Return (tree, words, title) for the true tree and for the induced tree of the texts of `count` examples.
 
-    The examples are the longest ones of the part whose texts have at most `longest` words.
+    These are the longest examples of `part`, such as "test", whose texts have at most `longest` words. The list is
+    empty if the model induces no trees, or if the source has no true trees.
     """
     task, family = task_of(config), family_of(config.model)
     if task.brackets is None:

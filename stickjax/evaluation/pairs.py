@@ -67,9 +67,9 @@ def accuracy(
 
     Returns:
       A record for every bucket and threshold: {"bucket", "threshold", "accuracy", "majority" (the share of the most
-      frequent label), "depth" (the mean number of blocks per token), "rows" (how often an expert computed a token,
-      divided by the number of tokens), "seconds" (for all pairs of sentences, without compiling), "pairs" (the number
-      of pairs of sentences)}.
+      frequent label), "depth" (the mean number of blocks per token), "rows" (the mean number of experts that computed a
+      token, summed over the blocks), "seconds" (for all pairs of sentences, without compiling), "pairs" (the number of
+      pairs of sentences)}.
     """
     if max_pairs < 1:
         raise ValueError(f"max_pairs={max_pairs} must be at least 1")
@@ -101,7 +101,10 @@ def accuracy(
 
 
 def scores_halting(config: Config) -> bool:
-    """Return whether `report` can score the model of a config: it halts tokens, and the task is logic."""
+    """Return whether `report` can score a model with this config: the model halts tokens, and the source is logic.
+
+    `config.data.split` must be None.
+    """
     return hasattr(config.model, "halting_threshold") and config.data.source == "logic" and config.data.split is None
 
 
@@ -156,8 +159,8 @@ def savings(records: Records) -> Table:
     """Return a table of accuracy and computation, with a row per halting threshold in the records of `accuracy`.
 
     The columns are means over all pairs of sentences: the accuracy; the depth, which is the number of blocks per token;
-    and how often experts computed a token. The last column is the time, as a share of the time with the first
-    threshold.
+    and the number of experts that computed a token, summed over the blocks. The last column is the time, as a share of
+    the time with the first threshold.
     """
     result = Table(title="what a lower halting threshold saves")
     for name in ("threshold", "accuracy", "depth", "expert rows per token", "time"):

@@ -1,4 +1,4 @@
-"""The picture of a latent tree: the best derivation over its words, and the source words that each leaf attends to."""
+"""Draw the latent tree of a generated sentence, and which source words each leaf of the tree attends to."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,16 @@ from stickjax.evaluation.plots import label, save
 
 
 def plot_derivation(nodes: Sequence[int], words: Sequence[str], path, *, source=(), attention=None) -> None:
-    """Draw the tree of a best derivation over its words. Below it, draw the attention of every leaf to the source.
+    """Draw the tree of the best derivation of a sentence. Below it, draw the attention of its leaves to source words.
 
     Args:
-      nodes: the leaves, from left to right, as nodes of the complete tree: the children of node i are 2i + 1, 2i + 2.
+      nodes: for each leaf, from left to right, its index in the complete binary tree: the root has the index 0, and
+        node i has the children 2i + 1 and 2i + 2.
       words: the word of every leaf.
       path: where to write the picture.
       source: the words of the source, for the attention.
-      attention: the attention of all nodes to the source words, [n,S] (`Production.attention` of one sentence), or
-        None.
+      attention: the attention weights [n,S] of the n nodes of the complete tree to the S source words
+        (`Production.attention` of one sentence); None: they are not drawn.
     """
     from matplotlib.figure import Figure
 
@@ -49,7 +50,9 @@ def plot_derivation(nodes: Sequence[int], words: Sequence[str], path, *, source=
 
 
 def _places(leaves: Sequence[int]) -> dict[int, tuple[float, float]]:
-    """Return {node: (x, y)} for the nodes of a tree. A leaf is above its word; other nodes are between their children.
+    """Return {node: (x, y)}, where each node of a tree is drawn. A node that is no leaf is between its children.
+
+    `leaves` are the indices of the leaves in the complete binary tree. Leaf number i from the left has x = i.
 
     >>> _places([1, 5, 6])[0]
     (0.75, 0.0)

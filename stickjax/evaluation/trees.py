@@ -1,6 +1,7 @@
-"""Binary and other ordered trees over the words of a sentence: as text, as a picture, and compared by unlabelled F1.
+"""Ordered trees over the words of a sentence: read them, print them, draw them, and compare them by unlabelled F1.
 
-A tree is the index of a word, or a tuple of trees: (0, (1, 2)) joins the words 1 and 2, and then word 0 with both.
+A tree is the index of a word, or a tuple of trees, which are the children of a node. For example, in (0, (1, 2)) the
+words 1 and 2 are the children of one node, and word 0 and this node are the children of the root.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +11,9 @@ from stickjax.models.ordered_memory.parse import Tree
 
 
 def from_brackets(words: Sequence[str], opening: str = "(", closing: str = ")") -> tuple[Tree, list[str]]:
-    """Return the tree that the brackets of a sentence give, and its words without the brackets.
+    """Return (the tree that the brackets of a sentence describe, the words of the sentence without the brackets).
+
+    `words` are the words and brackets of the sentence; `opening` and `closing` are the brackets.
 
     Raises ValueError if the brackets do not match, or contain no word.
 
@@ -42,7 +45,7 @@ def _node(children: list) -> Tree:
 def restricted(tree: Tree, keep: Callable[[int], bool]) -> Tree | None:
     """Return the tree without the words for which `keep(index)` is False; None if no word is left.
 
-    The other words are numbered again. A node that has only one child left is replaced by this child.
+    The words that are left get new indices, from 0. A node that has only one child left is replaced by this child.
 
     >>> restricted(((0, 1), (2, 3)), lambda i: i != 1)
     (0, (1, 2))

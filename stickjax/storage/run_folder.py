@@ -81,7 +81,10 @@ def read_config(run: str | os.PathLike) -> Config:
 
 
 def _own_files(run: str | os.PathLike) -> dict[str, str]:
-    """Return {field of the config: path} of the tokenizer and the labels that a run folder keeps."""
+    """Return the paths of the copies of the tokenizer and of the labels in a run folder.
+
+    The result is {"data.tokenizer": path, "data.labels": path}; an entry is left out if its file does not exist.
+    """
     folder = Path(run)
     files = {"data.tokenizer": "tokenizer.json", "data.labels": LABELS_FILE}
     if not (folder / "tokenizer.json").exists():
@@ -115,7 +118,11 @@ def with_own_files(run: str | os.PathLike, config: Config) -> Config:
 
 
 def _content(place: str, path: str, config: Config):
-    """Return what identifies the content of a tokenizer or of a list of labels."""
+    """Return a value that is equal for two paths if their files have the same tokenizer or the same labels.
+
+    `place` is "data.tokenizer" or "data.labels", the config field that has the `path`. For a tokenizer the value is its
+    name, which contains a hash; for labels it is the tuple of the labels.
+    """
     return load_tokenizer(path, config.data.eot).name if place == "data.tokenizer" else read_labels(path)
 
 

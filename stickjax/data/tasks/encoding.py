@@ -1,4 +1,4 @@
-"""Code that all synthetic tasks use: vocabularies, random access to examples, and parts for training and tests."""
+"""Code that all synthetic tasks use: vocabularies, random access to examples, and the division into train and test."""
 
 import copy
 import hashlib
@@ -62,11 +62,12 @@ class Examples:
     Example i is `arrays(rows[i])`: the function `arrays` is called each time the example is used.
 
     Args:
-      rows: a short description of every example, such as its text.
+      rows: a value for every example, such as its text, from which `arrays` makes the example.
       arrays: a function from a row to the arrays of the example.
-      texts: groups of names of arrays. The arrays of a group have token ids, and are padded with 0 to one length. Such
+      texts: groups of names of arrays. The arrays of a group have token ids, and are padded with 0 to one length. The
         groups are (("left", "right"),) for pairs and (("source",), ("target",)) for translations.
-      lengths: a function from a row to the largest number of tokens in each group; needed if there are `texts`.
+      lengths: a function from a row to a tuple with one number for each group: the number of tokens of the longest text
+        in the group. It is needed if there are `texts`.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Examples:
         return self.arrays(self.rows[index])
 
     def with_rows(self, rows: Sequence) -> "Examples":
-        """Return examples of the same kind, made from other rows."""
+        """Return a copy of these examples in which `rows` replaces the rows."""
         other = copy.copy(self)
         other.rows = rows
         return other
@@ -95,7 +96,7 @@ class Examples:
         return hashlib.sha256("\n".join(f"{row}" for row in self.rows).encode()).hexdigest()[:16]
 
     def lengths(self) -> Int[np.ndarray, "examples groups"]:
-        """Return the largest number of tokens in each group of `texts`, for all examples."""
+        """Return for each example, and each group of `texts`, the number of tokens of the longest text in the group."""
         found = [self._lengths(row) for row in self.rows]
         return np.array(found, int).reshape(len(found), len(self.texts))
 
@@ -107,28 +108,31 @@ class Parts(NamedTuple):
     test: Sequence
 
     def part(self, name: str, valid_every: int = 0) -> Sequence:
-        """Return the part "train", "valid" or "test".
+        """Return the examples for training ("train"), for validation ("valid") or for tests ("test").
 
-        The part "valid" is taken out of the training part: see `divided`.
+        The examples for validation are taken out of the training part: `divided` explains `valid_every`.
         """
         one_of("part", name, PARTS)
         return self.test if name == "test" else divided(self.train, name, valid_every)
 
 
 def divided(rows: Sequence, part: str, valid_every: int, key: Callable = lambda row: row) -> Sequence:
-    """Return the part "train" or "valid" of training examples. With `valid_every` 0, all are in the part "train".
+    """Divide training examples into "train" and "valid" (for validation), and return the one that `part` names.
 
-    The part "valid" has `len(rows) // valid_every` examples, which are chosen at random, the same in every run. An
-    example that occurs several times stays in the part "train"; `key(row)` says which examples are the same.
+    "valid" has `len(rows) // valid_every` examples, which are chosen at random, the same in every run. If `valid_every`
+    is 0, all examples are in "train". An example that occurs several times stays in "train"; two examples are the same
+    if `key(row)` is equal.
 
-    Raises ValueError for the part "valid" with `valid_every` 0.
+    Raises ValueError for "valid" if `valid_every` is 0.
 
     >>> divided("abcdefgh", "valid", 4), divided("abcdefgh", "train", 4)
     (['c', 'e'], ['a', 'b', 'd', 'f', 'g', 'h'])
     """
     if not valid_every:
         if part == "valid":
-            raise ValueError("valid_every=0 leaves no examples for validation; data.valid_every=10 leaves a tenth")
+            raise ValueError(
+                "valid_every=0 leaves no examples for validation; data.valid_every=10 leaves one in ten for validation"
+            )
         return rows
     keys = [key(row) for row in rows]
     count = Counter(keys)
@@ -143,7 +147,10 @@ def words_in(text: str) -> int:
 
 
 def longest_of(rows: Iterable, *texts: str) -> int:
-    """Return the largest number of symbols in the fields `texts` of rows; 0 if there are no rows."""
+    """Return the number of symbols of the longest text in rows; 0 if there are no rows.
+
+    `texts` are the names of the fields of a row that have a text.
+    """
     return max((words_in(getattr(row, name)) for row in rows for name in texts), default=0)
 
 

@@ -2,8 +2,8 @@
 
 A source is a statement and the word `decl` or `quest`. With `decl`, the target is the source. With `quest`, the target
 is the question: the main auxiliary moves to the front, and `.` becomes `?`. In training, no question has a subject with
-a relative clause. So two rules fit the training data: to move the main auxiliary, or to move the first one. The part
-"gen" has questions for which the two rules differ.
+a relative clause. So two rules fit the training data: to move the main auxiliary, or to move the first auxiliary. The
+split "gen" of the data set has questions for which the two rules give different results.
 """
 
 import functools
@@ -51,7 +51,10 @@ class Example(NamedTuple):
 
 
 class QuestionParts(NamedTuple):
-    """The parts of the examples. `gen` tests the generalisation to subjects with a relative clause."""
+    """The splits of the generated data set: for training, for validation, for tests, and `gen`.
+
+    `gen` tests whether a model generalises to questions whose subject has a relative clause.
+    """
 
     train: tuple[Example, ...]
     valid: tuple[Example, ...]
@@ -60,15 +63,16 @@ class QuestionParts(NamedTuple):
 
 
 def _noun(pick: Pick, number: int | None = None) -> list:
-    """Draw a determiner and a noun. `number` is 0 for singular, 1 for plural, and None for either."""
+    """Draw a determiner and a noun. `number` is 0 for singular, 1 for plural, and None for one of both at random."""
     number = pick((0, 1)) if number is None else number
     return [pick(DETERMINERS), pick((SINGULAR, PLURAL)[number])]
 
 
 def _clause(pick: Pick, number: int) -> list:
-    """Draw a relative clause for a noun: two sixths `who does sleep`, two sixths `who does admire the newt`.
+    """Draw a relative clause for a noun. `number` is 0 for a singular noun and 1 for a plural noun.
 
-    One sixth is `who the newt does admire`, and one sixth the same with a plural noun.
+    The clause is like `who does sleep` with probability 1/3, like `who does admire the newt` with probability 1/3, and
+    like `who the newt does admire` or `who the newts do admire` with probability 1/6 each.
     """
     relative, form = pick(RELATIVE), pick((0, 0, 1, 1, 2, 3))
     if form == 0:
@@ -80,7 +84,10 @@ def _clause(pick: Pick, number: int) -> list:
 
 
 def _phrase(pick: Pick, kind: str, number: int) -> list:
-    """Draw a noun of this number, with a preposition or a relative clause if `kind` says so."""
+    """Draw a noun with its determiner, and return the list of words. `number` is 0 for singular and 1 for plural.
+
+    `kind` is "noun", "preposition" or "clause": the noun alone, with a preposition, or with a relative clause.
+    """
     words = _noun(pick, number)
     if kind == "preposition":
         return [*words, pick(PREPOSITIONS), *_noun(pick)]
@@ -95,7 +102,10 @@ class _Sentence(NamedTuple):
 
 
 def _sentence(pick: Pick, subjects: Sequence[str], objects: Sequence[str]) -> _Sentence:
-    """Draw a sentence, whose kinds of subject and object are drawn from `subjects` and `objects`."""
+    """Draw a sentence. The kind of its subject is drawn from `subjects`, and the kind of its object from `objects`.
+
+    The kinds are "noun", "preposition" and "clause" (see `_phrase`), and for objects also "none".
+    """
     number, kind, other = pick((0, 1)), pick(subjects), pick(objects)
     subject, auxiliary = _phrase(pick, kind, number), pick(AUXILIARIES[number])
     rest = [pick(INTRANSITIVE)] if other == "none" else [pick(TRANSITIVE), *_phrase(pick, other, pick((0, 1)))]
@@ -114,7 +124,10 @@ def _picker(seed: int) -> Pick:
 
 
 def _draws(pick: Pick) -> Iterator[Example]:
-    """Yield statements and questions, equally many, except that questions with a clause in the subject are left out."""
+    """Yield endlessly many random examples: statements and questions.
+
+    They are drawn with equal probability, but questions whose subject has a relative clause are left out.
+    """
     while True:
         sentence, is_question = _sentence(pick, SUBJECTS, OBJECTS), pick((False, True))
         if not (is_question and sentence.has_clause):
@@ -122,7 +135,7 @@ def _draws(pick: Pick) -> Iterator[Example]:
 
 
 def _gen_draws(pick: Pick) -> Iterator[Example]:
-    """Yield questions whose first auxiliary differs from the main one.
+    """Yield endlessly many random questions whose first auxiliary differs from the main auxiliary.
 
     The first auxiliary is in the relative clause of the subject. The object has no relative clause.
     """
@@ -135,10 +148,11 @@ def _gen_draws(pick: Pick) -> Iterator[Example]:
 
 @functools.lru_cache(maxsize=1)
 def generate(seed: int = 0, count: int = 100_000) -> QuestionParts:
-    """Generate `count` different training examples, then 1000 for validation, 10,000 for tests and 10,000 for "gen".
+    """Generate `count` training examples, 1000 examples for validation, 10,000 for tests and 10,000 for "gen".
 
-    All examples differ, also between the parts. About 60 % of the first three parts are statements, and 40 % questions.
-    The part "gen" has only questions. A source has 6 to 18 words.
+    No example occurs twice, also not in two splits. About 60 % of the examples for training, validation and tests are
+    statements, and 40 % are questions. The split "gen" has only questions. A source has 6 to 18 words. `seed` decides
+    the random examples.
 
     >>> parts = generate()
     >>> [len(part) for part in parts]
@@ -159,12 +173,13 @@ def generate(seed: int = 0, count: int = 100_000) -> QuestionParts:
 def examples(
     part: str = "train", *, T: int | None = 18, S: int | None = None, seed: int = 0, count: int = 100_000
 ) -> Examples:
-    """Return the examples of a part, "train", "valid", "test" or "gen": `source` [T] and `target` [S], both int32.
+    """Return the examples of one split. An example has the int32 arrays `source` [T] and `target` [S].
 
-    Both have the ids of VOCABULARY, padded with 0. `count` training examples are generated with `seed` (see
-    `generate`). T None: the longest source; S None: the longest target.
+    `part` is the name of the split: "train", "valid", "test" or "gen". The arrays have the ids of the words in
+    VOCABULARY, padded with 0. If T is None, it is the number of words of the longest source. If S is None, it is
+    the number of words of the longest target. `generate` explains `seed` and `count`, the number of training examples.
 
-    Raises ValueError if a source has more than T words or a target more than S, or for an unknown part.
+    Raises ValueError if a source has more than T words, if a target has more than S words, or for an unknown part.
 
     >>> {name: array.shape for name, array in examples("gen", T=16, count=100)[0].items()}
     {'source': (16,), 'target': (16,)}
@@ -187,7 +202,7 @@ def examples(
 def text(seed: int, count: int) -> Iterator[str]:
     """Return an iterator over `count` different lines of text for a language model.
 
-    A line has a source and its target. `seed` decides the examples.
+    A line has the source and the target of one example. `seed` decides the examples.
 
     >>> next(text(22, 1))
     'IN: her peacocks do move . decl OUT: her peacocks do move . decl'

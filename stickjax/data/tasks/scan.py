@@ -44,7 +44,7 @@ def _phrases() -> Iterator[tuple[str, list[str]]]:
 
 @functools.cache
 def pairs() -> tuple[Example, ...]:
-    """Return all 20,910 commands, each as an Example with its actions.
+    """Return all 20,910 commands. Each is an Example, which has the command and its actions.
 
     >>> len(pairs()), pairs()[0]
     (20910, Example(command='walk', actions='I_WALK'))
@@ -109,7 +109,8 @@ def examples(
     the vocabulary ACTIONS. Both are padded with 0. If T or S is None, it is the length of the longest text.
 
     `part` is "train", "valid" or "test", and the function `generate` explains `split` and `seed`. The part "valid" gets
-    one in `valid_every` training examples, and the part "train" the others; with 0, the part "train" has all of them.
+    one in `valid_every` training examples, and the part "train" the others. If `valid_every` is 0, the part "train" has
+    all training examples.
 
     Raises ValueError if a command has more than T words or more than S actions, or for an unknown part or split.
 
