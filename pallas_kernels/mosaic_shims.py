@@ -230,14 +230,14 @@ class _GpuThread:
 
 
 def scan_registers(ops, minuend, factor, x, start, *, right: bool):
-    """Compute `minus_sum_right` (if `right`) or `minus_sum_left` in one thread. Return the registers of y and sums.
+    """Compute `minus_sum_right` (if `right`) or `minus_sum_left` in one thread. Return its registers of both results.
 
-    `ops` is the arithmetic of the thread, a `_GpuThread`. The other arguments are arrays of this thread's registers.
-    The thread holds elements of two rows of the tile.
+    `ops` is the arithmetic of the thread, a `_GpuThread`. The arrays consist of this thread's registers. In each of two
+    rows of the tile, the thread holds two neighbouring elements of every group of 8 columns.
 
-    `minuend`, `factor`, `x`: [1, groups, 1, 1, 2 rows, ..]. One register has the two elements of the thread in one row
-      and in one group of 8 columns.
-    `start`: [1, 1, 2 rows, ..]. One register has the value of one row.
+    `minuend`, `factor`, `x`: [1, groups, 1, 1, 2, ..]; the axis of length 2 is the row. One register has the two
+      elements of one group and one row.
+    `start`: [1, 1, 2, ..]; one register has the value of one row.
 
     For each group and row, the thread exchanges two sums with the other threads of its quad (four neighbouring
     threads).

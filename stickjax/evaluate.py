@@ -216,8 +216,10 @@ def _kind(configs: Iterable[Config], part: str) -> str:
     """
     configs = list(configs)
     if len(reads := {config.model.reads for config in configs}) > 1:
-        kinds = " and some read ".join(sorted(reads))
-        raise ValueError(f"some of the runs read {kinds}: evaluate them in several commands")
+        kinds = " and runs that read ".join(sorted(reads))
+        raise ValueError(
+            f"runs that read {kinds} cannot be compared; evaluate each kind of runs in a command of its own"
+        )
     if reads == {"text"}:
         return "text"
     if len(sources := {config.data.source for config in configs}) > 1:

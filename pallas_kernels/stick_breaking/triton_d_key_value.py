@@ -3,9 +3,10 @@
 A block computes one key tile. It sums over the query tiles whose queries see keys of this tile:
     dk = scale dz^T Q,  dv = A^T dO,
 with the weights A, the gradients dz of the logits, and the cotangent dO of the output. It computes A and dz again, with
-the snapshots of `d_query`. These are two numbers for every query row and key tile: the cumulative log-decay before the
-key tile, which counts all keys on its right, and P, the cotangent of log_rem plus the sum of weight * <dO, value> over
-all keys on its left. triton_d_query.py has all formulas.
+the snapshots of `d_query`: two numbers for every query row and key tile. The first is the cumulative log-decay of all
+keys on the right of the tile. The second is P = d_log_rem + the sum of weight * <dO, value> over all keys on the left
+of the tile; d_log_rem is the cotangent of log_rem, the log of what remains of the stick. triton_d_query.py has all
+formulas.
 
 R is the number of rows of a query tile, and C is the number of keys of a key tile. Hp and Hvp are H and Hv, padded to
 powers of two.

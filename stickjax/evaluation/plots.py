@@ -209,8 +209,8 @@ def plot_module_use(use: dict[str, dict[str, Any]], information: dict[str, Any],
     modules of the layer.
     `information` is {kind: [L]}: the mutual information of module and source in each layer, in bits.
 
-    Modules of different layers are not related. So the modules of every layer are sorted separately, in the same order
-    in all panels of a row. The modules that the first source uses more than the last source come first.
+    Modules of different layers are not related. So every layer has its own order of modules: first the ones that the
+    first source uses more than the last source. This order is the same for all sources.
     """
     from matplotlib.figure import Figure
 

@@ -50,8 +50,8 @@ def count(jaxpr: Jaxpr | ClosedJaxpr) -> Work:
 def _count(jaxpr, trips: float | None) -> Work:
     """Return the `Work` of a jaxpr.
 
-    `trips`: the number of passes of each `while` loop in the jaxpr, if the name of the function around it states this
-    number (see `pallas_kernels.cost.loop`); None: the number is not known.
+    `trips`: how many passes each `while` loop in the jaxpr makes; None: this is not known. A jaxpr does not say it, so
+    `pallas_kernels.cost.loop` puts the number into the name of the function that encloses the loop.
     """
     total = Work()
     for equation in jaxpr.jaxpr.eqns if isinstance(jaxpr, ClosedJaxpr) else jaxpr.eqns:

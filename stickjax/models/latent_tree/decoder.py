@@ -144,7 +144,11 @@ class TreeDecoder(nnx.Module):
         return Source(keys, shifts, e.bank, e.bank_mask, values, e.mask)
 
     def _expand(self, parents: Level, source: Source, split_random, random) -> Level:
-        """Return the level below `parents`. `split_random` and `random` are random bytes for dropout, or None."""
+        """Return the level below `parents`: two children of every node.
+
+        `split_random` are random bytes for the dropout of the parents, and `random` for the dropout of the attention of
+        the children. Both are None without dropout.
+        """
         c, H = self.config, self.config.H
         x = dropped(parents.x, c.split_dropout, split_random)
         w_in, w_out, out_bias = cast(self.w_in, c), cast(self.w_out, c), cast(self.out_bias, c)

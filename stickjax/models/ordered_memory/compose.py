@@ -89,7 +89,7 @@ def _of_slot(masks: Masks | None, i) -> Masks | None:
 
 
 def _call(w: Weights, x, h, m, share, masks: Masks | None):
-    """Run the cell for one slot m = M_i, with h = C_(i-1), both [B,H].
+    """Run the cell for one slot m = M_i, with h = C_(i-1) and the token x, [B,H] each, and the slot's `share` s_i [B].
 
     Return (the candidate C_i [B,H], the hidden units after relu and dropout [B,4H], [v, g, u, z] of `compose` [B,4H]).
     """

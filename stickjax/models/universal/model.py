@@ -27,7 +27,7 @@ class SutOutput(NamedTuple):
     """The output of a Universal Transformer for a batch.
 
     `logits`: [B,classes] for pairs of sentences, else [B,T,V], in float32.
-    `depth`: [B,T], for pairs [2,B,T]: for every token, the mean number of times that the block was applied to it.
+    `depth`: [B,T], for pairs [2,B,T]: the expected number of times that the block is applied to a token.
     `act`: the number of the step in which a token halts, a mean over all tokens; the first step is step 0. A loss on
       `act` makes tokens halt sooner.
     `router`: {router name: its losses and its load over all steps}. In the losses, every token has a weight: the
