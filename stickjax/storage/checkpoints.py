@@ -330,8 +330,8 @@ def _rebuild(leaf, array):
 
 
 def _read_manifest(folder: Path, step: int) -> dict:
-    """Return the manifest in `folder`. Raise DamagedCheckpoint if its step is not `step`, or if the crc32 of a file that
-    it lists, or of the manifest itself, is wrong.
+    """Return the manifest in `folder`. Raise DamagedCheckpoint if its step is not `step`, or if the crc32 of the
+    manifest or of a file that it lists is wrong.
     """
     try:
         outer = json.loads((folder / "manifest.json").read_text())
