@@ -130,7 +130,10 @@ def test_a_row_whose_axes_do_not_fit_is_refused(monkeypatch):
     rows = names._TABLES["granite"](c)
     query = next(i for i, row in enumerate(rows) if row.ours.endswith("query"))
     for change, message in (
-        (dict(axes="K D"), "the row of .* has the axes 'K D', but the parameter blocks/attention/query has the axes 'D N H'"),
+        (
+            dict(axes="K D"),
+            "the row of .* has the axes 'K D', but the parameter blocks/attention/query has the axes 'D N H'",
+        ),
         (dict(ours="blocks/attention/qery"), "has an unknown parameter .* .did you mean 'blocks/attention/query'"),
     ):
         wrong = [*rows[:query], rows[query]._replace(**change), *rows[query + 1 :]]
