@@ -16,7 +16,7 @@ class Cost(NamedTuple):
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
     def limits(self, ceilings: "Ceilings") -> dict[str, float]:
-        """Return the milliseconds that the operations alone take and that the bytes alone take, by name of the limit.
+        """Return {name of a limit: milliseconds}: the time of the operations alone, and the time of the bytes alone.
 
         `ceilings`: the speed of the machine.
         """

@@ -1,4 +1,4 @@
-"""The time of stick-breaking attention on a GPU, at training shapes and with logits like those of a trained model."""
+"""The time of stick-breaking attention on a GPU, at training shapes, with logits as in a trained model."""
 
 import functools
 from functools import partial
@@ -27,7 +27,7 @@ LAST = 256  # how many queries are compared in the check at the full size: the l
 
 
 def _inputs(seed: int, shape: dict):
-    """Return the inputs of one shape: (cotangents, query, key, value), where cotangents are those of (out, rem).
+    """Return the inputs of one shape: (the cotangents of (out, rem), query, key, value).
 
     All arrays are bfloat16, except the cotangent of rem, which is fp32.
     """

@@ -104,7 +104,7 @@ def forward_backward(function: Callable, **options) -> Callable:
 def ceilings(size: int, dtype, copied: int, *, seconds: float = 1.0, queued: bool = False) -> Ceilings:
     """Measure the speed of the machine, as the limit for other measurements: FLOP/s and bytes/s.
 
-    The FLOP/s are those of a product of [size, size] matrices of type `dtype`. The bytes/s are those of a pass that
+    A product of [size, size] matrices of type `dtype` gives the FLOP/s. The bytes/s come from a pass that
     reads and writes `copied` bytes. `seconds`: the time to measure. `queued`: do not wait after every call, as is right
     for an asynchronous device.
     """

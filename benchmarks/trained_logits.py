@@ -1,4 +1,4 @@
-"""Queries and keys for the timing of early exit (`skip_below`). Their heads attend as far as those of a trained model.
+"""Queries and keys for the timing of early exit (`skip_below`). Their heads attend as far as heads of trained models.
 
 If benchmarks/trained_heads.py has written runs/trained_heads.npz, the queries and keys are taken from this file, which
 has the heads of a trained model. Otherwise they are drawn at random: the logits of head n have the distribution
@@ -43,7 +43,7 @@ def saved() -> Heads | None:
 
 
 def source() -> str:
-    """Return a text for the tables that says whether the logits are those of a trained model or random."""
+    """Return a text for the tables that says whether the logits come from a trained model or are random."""
     if (heads := saved()) is None:
         return "drawn, fitted to a trained model's"
     return "a trained model's, {} heads on {} tokens".format(*heads.key.shape)

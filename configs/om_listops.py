@@ -1,6 +1,9 @@
 """Ordered Memory on ListOps: a classifier of the value of nested lists of digits.
 
 python -m stickjax.train configs/om_listops.py
+python -m stickjax.evaluate runs/om_listops
+
+We have not trained this config to its end yet, so no accuracy is stated here.
 """
 
 from stickjax import Config, DataConfig, OptimConfig, TrainConfig

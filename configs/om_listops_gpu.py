@@ -3,13 +3,13 @@
 python -m stickjax.train configs/om_listops_gpu.py
 python -m stickjax.evaluate runs/om_listops_gpu
 
-The model is trained on lists of at most 50 tokens. The published accuracy on all test lists is 99.97 %.
+The model is trained on lists of at most 50 tokens, and can be evaluated on longer ones.
 """
 
 from stickjax import Config, DataConfig, OptimConfig, TrainConfig
 from stickjax.config import OrderedMemoryConfig
 
-EPOCH = 68_000 // 128  # about the number of steps of one epoch: training lists of up to 50 tokens, 128 in a batch
+EPOCH = 67_691 // 128  # the number of steps of one epoch: training lists of up to 50 tokens, 128 in a batch
 
 
 def get_config() -> Config:

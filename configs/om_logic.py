@@ -1,6 +1,9 @@
 """Ordered Memory on propositional logic: a classifier of the relation between two sentences.
 
 python -m stickjax.train configs/om_logic.py
+python -m stickjax.evaluate runs/om_logic
+
+We have not trained this config to its end yet, so no accuracy is stated here.
 """
 
 from stickjax import Config, DataConfig, OptimConfig, TrainConfig
@@ -10,9 +13,9 @@ from stickjax.config import OrderedMemoryConfig
 def get_config() -> Config:
     model = OrderedMemoryConfig(
         V=12, D=64, H=64, N=12, evaluation_N=24, classes=7,
-        cell_dropout=0.1, memory_dropout=0.1, input_dropout=0.05, output_dropout=0.2,
+        cell_dropout=0.1, memory_dropout=0.1, input_dropout=0.05, output_dropout=0.1,
     )  # fmt: skip
-    data = DataConfig(source="logic", examples=500_000, T=40, B=128)
+    data = DataConfig(source="logic", examples=500_000, T=40, B=128, valid_every=20, curriculum=1000)
     step = data.tokens_per_step
     optim = OptimConfig(
         schedule="cosine", peak_lr=0.002, warmup_tokens=100 * step, beta2=0.98, eps=1e-9, weight_decay=0.001

@@ -268,7 +268,7 @@ def _spec(maps, axes, letters) -> PartitionSpec:
 
 
 def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, ...]]:
-    """Return {group: the mesh axes over which the axes of this group are sharded}, for every group with a sharded axis.
+    """Return {group: the mesh axes that shard its axes}. Groups without a sharded axis are left out.
 
     A group is a name in `letters.maps`, {letter of an axis: group}. The types of the arrays contain their shardings.
     Raise ValueError if the op cannot run with these shardings.

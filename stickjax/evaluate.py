@@ -238,7 +238,7 @@ def _records(kind: str, name: str, loaded: Loaded, place: Path | None, words, sa
         return accuracy.report(model, config, place, words.max_pairs, say)
     if kind == "examples":
         return examples.report(model, config, place, words.part, words.max_pairs, say)
-    records = evaluate(model, config, lengths=_lengths(words.lengths), max_tokens=words.max_tokens, say=say)
+    records = evaluate(model, config, lengths=words.lengths, max_tokens=words.max_tokens, say=say)
     if place and "depth" in records[0]:
         plots.plot_depth(depths(model, config), place / "depth.png")
     if place:
@@ -275,7 +275,7 @@ def _show(kind: str, results: dict[str, Records], bucket_name: str, picture: Pat
 @command
 def main(argv: list[str] | None = None) -> int:
     words, rest = _parser().parse_with_fields(argv)
-    runs, _ = names(words.runs), _lengths(words.lengths)
+    runs, words.lengths = names(words.runs), _lengths(words.lengths)
     configs = {name: read_config(run) for name, run in runs.items()}
     changes = {name: parse_changes(config, rest) for name, config in configs.items()}
     kind, first = _kind(configs.values(), words.part), next(iter(runs))

@@ -42,8 +42,8 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
     """Multiply rows of x by the weights of their experts, in bfloat16, float16 or float32.
 
     Return `out` [rows, columns]: for row i of the tiles in `tasks`, whose expert is e,
-    out[target[i]] = x[source[i]] @ weight[e] + bias[e]. The arguments are those of `mosaic_product.product`, which runs
-    the kernel. For float32, the result is the sum of six products of bfloat16 arrays.
+    out[target[i]] = x[source[i]] @ weight[e] + bias[e]. `mosaic_product.product` has the same
+    arguments, and runs the kernel. For float32, the result is the sum of six products of bfloat16 arrays.
     """
     if plan.dtype == jnp.float32:
         if plan.x_parts != 1:

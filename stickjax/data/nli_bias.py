@@ -43,8 +43,8 @@ def word_associations(
 
       pmi(w, y) = log2( p(y | w) / p(y) ),   p(y) = n(y) / N,   p(y | w) = (n(w, y) + s p(y)) / (n(w) + s)
 
-    with s = `smoothing`. The smoothing acts like s further rows with the word, whose labels are divided like those of
-    all rows. So the pmi of a rare word is close to 0.
+    with s = `smoothing`. The smoothing acts like s further rows with the word, whose labels have the same shares as
+    in all rows. So the pmi of a rare word is close to 0.
 
     Args:
       rows: (text, label) of every row; `stickjax.data.tokenizer.words_of` splits the text.

@@ -122,7 +122,7 @@ class Decoder(Family):
 
 
 def _experts(model: Transformer, kind: str, load: jax.Array) -> int | jax.Array:
-    """Return how many experts each layer has, without the pruned ones.
+    """Return how many experts each layer has. Pruned experts do not count.
 
     `kind`: "" for the experts of the feed-forward networks, "attention_" for the experts of attention. `load` [L,E]:
     the share of the (token, choice) pairs that chose each expert. The result is one number for all layers, or [L,1] in

@@ -112,7 +112,7 @@ class _Rank(NamedTuple):
 def _find(coordinator: str | None, count: int | None, index: int | None) -> "_Rank | None":
     """Find out how this process joins the other processes. Return None if this process trains alone.
 
-    The arguments are those of `initialize`. If `count` and `index` are None, they come from environment variables.
+    `initialize` has the same arguments. If `count` and `index` are None, they come from environment variables.
     Raise ValueError if the arguments or the variables are incomplete.
     """
     local, method = None, None

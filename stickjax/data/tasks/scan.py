@@ -61,8 +61,8 @@ def generate(split: str = "simple", seed: int = 0) -> Parts:
 
     `simple`: four fifths of the commands, chosen at random with `seed`, are for training, the rest for tests.
     `length`: commands of at most 22 actions are for training, longer ones for tests.
-    `length_tuning`: of the training commands of `length`, those of at most 18 actions are for training, those of 19 to
-      22 actions for tests. A model for `length` can be tuned on this split without the test commands of `length`.
+    `length_tuning`: the training commands of `length`. Up to 18 actions are for training, 19 to 22 actions for
+      tests. A model for `length` can be tuned on this split without the test commands of `length`.
     `add_jump`: the commands without the word jump and 1467 copies of the command `jump` are for training, all other
       commands for tests.
     `add_turn_left`: the same as `add_jump` for the words turn left, with 2189 copies of the command `turn left`.

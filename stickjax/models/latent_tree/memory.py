@@ -13,8 +13,7 @@ from pallas_kernels.arguments import sum_type
 from stickjax.config.latent_tree import TreeConfig
 from stickjax.models.latent_tree.parts import affine, dropped, split_key
 from stickjax.models.layers import LayerNorm, cast, linear_bias, linear_weight, random_bytes, uniform
-
-SMALLEST = 1e-5  # a factor c_i of a slot that is smaller counts as 0
+from stickjax.models.ordered_memory.cell import reachable, restricted_softmax
 
 
 class SlotDistribution(nnx.Module):
@@ -52,10 +51,7 @@ class SlotDistribution(nnx.Module):
         keys = self.key_norm(affine(dropped(candidates, rate, random[0]), self.key, self.key_bias, c))
         hidden = dropped(jax.nn.relu(query[:, None] + keys), rate, random[1])
         beta = affine(hidden, self.weight, self.bias, c)[..., 0].astype(sum_type(hidden)) * c.H**-0.5
-        factor = jnp.cumsum(before, axis=1)[:, 1:]
-        factor = jnp.pad(jnp.where(factor < SMALLEST, 0, factor), ((0, 0), (0, 1)), constant_values=1)
-        p = jnp.exp(beta - jax.lax.stop_gradient(beta).max(1, keepdims=True)) * factor
-        return p / p.sum(1, keepdims=True)
+        return restricted_softmax(beta, reachable(before))
 
 
 class OrderedMemory(nnx.Module):

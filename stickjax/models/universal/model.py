@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from stickjax.config import SutConfig
 from stickjax.models.attention import segment_positions
+from stickjax.models.classifier import compared
 from stickjax.models.layers import LayerNorm, cast, dropout, normal, uniform
 from stickjax.models.router import RouterStats, router_stats
 from stickjax.models.universal.block import SutBlock
@@ -125,7 +126,7 @@ class PairClassifier(nnx.Module):
         position = (tokens != 0).sum(1) - 1 if c.causal else jnp.zeros(len(tokens), int)
         u, v = jnp.split(jnp.take_along_axis(end.state, position[:, None, None], axis=1)[:, 0], 2)
         w_in, in_bias, w_out, out_bias = (cast(p, c) for p in (self.w_in, self.in_bias, self.w_out, self.out_bias))
-        hidden = jax.nn.elu(jnp.concatenate([u, v, u * v, jnp.abs(u - v)], -1) @ w_in + in_bias[None])
+        hidden = jax.nn.elu(compared(u, v) @ w_in + in_bias[None])
         k_drop = None if key is None else jax.random.fold_in(key, c.L)
         hidden = dropout(hidden, c.dropout, k_drop)
         logits = (hidden @ w_out + out_bias[None]).astype(jnp.float32)
