@@ -3,7 +3,8 @@
 python -m stickjax.train configs/tree_scan.py
 
 It was not trained yet. The sizes, the dropout rates and the optimizer come from the original code (arXiv 2010.04704).
-The learning rate differs: the original halves it when the validation accuracy stops rising; here it follows a cosine over 50 epochs.
+The learning rate differs: the original halves it when the validation accuracy stops rising. Here it follows a cosine
+over 50 epochs.
 """
 
 from stickjax import Config, DataConfig, OptimConfig, TrainConfig
