@@ -2,9 +2,11 @@
 
 python -m benchmarks [--only NAME] [--gpu [--fresh]] [--quick] [--json [PATH]]
 
-On the CPU, `--json` also writes the rows of the tables to PATH (default: benchmarks/results/cpu.json). With `--gpu`,
-the command first checks the results of the kernels and then times them. It writes every row to PATH (default:
-benchmarks/results/CHIP.json) as soon as the row is measured. If the run ends early, the same command continues it.
+On the CPU, `--json` also writes the rows of the tables to PATH (default: benchmarks/results/cpu.json).
+
+With `--gpu`, the command checks the results of the kernels and times them. Even without `--json`, it writes each row to
+PATH (default: benchmarks/results/CHIP.json) as soon as the row is measured. If the run ends early, the same command
+continues it.
 """
 
 import argparse
@@ -21,9 +23,10 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def cpu_rows(only: str | None = None, quick: bool = False) -> list[report.Row]:
-    """Measure all parts of the CPU benchmark, or only the part named `only`, and return the rows of the tables.
+    """Measure the parts of the CPU benchmark, the modules in PARTS, and return the rows of the tables.
 
-    The parts are the names in PARTS. `quick` uses tiny shapes, to test that the code runs.
+    The last row has the speed of the machine. `only`: the name of the one part to measure; None: all parts. `quick`:
+    use tiny shapes, to test that the code runs.
     """
     size, copied = (128, 2**20) if quick else (1024, 2**30)
     ceilings = timing.ceilings(size, jnp.float32, copied, seconds=0.05 if quick else 5.0)
@@ -37,11 +40,13 @@ def cpu_rows(only: str | None = None, quick: bool = False) -> list[report.Row]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    stages = ", ".join(gpu.STAGES)
+    on_gpu = ", ".join((*gpu.STAGES, *gpu.TIMED))
     parser.add_argument(
-        "--only", metavar="NAME", help=f"one of {', '.join(PARTS)}; with --gpu also {stages}, a call or a shape"
+        "--only",
+        metavar="NAME",
+        help=f"measure only this: one of {', '.join(PARTS)}; with --gpu: one of {on_gpu}, or a call or a shape",
     )
-    parser.add_argument("--gpu", action="store_true", help="check and then time the kernels on the GPU of this machine")
+    parser.add_argument("--gpu", action="store_true", help="check and time the kernels on the GPU of this machine")
     parser.add_argument("--fresh", action="store_true", help="with --gpu: ignore the rows of earlier runs")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds, to test that the code runs")
     parser.add_argument("--json", nargs="?", const="", metavar="PATH", help="write the rows to this JSON file")
@@ -72,9 +77,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def gpu_main(arguments: argparse.Namespace, info: dict) -> int:
-    """Run the GPU benchmark and return the exit status: 0 if every requested row was measured and every check passed.
+    """Run the GPU benchmark and return the exit status: 0 if no row is left out and every check passed.
 
-    `arguments`: the command line. `info`: facts about the machine, which are written to the result file.
+    A row is left out if it was not measured before its deadline. `arguments`: the command line. `info`: facts about the
+    machine, which are written to the result file.
     """
     info |= {"code": gpu_record.code(), "quick": arguments.quick}
     path = arguments.json or RESULTS / f"{gpu.chip()}{'-quick' if arguments.quick else ''}.json"
@@ -88,7 +94,7 @@ def gpu_main(arguments: argparse.Namespace, info: dict) -> int:
         gpu.rows(run, arguments.only)
     except KeyboardInterrupt:
         print(
-            f"interrupted; the rows so far are in {path}; run the same command again to measure the rest",
+            f"interrupted; the rows so far are in {path}; run the same command again to measure the other rows",
             file=sys.stderr,
         )
         return 130
@@ -97,10 +103,10 @@ def gpu_main(arguments: argparse.Namespace, info: dict) -> int:
     summary = rows[-1].extra
     if late := summary[gpu_record.LEFT_OUT]:
         print(
-            f"{late} rows were not measured before the time limit; run the same command again to add them",
+            f"{late} rows were not measured before their deadlines; run the same command again to measure them",
             file=sys.stderr,
         )
-    return 1 if late or summary["did not"] != "none" else 0
+    return 1 if late or summary["failed"] != "none" else 0
 
 
 def _print(rows: list[report.Row], info: dict) -> None:

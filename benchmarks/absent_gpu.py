@@ -1,15 +1,17 @@
 """python -m benchmarks.absent_gpu [--only NAME] [--json]: compile the Mosaic kernels for an H200, without a GPU.
 
-It prints two tables. The first has the registers, the spilled bytes and the shared memory of each kernel. The second
-has, for each main loop of a kernel, the smallest number of clock cycles that one iteration can take, and from this a
-lower bound of the time in milliseconds. With --json, the command also writes benchmarks/results/h200-static.json. It
-needs the CUDA wheels: pip install 'stickjax[cuda13]'.
+The command prints two tables. The first has the registers, the spilled bytes and the shared memory of each kernel. The
+second has the main loops of each kernel, with the smallest number of clock cycles that one iteration can take. It also
+has a lower bound of the time of each call in milliseconds, computed from these cycles. With --json, the command also
+writes benchmarks/results/h200-static.json. It needs the CUDA wheels: pip install 'stickjax[cuda13]'.
 
-The machine code is read from the compiled program, that is, after the linker of the CUDA libraries. This linker ignores
-setmaxnreg, the instruction that gives some warps more registers than others. So each of the 384 threads of a block gets
-168 registers. The figures named `alone` are measured without the linker: ptxas compiles the same PTX alone, and ptxas
-respects setmaxnreg. The lower bounds leave out memory traffic. A decode step is limited by its memory traffic, so
-it takes longer than its bound.
+The machine code is read from the compiled program, which the linker of the CUDA libraries has produced. This linker
+ignores setmaxnreg, the instruction that gives some warps more registers than others. So in a block of 384 threads, no
+thread gets more than 168 registers. The figures named `alone` come from ptxas, which compiles the same PTX without the
+linker and respects setmaxnreg.
+
+The lower bounds leave out memory traffic. A decode step is limited by its memory traffic, so it takes longer than its
+bound.
 """
 
 import argparse
@@ -50,7 +52,7 @@ SHARING = r"(?:atom|red|multimem|membar|cp\.reduce|(?:ld|st)\.(?:acquire|release
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """The resources and the loops of one compiled Mosaic kernel, read from the files of the compiler.
+    """The resources and the loops of one compiled Mosaic kernel, read from files that the compiler wrote.
 
     `registers`: registers per thread. `stack`, `spill_stores` and `spill_loads`: bytes per thread. `static_shared` and
     `dynamic_shared`: bytes of shared memory per thread block.
@@ -63,7 +65,7 @@ class Machine:
     spill_loads: int
     static_shared: int
     dynamic_shared: int
-    alone: dict[str, int]  # registers, stack and spills when ptxas compiles the PTX without the linker
+    alone: dict[str, int]  # the result of `_alone`: resources when ptxas compiles the PTX without the linker
     atomics: dict[str, int]  # how often each atomic instruction occurs in the machine code
     sharing: dict[str, int]  # how often each instruction that matches SHARING occurs in the PTX
     warnings: list[str]  # warnings of ptxas about lost performance
@@ -71,7 +73,7 @@ class Machine:
 
     @property
     def main_loops(self) -> list[Loop]:
-        """The loops that contain matrix products on tensor cores. If no loop does, the loop with most instructions."""
+        """The loops with matrix products on tensor cores. If there are none, the loop with most instructions."""
         return [x for x in self.loops if x.products] or sorted(self.loops, key=lambda x: -x.instructions)[:1]
 
 
@@ -79,16 +81,16 @@ def _folder(package: str) -> Path:
     with contextlib.suppress(ModuleNotFoundError):
         if spec := importlib.util.find_spec(package):
             return Path(next(iter(spec.submodule_search_locations)))
-    raise MissingWheels(f"needs jax[cuda13]: pip install 'stickjax[cuda13]' ({package} not found)")
+    raise MissingWheels(f"the package {package} is missing; install it with: pip install 'stickjax[cuda13]'")
 
 
 @contextlib.contextmanager
 def _dumping() -> Iterator[Path]:
-    """Return a context manager. In the context, Mosaic writes files about each kernel to the folder that it yields.
+    """Make Mosaic write files about each kernel to a temporary folder while the context lasts. Yield the folder.
 
     The files are the PTX, the machine code and the logs of the compiler. The context sets environment variables, which
-    Mosaic reads at every compilation. It also puts nvdisasm, the disassembler of the triton wheel, where Mosaic finds
-    it.
+    Mosaic reads at every compilation. It also puts nvdisasm, the disassembler of the triton wheel, into a folder where
+    Mosaic looks for its tools.
     """
     import jax.experimental.mosaic.gpu  # noqa: F401  (the import sets MOSAIC_GPU_CUDA_ROOT, so it must precede ours)
 
@@ -110,8 +112,8 @@ def _dumping() -> Iterator[Path]:
 def compile_for(function: Callable, *shapes, chip: str = "h200") -> tuple[jax.stages.Lowered, jax.stages.Compiled]:
     """Lower and compile jit(function) for a GPU that this machine does not have. Return (lowered, compiled).
 
-    `shapes`: the arguments of `function`, pytrees of jax.ShapeDtypeStruct. `chip`: the name of the GPU model, as in
-    `stickjax.parallel.chips`. Raises MissingWheels if jax[cuda13] is not installed.
+    `shapes`: the shapes of the arguments of `function`, pytrees of jax.ShapeDtypeStruct. `chip`: the name of the GPU
+    model, as in `stickjax.parallel.chips`. Raises MissingWheels if jax[cuda13] is not installed.
     """
     devices = absent_devices(chip)
     on = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
@@ -126,12 +128,12 @@ def compile_kernel(function: Callable, *shapes, chip: str = "h200") -> list[Mach
 
     Args:
       function: a function of arrays that can be lowered for the GPU.
-      shapes: the arguments of `function`, pytrees of jax.ShapeDtypeStruct.
+      shapes: the shapes of the arguments of `function`, pytrees of jax.ShapeDtypeStruct.
       chip: the name of the GPU model, as in `stickjax.parallel.chips`.
     Raises:
-      MissingWheels: jax[cuda13] is not installed, or triton, which contains the disassembler.
-      RuntimeError: this process compiled one of the kernels before. Mosaic then takes the kernel from its cache and
-        writes no files.
+      MissingWheels: jax[cuda13] or triton is not installed. The disassembler is a part of triton.
+      RuntimeError: this process has already compiled one of the kernels. Mosaic then takes the kernel from its cache
+        and writes no files.
     """
     absent_devices(chip)
     with _dumping() as dump:
@@ -153,7 +155,7 @@ def temporaries(kernel: Kernel) -> int:
 
 
 class Compiled(NamedTuple):
-    """The compiled kernels of one call, an entry of KERNELS or WIDTHS in absent_kernels.py."""
+    """The compiled kernels of one call. A call is an entry of KERNELS or WIDTHS in absent_kernels.py."""
 
     tiles: tuple[int, ...]  # the number of iterations of each main loop
     scores: int  # attention scores per thread and iteration
@@ -167,10 +169,10 @@ def compile_named(name: str) -> Compiled:
 
 
 def compile_all(names: Iterable[str]) -> dict[str, Compiled]:
-    """Compile the calls with these names in KERNELS or WIDTHS of absent_kernels.py, and return the results by name.
+    """Compile several calls and return {name: its compiled kernels}.
 
-    Each call is compiled in a new process, because Mosaic compiles a kernel only once per process. Raises
-    MissingWheels if jax[cuda13] or triton is not installed.
+    `names`: keys of KERNELS or WIDTHS in absent_kernels.py. Each call is compiled in a new process, because Mosaic
+    compiles a kernel only once per process. Raises MissingWheels if jax[cuda13] or triton is not installed.
     """
     names = list(names)
     workers = max(1, min(len(names), os.cpu_count() or 1, 4))
@@ -185,7 +187,7 @@ def compile_all(names: Iterable[str]) -> dict[str, Compiled]:
 def _usage(log: str) -> dict[str, int]:
     """Return the registers, stack, spills and static shared memory of a kernel, read from the log of ptxas.
 
-    If the log reports a resource twice, the last number counts: it is the number of the linker.
+    If the log reports a resource twice, the last number counts, because it comes from the linker.
     """
     patterns = {
         "registers": r"[Uu]sed (\d+) registers",
@@ -199,7 +201,7 @@ def _usage(log: str) -> dict[str, int]:
 
 
 def _alone(ptx: Path) -> dict[str, int]:
-    """Return the registers, stack and spills of a kernel if ptxas compiles its PTX alone, without the linker.
+    """Compile a PTX file with ptxas, without the linker. Return the resources of its kernel, as `_usage` does.
 
     Unlike the linker, ptxas respects setmaxnreg, the instruction that gives some warps more registers than others.
     """
@@ -211,7 +213,7 @@ def _alone(ptx: Path) -> dict[str, int]:
 
 
 def _machine(path: Path) -> Machine:
-    """Return one compiled kernel, read from the files that Mosaic wrote. `path`: the file with suffix .sass_ctrl."""
+    """Read one compiled kernel from the files that Mosaic wrote. `path`: the file with the suffix .sass_ctrl."""
     log, listing, ptx = (path.with_suffix(x).read_text(errors="replace") for x in (".ptxas", ".sass_ctrl", ".ptx"))
     with path.with_suffix(".mlir-passes.log").open(errors="replace") as passes:
         module = passes.read(2**22)  # the file is much larger; only its first passes still name the shared memory size
@@ -230,15 +232,16 @@ def _machine(path: Path) -> Machine:
 
 
 def milliseconds(cycles_per_tile: float, tiles: int, sms: int = 132, ghz: float = 1.755) -> float:
-    """Return the milliseconds that `tiles` loop iterations take, spread evenly over `sms` multiprocessors.
+    """Return the milliseconds that `tiles` iterations of a loop take if they are spread evenly over multiprocessors.
 
-    `cycles_per_tile`: the clock cycles of a multiprocessor for one iteration of one warpgroup. `ghz`: the clock rate.
+    `cycles_per_tile`: the clock cycles of a multiprocessor for one iteration of one warpgroup. `sms`: the number of
+    multiprocessors. `ghz`: the clock rate. The defaults describe an H200.
     """
     return cycles_per_tile * tiles / (sms * ghz * 1e6)
 
 
 def bound(machines: list[Machine], tiles: tuple[int, ...]) -> float | None:
-    """Return a lower bound of the milliseconds of the kernels `machines`: the sum over all their main loops.
+    """Return a lower bound of the time of several kernels, in milliseconds: the sum over all their main loops.
 
     `tiles`: the number of iterations of each main loop. If it does not have one number per main loop, return None.
     """
@@ -248,11 +251,14 @@ def bound(machines: list[Machine], tiles: tuple[int, ...]) -> float | None:
 
 
 def print_table(compiled: dict[str, Compiled], console: Console) -> None:
-    kernels = Table("kernel", title="spilled: bytes per thread, stores + loads; alone: without the linker")
+    kernels = Table(
+        "kernel",
+        title="spilled: bytes per thread, stores + loads; alone: without the linker; shared: bytes, static + dynamic",
+    )
     for column in ("registers", "stack", "spilled", "alone: spilled", "shared", "atomics"):
         kernels.add_column(column, justify="right")
     table = Table("kernel", "loop", title="main loops, per iteration: instructions of a warp, cycles of a warpgroup")
-    for column in ("runs", "MUFU", "a score", "fp32", "SHFL", "HGMMA", "all", "special", "issue", "tensor"):
+    for column in ("iterations", "MUFU", "per score", "fp32", "SHFL", "HGMMA", "all", "special", "issue", "tensor"):
         table.add_column(column, justify="right")
     for name, (tiles, scores, machines) in compiled.items():
         kernels.add_row(f"[bold]{name}[/bold]")
@@ -293,7 +299,7 @@ def write_json(path: Path, compiled: dict[str, Compiled]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.absent_gpu", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", choices=KERNELS, help="compile only this entry")
+    parser.add_argument("--only", choices=KERNELS, help="compile only this call")
     parser.add_argument("--json", action="store_true", help="also write benchmarks/results/h200-static.json")
     arguments = parser.parse_args(argv)
     try:

@@ -1,7 +1,7 @@
 """The calls that absent_gpu.py compiles. KERNELS maps the name of a call to a function that returns a `Kernel`.
 
-To add a call, write a function that returns a `Kernel` and enter the function in KERNELS. If it needs an import from
-the CUDA wheels, put the import inside the function.
+To add a call, write a function that returns a `Kernel` and enter the function in KERNELS. If the function needs an
+import from the CUDA wheels, put the import inside the function.
 """
 
 from collections.abc import Callable
@@ -16,27 +16,28 @@ from pallas_kernels.stick_breaking import mosaic
 
 
 class Kernel(NamedTuple):
-    """A call to compile: a function that runs GPU kernels, its arguments, and how often the kernels' main loops run."""
+    """A call to compile: a function that runs GPU kernels, and the shapes of its arguments."""
 
     function: Callable  # a function of arrays with the shapes `shapes`; not jitted
     shapes: tuple[jax.ShapeDtypeStruct, ...]
     # The number of iterations of each main loop, summed over all warpgroups. The kernels are in the order of their
     # names, and the loops of a kernel in the order of its code.
     tiles: tuple[int, ...]
-    scores: int = 32  # attention scores per thread and iteration of a main loop; 32 for a tile of 64 x 64
+    scores: int = 32  # attention scores per thread and iteration: a tile of 64 x 64 scores, divided by 128 threads
 
 
 def softmax_mosaic() -> Kernel:
-    """Return a call to compile: JAX's own kernel of causal softmax attention for Hopper GPUs, for comparison.
+    """Return a call to compile: the kernel for causal softmax attention on Hopper GPUs that is a part of JAX.
 
-    The inputs are float16, because the scratch memory of the kernel always has this type.
+    It is compared with the stick-breaking kernels. The inputs are float16, because the kernel always uses this type in
+    its scratch memory.
     """
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
     B, T, N, H, block_q, block_kv = 4, 4096, 12, 128, 64, 128
     config = attention_mgpu.TuningConfig(block_q=block_q, block_kv=block_kv, max_concurrent_steps=2, causal=True)
-    # In each row of tiles, the tiles wholly left of the diagonal run first, without a mask. Then the tiles on the
-    # diagonal run, with a mask.
+    # For each block of queries, the key blocks that lie completely left of the diagonal run first, without a mask. Then
+    # the key blocks on the diagonal run, with a mask.
     unmasked = [start // block_kv for start in range(0, T, block_q)]
     every = [-(-(start + block_q) // block_kv) for start in range(0, T, block_q)]
     return Kernel(
@@ -61,9 +62,9 @@ def stick_breaking(
     """Return a call to compile: causal stick-breaking attention, in tiles of 64 queries and 64 keys.
 
     The arrays have B sequences of T tokens, N heads, queries and keys of width H, and values of width `Hv` (None: H).
-    `document`: the number of tokens of each packed document, an even number of tiles; None: one document per sequence.
-    `backward`: whether to compile also the gradients. `options`: keyword arguments of `stick_breaking_attention`. With
-    `skip_below`, the number of skipped tiles depends on the data, so `tiles` is counted as if none is skipped.
+    `document`: the number of tokens of each packed document, a multiple of 128; None: one document per sequence.
+    `backward`: whether to compile the gradients too. `options`: keyword arguments of `stick_breaking_attention`. With
+    `skip_below`, the number of skipped tiles depends on the data, so `Kernel.tiles` counts as if none is skipped.
     """
     n, copies = (document or T) // 64, B * N * (T // (document or T))
     whole, diagonal = copies * n * (n - 1) // 2, copies * n
@@ -92,14 +93,14 @@ def stick_breaking(
 def stick_breaking_decode() -> Kernel:
     """Return a call to compile: attention in a decode step of 8 sequences, each with a cache of 32768 keys and values.
 
-    The rows of a tile are the query heads that share a key head.
+    There is one query token per sequence. The rows of a tile are the query heads that share a key head.
     """
     B, S, N, K, H = 8, 32768, 32, 8, 128
     query, cache = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((B, 1, N, H), (B, S, K, H)))
     return Kernel(
         lambda query, key, value: stick_breaking_attention(query, key, value, implementation="mosaic")[0],
         (query, cache, cache),
-        tiles=(B * K, B * K * (S // 64 - 1), 0),  # a query does not attend to itself, so the last tile needs a mask
+        tiles=(B * K, B * K * (S // 64 - 1), 0),  # a token does not attend to itself, so the last tile needs a mask
     )
 
 
@@ -114,9 +115,10 @@ def experts(
     bias: bool = False,
     implementation: str = "mosaic",
 ) -> Kernel:
-    """Return a call to compile: `expert_mlp` and its gradients, for T tokens of width D with k of E experts of width F.
+    """Return a call to compile: `expert_mlp` and its gradients. Each of T tokens uses k of E experts.
 
-    `bias`: whether the experts have biases. The iterations are counted as if all experts got equally many tokens.
+    D is the width of a token, F the hidden width of an expert. `bias`: whether the experts have biases. `Kernel.tiles`
+    counts as if every expert got the same number of tokens.
     """
 
     def run(x, w_in, w_out, gates, indices, d_out):
@@ -148,10 +150,10 @@ def experts(
 def expert_heads(
     *, T: int, k: int, D: int, F: int, E: int, dtype=jnp.bfloat16, implementation: str = "mosaic"
 ) -> Kernel:
-    """Return a call to compile: the two linear maps of E experts in attention (mixture of heads), and their gradients.
+    """Return a call to compile: the two linear maps of a mixture of attention heads (E experts), with gradients.
 
-    The first map computes, for each of T tokens of width D, k rows of width F: one per (token, choice) pair. The second
-    map computes rows of width D from these rows, and sums the k rows of a token, weighted by the gates.
+    For each of T tokens of width D, the first map computes k rows of width F, one per (token, choice) pair. The second
+    map computes a row of width D from each of these rows, and sums the k rows of a token, weighted by the gates.
     """
 
     def run(x, w_in, w_out, gates, indices, d_out):
@@ -165,25 +167,25 @@ def expert_heads(
 
     per_expert = -(-T * k // E)
     rows, depth = E * -(-per_expert // 128) * 2, 2 * E * -(-per_expert // 64)
-    # A float32 product is computed as several bfloat16 products. The factors `deep` and `wide` count sums that are
-    # three times as long, and gradients of the weights with twice the rows and twice the columns. In fact
+    # A float32 product is computed as several bfloat16 products. The counts below assume sums that are three times as
+    # long (`deep`), and gradients of the weights with twice the rows and twice the columns (`wide`). In fact
     # mosaic_float32.py computes six products, so the counts of iterations are too low for float32.
     deep, wide = (3, 2) if dtype == jnp.float32 else (1, 1)
-    to_slots, back = deep * rows * -(-F // 256) * (D // 64), deep * rows * -(-D // 256) * (F // 64)
+    to_pairs, to_tokens = deep * rows * -(-F // 256) * (D // 64), deep * rows * -(-D // 256) * (F // 64)
     d_weights = [depth * -(-wide * left // 128) * wide * -(-right // 256) for left, right in ((D, F), (F, D))]
     shapes = (T, D), (E, D, F), (E, F, D), (T, k), (T, k), (T, D)
     dtypes = (dtype,) * 4 + (jnp.int32, dtype)
     return Kernel(
         run,
         tuple(map(jax.ShapeDtypeStruct, shapes, dtypes)),
-        tiles=(*d_weights, to_slots, back, to_slots, back),
+        tiles=(*d_weights, to_pairs, to_tokens, to_pairs, to_tokens),
     )
 
 
 def experts_decode(implementation: str = "mosaic") -> Kernel:
     """Return a call to compile: `expert_mlp` in a decode step of 16 tokens, each with 8 of 40 experts.
 
-    A tile has 64 rows of one expert. The iterations are counted as if every expert were chosen and had one tile.
+    A tile has 64 rows of one expert. `Kernel.tiles` counts as if every expert had the rows of one tile.
     """
     T, k, D, F, E = 16, 8, 1536, 512, 40
     bf16 = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((T, D), (E, D, 2 * F), (E, F, D), (T, k))]
@@ -194,7 +196,8 @@ def experts_decode(implementation: str = "mosaic") -> Kernel:
     )
 
 
-# The shapes of the GPU benchmark, of the 3B model and of the 350M model. "training" means forward and backward pass.
+# The calls that absent_gpu.py compiles: shapes of the GPU benchmark, of the 3B model and of the 350M model. All calls
+# include the backward pass, except softmax_mosaic, stick_breaking, stick_breaking_decode and experts_decode.
 KERNELS: dict[str, Callable[[], Kernel]] = {
     "softmax_mosaic": softmax_mosaic,
     "stick_breaking": partial(stick_breaking, N=12, H=128),
@@ -218,8 +221,8 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
     "experts_decode": experts_decode,
 }
 
-# Every pair of H and Hv that the Mosaic kernels support, with all options that need additional registers. Only the
-# registers are of interest: the field `tiles` is not correct here.
+# Every pair of H and Hv that the Mosaic kernels support, with all options that need additional registers. These calls
+# test only the use of registers: the field `tiles` is not correct here.
 WIDTHS: dict[str, Callable[[], Kernel]] = {
     f"{H}/{Hv}": partial(
         stick_breaking, B=1, T=256, N=1, H=H, Hv=Hv, backward=True,
@@ -229,7 +232,7 @@ WIDTHS: dict[str, Callable[[], Kernel]] = {
     for Hv in mosaic.WIDTHS
 }  # fmt: skip
 
-# Calls whose memory is tested, each with the largest number of bytes that it may need for temporaries.
+# Calls whose use of memory is tested, each with the largest number of bytes that its temporaries may take.
 MEMORY: dict[str, tuple[Callable[[], Kernel], float]] = {
     "stick_breaking": (partial(stick_breaking, T=65536, N=12, H=128, backward=True), 8 * 2**30),
     "experts_powermoe_3b": (partial(experts, T=65536, k=8, D=1536, F=512, E=40), 3e9),

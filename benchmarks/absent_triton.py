@@ -1,7 +1,8 @@
-"""python -m benchmarks.absent_triton [--only NAME] [--json]: compile the Triton kernels for GPUs that are not here.
+"""python -m benchmarks.absent_triton [--only NAME] [--json]: compile the Triton kernels, without a GPU.
 
-Prints a table of the registers, the spilled bytes and the shared memory of each kernel. With --json, the command also
-writes benchmarks/results/triton-static.json. It needs the CUDA wheels and jax-triton: pip install 'stickjax[cuda13]'.
+The kernels are compiled for several GPU models. The command prints a table of the registers, the spilled bytes and the
+shared memory of each kernel. With --json, it also writes benchmarks/results/triton-static.json. It needs the CUDA
+wheels and jax-triton: pip install 'stickjax[cuda13]'.
 """
 
 import argparse
@@ -50,13 +51,13 @@ class Usage(NamedTuple):
     spill_stores: int
     spill_loads: int
     shared: int
-    products: int  # tensor-core instructions
-    copies: int  # asynchronous copies to shared memory, issued ahead of the products
+    products: int  # the number of tensor-core instructions in the PTX
+    copies: int  # the number of asynchronous copies to shared memory (cp.async) in the PTX
     sharing: dict[str, int]  # how often each instruction that matches SHARING occurs in the PTX
 
 
 class Case(NamedTuple):
-    """A call to compile: a function that runs Triton kernels, its arguments, and the GPU to compile for."""
+    """A call to compile: a function that runs Triton kernels, the shapes of its arguments, and a GPU model."""
 
     chip: str  # a GPU model, such as "h200"
     function: Callable  # a function of arrays with the shapes `shapes`; not jitted
@@ -72,7 +73,7 @@ def stick_breaking(
     def run(query, key, value, d_out, segment_ids):
         ids = {"segment_ids": segment_ids} if segments else {}
 
-        @jax.checkpoint  # a checkpoint drops every value that its backward pass does not need
+        @jax.checkpoint  # as in training with remat; JAX then removes outputs that the backward pass does not need
         def attend(*arrays):
             return stick_breaking_attention(*arrays, **ids, **options, implementation="triton")[0]
 
@@ -91,7 +92,7 @@ def experts(chip: str, make: Callable[..., absent_kernels.Kernel] = absent_kerne
 
 
 HEADS = dict(make=absent_kernels.expert_heads, T=8192, k=4, D=1024, F=256, E=16)
-# One size for every generation of tensor cores, every size for one generation, and every call with different loops.
+# {architecture: a GPU model that has it}. CASES compiles one size for all of these, and every other size for one model.
 CHIPS = {"sm_80": "a100-80", "sm_89": "l40s", "sm_90": "h200", "sm_100": "b200", "sm_120": "rtx-pro-6000"}
 CASES: dict[str, Callable[[], Case]] = {
     **{f"stick_breaking_{target}": partial(stick_breaking, chip, H=64) for target, chip in CHIPS.items()},
@@ -116,13 +117,15 @@ def compile_kernels(case: Case) -> list[Usage]:
 
     Raises:
       MissingWheels: jax[cuda13] or jax-triton is not installed.
-      RuntimeError: this process compiled the kernels before. jax-triton then takes them from its cache and writes no
-        files.
+      RuntimeError: this process has already compiled the kernels. jax-triton then takes them from its cache and writes
+        no files.
     """
     try:
         from jax_triton import triton_lib
     except ModuleNotFoundError as error:
-        raise MissingWheels(f"needs jax-triton: pip install 'stickjax[triton]' ({error})") from None
+        raise MissingWheels(
+            f"jax-triton is missing ({error}); install it with: pip install 'stickjax[cuda13]'"
+        ) from None
     assembler = _folder("nvidia.cu13") / "bin"
     path = {"PATH": f"{assembler}{os.pathsep}{os.environ.get('PATH', '')}"}  # XLA takes the first ptxas
     with (
@@ -133,7 +136,9 @@ def compile_kernels(case: Case) -> list[Usage]:
         compile_for(case.function, *case.shapes, chip=case.chip)
         written = list(Path(folder).glob("*/*.ptx"))
         if not written:
-            raise RuntimeError("no Triton kernel was compiled: this process compiled them before; use a new process")
+            raise RuntimeError(
+                "no Triton kernel was compiled, because this process has already compiled them all; use a new process"
+            )
         return sorted((_read(path, assembler / "ptxas") for path in written), key=lambda usage: usage[:-1])
 
 
@@ -155,10 +160,11 @@ def _compile_named(name: str) -> list[Usage]:
 
 
 def compile_all(names: Iterable[str]) -> dict[str, list[Usage]]:
-    """Compile the entries of CASES with these names, and return the resources of their kernels by name.
+    """Compile several cases and return {name of the case: the resources of its kernels}. `names`: keys of CASES.
 
     Each case is compiled in a new process, because jax-triton compiles a kernel only once per process, and because a
-    process that has interpreted Triton kernels cannot compile any. Raises MissingWheels if a package is not installed.
+    process that has interpreted Triton kernels cannot compile any. Raises MissingWheels if jax[cuda13] or jax-triton is
+    not installed.
     """
     names = list(names)
     workers = max(1, min(len(names), os.cpu_count() or 1, 4))
@@ -169,8 +175,8 @@ def compile_all(names: Iterable[str]) -> dict[str, list[Usage]]:
 
 
 def print_table(compiled: dict[str, list[Usage]], console: Console) -> None:
-    table = Table(title="Triton kernels")
-    for column in ("", "kernel", "target", "registers", "spilled bytes", "shared memory", "sharing"):
+    table = Table(title="Triton kernels; spilled: bytes per thread; shared memory: bytes per block")
+    for column in ("case", "kernel", "target", "registers", "spilled", "shared memory", "atomics"):
         table.add_column(column)
     for name, usages in compiled.items():
         for i, u in enumerate(usages):

@@ -1,14 +1,16 @@
-"""The cost of an op: its floating-point operations and its least memory traffic. Both give lower limits of the time.
+"""The cost of an op: its floating-point operations and its least memory traffic. Each gives a lower bound of the time.
 
-Letters: batch size B, sequence length T or number of tokens T, N query heads, K key heads, head width H, model width D,
-expert width F, E experts, k experts per token. A multiply-add counts as two operations. The traffic counts every input
-and every output once, because an ideal kernel reads or writes each of them once.
+Letters: batch size B, sequence length T (for experts: number of tokens T), N query heads, K key heads, head width H,
+model width D, expert width F, E experts, k experts per token. A multiply-add counts as two operations. The traffic
+counts every input and every output once, because an ideal kernel reads or writes each of them once.
 """
 
 from typing import NamedTuple
 
 
 class Cost(NamedTuple):
+    """The floating-point operations of an op, and the bytes that it reads and writes."""
+
     flops: float
     bytes: float
 
@@ -16,8 +18,9 @@ class Cost(NamedTuple):
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
     def limits(self, ceilings: "Ceilings") -> dict[str, float]:
-        """Return {name of a limit: milliseconds}: the time of the operations alone, and the time of the bytes alone.
+        """Return two lower bounds of the time, in milliseconds: {"limit: compute": .., "limit: bytes": ..}.
 
+        The first is the time of the floating-point operations alone, the second the time of the memory traffic alone.
         `ceilings`: the speed of the machine.
         """
         return {
@@ -27,9 +30,10 @@ class Cost(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """The measured speed of the machine, from which the time limits are computed.
+    """The measured speed of the machine. `Cost.limits` computes from it the least time that an op can take.
 
-    `flops`: FLOP/s in a large matrix product. `bytes`: bytes/s in a large copy, read plus written.
+    `flops`: FLOP/s in a large matrix product. `bytes`: bytes/s in a large copy, where a copied byte counts twice: it is
+    read and written.
     """
 
     flops: float
@@ -43,12 +47,14 @@ def matmul(m: int, n: int, k: int, itemsize: int = 4) -> Cost:
 def stick_breaking(
     B: int, T: int, N: int, H: int, *, K: int | None = None, itemsize: int = 4, backward: bool = False
 ) -> Cost:
-    """Return the cost of causal attention: of the forward pass, or with `backward` of both passes together.
+    """Return the cost of causal stick-breaking attention: of the forward pass, or of both passes together.
+
+    `backward`: whether the backward pass is included. `K` None means N key heads. `itemsize`: bytes per element of q,
+    k, v and out.
 
     The forward pass computes two matrix products over T^2 / 2 scores per head. The backward pass computes five, because
-    it recomputes the scores. The forward pass reads q, k, v and writes out and rem (fp32), the part of each stick that
-    remains. The backward pass reads q, k, v, the cotangents dout and drem, and writes the gradients dq, dk, dv.
-    `K` None means N key heads. `itemsize`: bytes per element of q, k, v and out.
+    it recomputes the scores. The forward pass reads q, k, v. It writes out and rem (fp32), the part of each stick that
+    remains. The backward pass reads q, k, v and the cotangents dout, drem. It writes the gradients dq, dk, dv.
     """
     query, keys, sticks = itemsize * B * T * N * H, itemsize * B * T * (K or N) * H, 4 * B * T * N
     product = 2 * B * N * (T * T / 2) * H
@@ -57,13 +63,14 @@ def stick_breaking(
 
 
 def experts(T: int, k: int, D: int, F: int, E: int, *, itemsize: int = 4, backward: bool = False) -> Cost:
-    """Return the cost of gated expert networks: of the forward pass, or with `backward` of both passes together.
+    """Return the cost of gated expert networks: of the forward pass, or of both passes together.
+
+    `backward`: whether the backward pass is included. `itemsize`: bytes per element of x and the weights.
 
     For each of the T * k (token, choice) pairs, the forward pass computes three products with [D, F] matrices, and the
-    backward pass six. The forward pass reads x, the weights, the gates (fp32) and the expert indices, and writes out.
-    The backward pass reads x, the cotangent dout, the weights, gates and indices, and writes dx and the gradients of
-    the weights and gates. All weights are counted as read, even if E is above T * k. `itemsize`: bytes per element of x
-    and the weights.
+    backward pass six. The forward pass reads x, the weights, the gates (fp32) and the expert indices. It writes out.
+    The backward pass reads x, the cotangent dout, the weights, gates and indices. It writes dx and the gradients of the
+    weights and gates. All weights count as read, also the weights of experts that no token uses.
     """
     tokens, weights, gates = itemsize * T * D, itemsize * 3 * E * D * F, 4 * T * k
     product = 6 * T * k * D * F

@@ -1,4 +1,4 @@
-"""The time of expert networks on the CPU, compared with a dense network that has one row per (token, choice) pair."""
+"""The time of expert networks on the CPU, compared with one dense network that computes all (token, choice) pairs."""
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +13,17 @@ from .timing import forward_backward, interleave
 PART = "experts"
 SHAPE = dict(D=512, F=1024, k=2)
 EXPERTS = (8, 32)
-# {mean number of rows per expert: the largest allowed ratio of the forward time to the time of the dense network}
+# {mean number of rows per expert: bound}. In the forward pass, the time of the experts divided by the time of the dense
+# network must not be above the bound.
 BOUNDS = {512: 1.3, 128: 1.8, 32: 2.6}
-BACKWARD = 1.3  # the bound of forward+backward is this many times the bound of forward
+BACKWARD = 1.3  # the bound for forward+backward is this number times the bound for forward
 
 
 def inputs(key, T: int, k: int, D: int, F: int, E: int, dtype=jnp.float32):
-    """Return random inputs of expert networks, as a pair: (cotangent, x, w_in, w_out, gates) and the expert indices.
+    """Return random inputs of expert networks: ((cotangent of the output, x, w_in, w_out, gates), expert indices).
 
-    Shapes: the cotangent of the output and x are [T,D], w_in [E,D,2F], w_out [E,F,D], gates and expert indices [T,k].
-    Each token has k different experts; all experts are equally likely.
+    Shapes: the cotangent and x are [T,D], w_in is [E,D,2F], w_out is [E,F,D], the gates and the expert indices are
+    [T,k]. The gates are fp32. Each token has k different experts, and all experts are equally likely.
     """
     keys = jax.random.split(key, 6)
     x, d_out = (jax.random.normal(kk, (T, D), jnp.float32).astype(dtype) for kk in keys[:2])
@@ -34,10 +35,10 @@ def inputs(key, T: int, k: int, D: int, F: int, E: int, dtype=jnp.float32):
 
 
 def experts(chosen, E: int, **settings):
-    """Return the function `(x, w_in, w_out, gates) -> out` of expert networks, for the expert indices `chosen` [T,k].
+    """Return a function `(x, w_in, w_out, gates) -> out` that computes E expert networks.
 
-    The function also sorts the (token, choice) pairs by expert, so the sort is part of the measured time. `settings`:
-    keyword arguments of `expert_mlp`.
+    `chosen` [T,k]: the expert indices of each token. The function also sorts the (token, choice) pairs by expert, so
+    the sort is a part of the measured time. `settings`: keyword arguments of `expert_mlp`.
     """
     return lambda x, w_in, w_out, gates: expert_mlp(x, w_in, w_out, route(chosen, E), gates, **settings)
 

@@ -1,9 +1,9 @@
-"""The GPU benchmark: it checks the results of calls against the fp32 reference, and times the calls that agree.
+"""The GPU benchmark: it checks the results of the kernels against the fp32 reference, and times the kernels.
 
-`python -m benchmarks --gpu` runs it. A run takes less than eight minutes on an H200 and uses one process. It measures
-the most important rows of the tables first. Every stage has a time limit. A row that would begin after the limit is
-recorded as left out, and the next run measures it. `gpu_record.py` decides which rows the next run takes from the file
-of the last run.
+`python -m benchmarks --gpu` runs it. A run uses one process, and should take less than eight minutes on an H200. It
+measures the most important rows of the tables first. Every stage has a deadline. A row that has not begun at the
+deadline is recorded as left out, and the next run measures it. `gpu_record.py` decides which rows the next run takes
+from the file of the last run.
 """
 
 import os
@@ -18,18 +18,19 @@ from .gpu_record import LEFT_OUT
 from .gpu_run import Run, with_ratios
 from .report import Row
 
-DEADLINE = 450  # seconds after which no row begins; a row that began before ends within 480 seconds
+DEADLINE = 450  # no row begins later than this many seconds after the start; the last row should end within 480
 PEERS = (*gpu_attention.PEERS, *gpu_experts.PEERS)
-TILES = {"mosaic": ((64, 64),), "triton": ((128, 32), (64, 64))}  # tile sizes to time besides the chosen sizes
+# {kernel: pairs (queries, keys) of tile sizes}: they are timed in addition to the sizes that the kernel chooses.
+TILES = {"mosaic": ((64, 64),), "triton": ((128, 32), (64, 64))}
 SPEED = "speed"
 STAGES = (*gpu_stages.STAGES, SPEED)
 TIMED = (stick_breaking.PART, experts.PART)
 
 
 def available() -> bool:
-    """Return whether JAX finds a GPU. Before that, turn off the preallocation of GPU memory.
+    """Return whether JAX finds a GPU. Before the search, turn off the preallocation of GPU memory by JAX.
 
-    JAX must not take all memory of the GPU, because the torch implementations that are timed use the same GPU.
+    JAX must not take all memory of the GPU, because the benchmark also times torch implementations on the same GPU.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return jax.default_backend() == "gpu"
@@ -55,9 +56,10 @@ def is_one(only: str | None) -> bool:
 
 
 def attention_kernels() -> tuple[str, ...]:
-    """Return the kernels that can run attention without options on this GPU, the best first, such as ("triton",).
+    """Return the names of the kernels that can run attention on this GPU, the best first, such as ("triton",).
 
-    If no kernel can run it, return ("xla",), the implementation in plain JAX.
+    The attention has no options, such as a window. If no kernel can run it, return ("xla",), the name of the
+    implementation in plain JAX.
     """
     x = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
     every = tuple(implementations("stick_breaking_attention", x, x, x))
@@ -67,7 +69,7 @@ def attention_kernels() -> tuple[str, ...]:
 def rows(run: Run, only: str | None = None) -> None:
     """Measure the rows of all checks and timings, and add each new row to the record of `run`.
 
-    `only`: a name from `names`, if only the rows of one stage, part, call or shape are to be measured.
+    If `only` is given, measure only the rows of one stage, part, call or shape. `only` is its name, one of `names()`.
     """
 
     def wanted(*belongs_to: str) -> bool:
@@ -106,10 +108,11 @@ def _name(shape: dict) -> str:
 
 
 def _time(run: Run, part, shape: dict, *arguments, **settings) -> None:
-    """Check and time all implementations at one shape, by the function `rows` of the module `part`.
+    """Check and time all implementations at one shape. The function `rows` of the module `part` does the work.
 
-    An error, such as too little memory for the inputs, ends only this shape. At the end, a row with the contestant
-    "every row" records that all rows of the shape are complete. If that row is there already, do nothing.
+    At the end, a row with the contestant "every row" records that all rows of the shape are complete, or which error
+    ended this shape, such as too little memory. The next shape is measured in both cases. If an earlier run recorded
+    the row "every row", do nothing, unless `run.again` is set.
     """
     row = SPEED, f"{part.PART} {_name(shape)}", "every row"
     if run.record.find(*row) and not run.again:
@@ -125,23 +128,23 @@ def _time(run: Run, part, shape: dict, *arguments, **settings) -> None:
 
 
 def finished(collected: list[Row]) -> list[Row]:
-    """Return the rows `collected` so far, with the ratios of their times, and two more rows as a summary.
+    """Return the rows of a run with the ratios of their times, followed by two summary rows.
 
-    The first summary row says where the attention logits come from. The second counts the checks that passed and the
-    rows that were left out, and lists the checks that failed.
+    `collected`: the rows that are in the record. The first summary row says where the attention logits come from. The
+    second counts the checks that passed and the rows that were left out, and lists the checks that failed.
     """
     rows = with_ratios(collected, PEERS)
     checks = [row for row in rows if row.part in gpu_stages.STAGES or " checks" in row.part]
     passed = [row for row in checks if row.extra.get("passed") == "yes"]
     late = [row for row in rows if LEFT_OUT in row.extra]
     others = [f"{row.part} {row.case} ({row.contestant})" for row in checks if row not in passed and row not in late]
-    extra = {"passed": len(passed), "did not": "; ".join(others) or "none", LEFT_OUT: len(late)}
+    extra = {"passed": len(passed), "failed": "; ".join(others) or "none", LEFT_OUT: len(late)}
     logits = Row("summary", "logits", "stick_breaking", extra={"of": trained_logits.source()})
     return [*rows, logits, Row("summary", "checks", "all", extra=extra)]
 
 
 def is_passed_check(row: Row) -> bool:
-    """Return whether the row is a passed check of the stages "lower", "correct" and "exit", before the timing.
+    """Return whether the row is a passed check of the stage "lower", "correct" or "exit".
 
     The printed table leaves these rows out, because there are hundreds of them.
     """

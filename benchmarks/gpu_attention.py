@@ -22,12 +22,12 @@ SHAPES = [
     dict(B=4, T=8192, N=12, H=128),
 ]
 QUICK = [dict(B=1, T=96, N=2, H=32)]
-CHECKED = 1024  # T of the check in which all queries are compared: the scores of the reference fit into memory
-LAST = 256  # how many queries are compared in the check at the full size: the last queries
+CHECKED = 1024  # largest T of the check that compares all queries: the reference's scores must fit into memory
+LAST = 256  # the check at the full T compares only this number of queries, the last ones
 
 
 def _inputs(seed: int, shape: dict):
-    """Return the inputs of one shape: (the cotangents of (out, rem), query, key, value).
+    """Return random inputs of one shape: ((cotangent of out, cotangent of rem), query, key, value).
 
     All arrays are bfloat16, except the cotangent of rem, which is fp32.
     """
@@ -36,11 +36,12 @@ def _inputs(seed: int, shape: dict):
 
 
 def check_last(function, reference, cotangent, arrays, last: int) -> gpu_check.Errors:
-    """Return the errors of `function` against `reference`, on the last `last` queries and all keys.
+    """Compare `function` with `reference` on the last `last` queries and all keys. Return the errors.
 
-    `cotangent`: the cotangents of all outputs. `arrays`: query, key, value. The cotangents of all queries before the
-    last ones are set to zero. So the reference needs the scores of the last queries only, and the gradients of the keys
-    and values come from the last queries only. The gradients of all other queries must be zero.
+    `cotangent`: the cotangents of all outputs. `arrays`: query, key, value.
+
+    The cotangents of all other queries are set to zero. So the gradients of the keys and values come only from the last
+    queries, and the reference computes only the scores of these queries. The gradients of all other queries must be 0.
     """
     tail = slice(arrays[0].shape[1] - last, None)
     small = jax.tree.map(lambda c: c[:, tail], cotangent)
@@ -84,9 +85,10 @@ def _kept(implementation: str, arrays) -> dict:
 def rows(run: Run, shape: dict, kernels: tuple[str, ...], *, others: tuple[str, ...] = (), tiles=None) -> None:
     """Check and time our implementations and the peers at one shape, and add the rows to the record of `run`.
 
-    `kernels`: our implementations that are checked, and timed without and with `skip_below`.
-    `others`: our implementations that are only timed, without `skip_below`.
-    `tiles`: {implementation: pairs of tile sizes (queries, keys) to time besides the sizes that it chooses}.
+    `kernels`: our implementations that are checked, and timed without and with `skip_below` if their results agree.
+    `others`: our implementations that are timed without a check, and without `skip_below`.
+    `tiles`: {implementation: pairs (queries, keys) of tile sizes}. They are timed without a check, in addition to the
+    tile sizes that the implementation chooses.
     """
     name = "B{B} N{N} T{T} H{H} bf16".format(**shape)
     forward, both = (cost.stick_breaking(**shape, itemsize=2, backward=b) for b in (False, True))

@@ -1,4 +1,4 @@
-"""The calls of the attention op and the expert ops that the GPU benchmark checks before it times anything."""
+"""The calls of the attention op and the expert ops that the GPU benchmark checks."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -25,11 +25,12 @@ class Feature:
     Sizes: T queries, S keys (None: T), B batch entries, N query heads, K key heads (None: N), width H of queries and
     keys, width `Hv` of values (None: H).
     `offset`: the position of the first query among the keys; a tuple has one position per batch entry.
-    `segments`, `key_segments`: the lengths of packed documents, T queries together and S keys together. A negative
-    length -n is n tokens of padding.
+    `segments`: the lengths of the packed documents of the queries; the sum of the lengths is T. A negative length -n
+    stands for n tokens of padding.
+    `key_segments`: the same for the keys; the sum of the lengths is S.
     `shift`: the mean of all logits. None: the logits are distributed as in a trained model.
-    `forward_only`: compute no gradients. Needed for decode steps: with gradients the op would use the kernels for long
-    queries.
+    `forward_only`: compute no gradients. Decode steps need this: with gradients, the op does not use its code for
+    decoding.
     `settings`: further keyword arguments of the op.
     """
 
@@ -69,7 +70,7 @@ class Feature:
 
 
 def _documents(lengths: tuple[int, ...], B: int):
-    """Return the segment ids [B,T] of packed documents with these lengths. A length -n is n tokens of padding."""
+    """Return the segment ids [B,T] of packed documents with these lengths. A length -n stands for n padding tokens."""
     ids = np.concatenate([np.full(abs(n), i if n > 0 else -1, np.int32) for i, n in enumerate(lengths)])
     return jnp.tile(ids, (B, 1))
 
@@ -121,17 +122,17 @@ FEATURES = {
     "decode, skip, lengths": Feature(**DECODE, offset=(1999, 700, 0), settings=SKIP),
 }  # fmt: skip
 # This call has more thread blocks than the GPU has multiprocessors, and each block decides many times whether to stop
-# early. It would show errors that small calls hide.
+# early. So it can show errors that small calls hide.
 AT_SIZE = Feature(T=4096, B=4, N=12, settings=SKIP)
 
 
 class Call(NamedTuple):
-    """One call of an op, for any of its implementations: its differentiable inputs and its other arguments."""
+    """One call of an op, which can run with any implementation. It makes its inputs from a random key."""
 
     op: Callable
     dtype: str
-    inputs: Callable  # key -> (cotangent, *arrays)
-    bind: Callable  # (*arrays) -> (arguments, options) of the op
+    inputs: Callable  # random key -> (cotangent, *arrays), where the arrays are the differentiable inputs
+    bind: Callable  # (*arrays) -> (positional arguments, keyword arguments) of the op
     forward_only: bool = False
     skips: bool = False  # whether the call is attention with `skip_below`
 
@@ -171,7 +172,7 @@ class Call(NamedTuple):
 
 
 def implementations(op: str, *arguments, **settings) -> Iterator[str]:
-    """Yield the names of the implementations that can run this call on this machine, except the quadratic reference.
+    """Yield the names of the implementations that can run a call on this machine, except the reference.
 
     `op`: the name of the op. `arguments` and `settings`: the arguments of the call.
     """
@@ -214,10 +215,11 @@ def mlp(case: Experts, dtype: str, activation: str = "swiglu") -> Call:
 
 
 def linear(case: Experts, dtype: str, rows_in: str, rows_out: str) -> Call:
-    """Return a call of `expert_linear` whose input rows are in the order `rows_in` and whose output rows in `rows_out`.
+    """Return a call of `expert_linear`. `rows_in` and `rows_out` are the orders of its input rows and output rows.
 
     An order is "token": one row per token; "pair": one row per (token, choice) pair; or "sorted": the rows of "pair",
-    sorted by expert. With `rows_out` "token", an output row is the sum over the experts of a token, weighted by gates.
+    sorted by expert. If `rows_out` is "token", an output row is the sum over the k experts of a token, weighted by the
+    gates.
     """
     T, k, E, D, F = case.T, case.k, case.E, case.D, case.F
     results, rows = (T if order == "token" else T * k for order in (rows_out, rows_in))
@@ -246,8 +248,8 @@ EXPERTS = {
     **{f"experts {name}, float32": mlp(case, "float32") for name, case in KERNEL_EXPERTS.items()},
 }
 CALLS = ATTENTION | EXPERTS | SMALL
-# The calls with skip_below, which are run a thousand times. "skip at size" is not compared with the reference, because
-# the reference would not fit into memory.
+# The calls with skip_below. The stage "exit" runs each of them a thousand times. "skip at size" is not compared with
+# the reference, because the scores of the reference would not fit into memory.
 EXITS = {name: ATTENTION[name] for name, case in FEATURES.items() if SKIP.items() <= case.settings.items()}
 EXITS |= {"skip at size": attention(AT_SIZE, "bfloat16")}
 QUICK = "one token", "decode, skip", "linear token to sorted"

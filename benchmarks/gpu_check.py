@@ -1,4 +1,4 @@
-"""Comparison of an op on a GPU with its fp32 reference on the same inputs. Only calls that agree are timed."""
+"""Compare the results of an op on a GPU with the results of its reference in fp32, for the same inputs."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,11 +13,11 @@ from .timing import forward_backward
 
 
 class Errors(NamedTuple):
-    """How the results of an op differ from the results of the reference.
+    """The errors of the results of an op, compared with the results of the reference.
 
     `forward`: the largest relative L2 error of an output. `gradient`: the largest relative L2 error of a gradient, or
-    None if no gradients were computed. An error is infinite if a value is not finite. `repeats`: whether a second run
-    gave the same bits.
+    None if no gradients were compared. An error is infinite if a result contains NaN or infinity. `repeats`: whether a
+    second run gave the same bits.
     """
 
     forward: float
@@ -35,11 +35,11 @@ class Errors(NamedTuple):
 
 
 def attended(attention: Callable) -> Callable:
-    """Return a function that returns (out, 1 - rem), from a function `attention` that returns (out, rem).
+    """Return a function that calls `attention`, whose result begins with (out, rem), and returns (out, 1 - rem).
 
-    rem is the part of the stick that remains after all keys. With `skip_below`, it is the part that remains where the
-    kernel stopped, for example 2^-24 instead of 2^-90. Then the relative error of rem is large, although so small a
-    difference does not matter. The relative error of 1 - rem is small.
+    rem is the part of the stick that remains after all keys. With `skip_below`, rem is the part that remains where the
+    kernel stopped, for example 2^-24 instead of 2^-90. Such a difference is too small to matter, but it is a large
+    relative error of rem. It is a small relative error of 1 - rem.
     """
 
     def run(*arrays):
@@ -52,7 +52,7 @@ def attended(attention: Callable) -> Callable:
 def poison(like) -> None:
     """Allocate arrays with the shapes of the pytree `like`, fill them with NaN (integers with -1), and free them.
 
-    The next outputs of these shapes probably use the same memory. If a kernel never writes a row, NaN stays in it.
+    The next outputs of these shapes probably use the same memory. So a row that a kernel fails to write stays NaN.
     """
 
     def nan(x):
@@ -91,7 +91,7 @@ def _largest(got, want) -> float:
 
 
 def _twice(run: Callable, arguments):
-    """Run a function twice. Return (the first results, copied to the host; whether both results have the same bits)."""
+    """Run a function twice. Return (results of the first run, on the host; whether both runs gave the same bits)."""
     results = []
     for _ in range(2):
         poison(run.out_info if isinstance(run, jax.stages.Compiled) else jax.eval_shape(run, *arguments))
@@ -111,9 +111,9 @@ def compared(program: Callable, expected, arguments) -> Errors:
 
 
 def differing(program: Callable, arguments, runs: int) -> int:
-    """Run a program once, then `runs` times more without a pause. Return how many results differ from the first.
+    """Run a program once, then `runs` times more. Return how many of the later results differ from the first result.
 
-    Two results differ if one bit differs.
+    Two results differ if one bit differs. The runs follow each other without a pause: JAX queues them.
     """
     first = program(*arguments)
 
@@ -131,7 +131,7 @@ def differing(program: Callable, arguments, runs: int) -> int:
 
 
 def _bits(x):
-    """Return the bits of x as integers, for a comparison in which NaN equals NaN and 0 does not equal -0."""
+    """Return the bits of x as integers. Compared by bits, a NaN equals the same NaN, and 0 does not equal -0."""
     return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
 
 
@@ -139,8 +139,8 @@ def errors(function: Callable, expected, cotangent, arguments, look: Callable = 
     """Run `function` on `arguments` and return the errors of its outputs and gradients against `expected`.
 
     `expected`: the result of `exact` or `exact_forward`. `look` maps (outputs, gradients) to the parts that are
-    compared. If gradients are expected, `function` runs once without and once with gradients, and both outputs are
-    compared: for gradients, an op keeps residuals and may use another kernel.
+    compared. If `expected` has gradients, `function` runs without and with gradients, and the outputs of both are
+    compared: to compute gradients, an op keeps residuals and may use another kernel.
     """
     wanted, wanted_gradients = expected
     alone, repeats = _twice(jax.jit(function), arguments)

@@ -25,17 +25,18 @@ QUICK = [dict(B=2, N=4, K=2, H=32)]
 LENGTHS = (32768, 4096)
 QUICK_LENGTHS = (200, 100)
 STEPS = 16
-# Bytes of all caches of keys and values together. The steps use these caches in turn. With skip_below, a step reads
-# only a small part of a cache; even that part must not stay in the L2 cache of the GPU until the next turn.
+# Total bytes of all caches of keys and values. The steps use these caches in turn. With skip_below, a step reads only a
+# small part of a cache. Even this part must not stay in the L2 cache of the GPU until the cache is used again.
 CACHES = 2**31
 
 
 def steps(function: Callable) -> Callable:
-    """Return the jitted function `(query, *caches) -> query` of STEPS decode steps, each with the next cache.
+    """Return a jitted function `(query, *caches) -> query` that makes STEPS decode steps and uses the caches in turn.
 
-    `function`: one decode step, (query, key, value) -> out. A cache is a pair (key, value). A call of a single step
-    would measure the time of its launch, because a step takes less time than its launch. Each query depends on the
-    previous output, as in generation, so that the compiler cannot leave out or reorder a step.
+    `function`: one decode step, (query, key, value) -> out. A cache is a pair (key, value).
+
+    A call of a single step would measure the launch of the step, which takes longer than the step. Each query depends
+    on the previous output, as in generation, so that the compiler cannot leave out or reorder a step.
     """
 
     def run(query, *caches):
@@ -47,10 +48,10 @@ def steps(function: Callable) -> Callable:
 
 
 def _step(implementation: str, S: int, **settings):
-    """Return the function (query, key, value) -> (out, rem) of a decode step in which all queries are at S - 1.
+    """Return a function (query, key, value) -> (out, rem) that computes a decode step.
 
-    The positions of the queries are an array, as in generation, and not one number. `settings`: further keyword
-    arguments of stick_breaking_attention.
+    All queries are at position S - 1. The positions are passed as an array with one number per sequence, as in
+    generation. `settings`: further keyword arguments of stick_breaking_attention.
     """
 
     def run(query, key, value):
@@ -63,10 +64,10 @@ def _step(implementation: str, S: int, **settings):
 
 
 def _check(f: Callable, reference: Callable, arrays) -> gpu_check.Errors:
-    """Run the decode step `f` on all sequences, and return its errors against `reference` on the first two sequences.
+    """Run the decode step `f` on all sequences, and compare its results with `reference` on the first two sequences.
 
-    The reference copies the keys and values in fp32 for every query head. Copies for all sequences would not fit into
-    memory.
+    The reference makes fp32 copies of the keys and values for every query head. Copies for all sequences would not fit
+    into memory.
     """
     expected = gpu_check.exact_forward(reference, [x[:2] for x in arrays])
 
@@ -77,9 +78,9 @@ def _check(f: Callable, reference: Callable, arrays) -> gpu_check.Errors:
 
 
 def rows(run: Run, shape: dict, kernels: tuple[str, ...], lengths: tuple[int, int] = LENGTHS) -> None:
-    """Check and time the decode step of every kernel at every length of the cache, without and with `skip_below`.
+    """Check and time the decode step of every kernel at every cache length, without and with `skip_below`.
 
-    The rows are added to the record of `run`. With `skip_below` the time should not depend on the length.
+    The rows are added to the record of `run`. With `skip_below`, the time should not depend on the cache length.
     """
     for S in lengths:
         name = "B{B} N{N} K{K} H{H} bf16 S{S}".format(**shape, S=S)
@@ -102,7 +103,7 @@ def rows(run: Run, shape: dict, kernels: tuple[str, ...], lengths: tuple[int, in
 
 
 def _kept(implementation: str, S: int, skip: float | None, arrays) -> float:
-    """Return the share of the key tiles that a decode step reads: 1 without `skip_below`."""
+    """Return the fraction of the key tiles that a decode step reads. It is 1 without `skip_below`."""
     if skip is None:
         return 1.0
     stats = jax.jit(_step(implementation, S, skip_below=skip, return_stats=True))(*arrays)[2]
@@ -112,7 +113,7 @@ def _kept(implementation: str, S: int, skip: float | None, arrays) -> float:
 def _time(run: Run, name: str, label: str, f: Callable, query, caches, size: int, share: Callable[[], float]) -> None:
     """Time the decode step `f`. Add a row with the time of one step and the GB/s at which it read keys and values.
 
-    `size`: the bytes of one cache. `share`: returns the share of these bytes that a step reads.
+    `size`: the bytes of one cache. `share()` returns the fraction of these bytes that a step reads.
     """
 
     def make():
@@ -127,10 +128,10 @@ def _time(run: Run, name: str, label: str, f: Callable, query, caches, size: int
 
 
 def _against_lengths(run: Run, shape: dict, label: str, lengths: tuple[int, int]) -> None:
-    """Add a row with the ratio of two times with `skip_below`: with a long cache, over the time with a short cache.
+    """Add a row with the time of a decode step with a long cache, divided by its time with a short cache.
 
-    `lengths`: the two lengths of the cache, the longer one first. The times are in rows that were recorded before, with
-    the contestant `label`. Without these rows, no row is added.
+    `label`: the contestant, a kernel with `skip_below`. `lengths`: the two cache lengths, the longer one first. Both
+    times are taken from rows that are already in the record. If one of these rows is missing, no row is added.
     """
     prefix = "B{B} N{N} K{K} H{H} bf16".format(**shape)
     names = [f"{prefix} S{S}" for S in lengths]

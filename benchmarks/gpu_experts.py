@@ -26,8 +26,9 @@ SHAPES = [
     dict(T=65536, k=8, D=1536, F=512, E=40),
 ]
 QUICK = [dict(T=128, k=2, D=32, F=32, E=4)]
-TRITON = {"xla_gpu_experimental_use_ragged_dot_fusion": True}  # without it, XLA multiplies each row by all experts
-CHECKED = 2048  # tokens in a check; few, because the reference computes every expert for every token
+# Without this option, XLA multiplies each row by the weights of all experts.
+TRITON = {"xla_gpu_experimental_use_ragged_dot_fusion": True}
+CHECKED = 2048  # largest number of tokens in a check: the reference computes every expert for every token
 
 
 def rows(run: Run, shape: dict, implementations) -> None:
@@ -44,7 +45,7 @@ def rows(run: Run, shape: dict, implementations) -> None:
     expected = gpu_check.exact(experts.experts(few, E, implementation="reference"), cotangent, small)
     _, x, w_in, w_out, gates = first
     names = implementations("expert_mlp", x, w_in, w_out, jax.eval_shape(lambda: route(chosen, E)), gates)
-    # Each contestant is a function of the chosen experts, because the check has fewer tokens than the timing.
+    # A contestant is a function of the expert indices, because the check has fewer tokens than the timing.
     contestants = {name: lambda c, name=name: experts.experts(c, E, implementation=name) for name in names}
     contestants |= {name: lambda c, dot=dot: gpu_peers.ragged_mlp(dot, c, E) for name, dot in gpu_peers.ragged_dots()}
     for contestant, routed in contestants.items():
@@ -60,9 +61,9 @@ def rows(run: Run, shape: dict, implementations) -> None:
 
 
 def _dense_inputs(seed: int, *, T: int, k: int, D: int, F: int, E: int):
-    """Return random (cotangent, x, w_in, w_out) in bfloat16 of a dense network of hidden width k * F.
+    """Return random (cotangent, x, w_in, w_out) in bfloat16, for a dense network with the hidden width k * F.
 
-    The dense network is as wide as the k experts of a token together, so both do the same work.
+    This is the hidden width of k experts together. So the dense network does the same work as k experts per token.
     """
     keys = jax.random.split(jax.random.key(seed), 4)
     shapes = (T, D), (T, D), (D, 2 * k * F), (k * F, D)

@@ -1,8 +1,8 @@
 """Peers: implementations of other projects, which are timed for comparison. Each is called as its documentation says.
 
-A peer that is not installed is left out. A peer in torch is a function `(shape, passes, seconds) -> Times`, which makes
-random inputs itself: `shape` has the sizes by letter, and `passes` is "forward", "backward" or "forward+backward". A
-peer in JAX gets the same inputs as our kernels.
+A peer that is not installed is left out. A peer in JAX gets the same inputs as our kernels. A peer in torch is a
+function `(shape, passes, seconds) -> Times`, which makes random inputs itself. `shape` is {letter: size}, `passes` is
+"forward", "backward" or "forward+backward", and `seconds` is how long to measure.
 """
 
 import importlib.util
@@ -35,7 +35,8 @@ def softmax_step(query, key, value):
 def ragged_dots() -> Iterator[tuple[str, Callable]]:
     """Yield (name, function) for each library function that computes a grouped GEMM.
 
-    A function maps (R rows [R,D], sorted by expert; weights [E,D,F]; number of rows of each expert [E]) to [R,F].
+    A function takes three arrays: rows [R,D], sorted by expert; weights [E,D,F]; and the number of rows of each expert
+    [E]. It returns rows [R,F].
     """
     yield "jax.lax.ragged_dot", jax.lax.ragged_dot
     if _have("tokamax"):
@@ -45,10 +46,10 @@ def ragged_dots() -> Iterator[tuple[str, Callable]]:
 
 
 def ragged_mlp(dot: Callable, chosen, E: int) -> Callable:
-    """Return the function `(x, w_in, w_out, gates) -> out` of expert networks that use the grouped GEMM `dot`.
+    """Return a function `(x, w_in, w_out, gates) -> out` that computes expert networks with the grouped GEMM `dot`.
 
-    It works as most code with `ragged_dot` does: gather the rows by expert, two grouped GEMMs, gather the rows back by
-    token. `chosen` [T,k]: the expert indices.
+    Like most code with `ragged_dot`, the function gathers the rows by expert, computes two grouped GEMMs, and gathers
+    the rows back by token. `dot`: a function of `ragged_dots`. `chosen` [T,k]: the expert indices.
     """
 
     def run(x, w_in, w_out, gates):
@@ -70,10 +71,10 @@ def experts() -> list[Callable]:
 
 
 def _torch_times(forward: Callable, make_inputs: Callable, parameters: list, passes: str, seconds: float) -> Times:
-    """Time a torch function on two sets of inputs in turn.
+    """Time one pass of the torch function `forward`, on two sets of random inputs in turn.
 
-    `passes`: "forward" times `forward(*inputs)`, "backward" the gradients of inputs and `parameters`, and
-    "forward+backward" both. `make_inputs()` returns random inputs.
+    `make_inputs()` returns a set of inputs. `passes` says what is timed. "forward": `forward(*inputs)`. "backward": the
+    gradients of the inputs and of `parameters`. "forward+backward": both.
     """
     import torch
 
@@ -104,7 +105,7 @@ def _normal(*shape):
 
 
 def stickbreaking_attention(shape: dict, passes: str, seconds: float) -> Times:
-    """Time the original Triton kernel of stick-breaking attention, which takes torch arrays [B, N, T, H]."""
+    """Time the original Triton kernel of stick-breaking attention, which takes torch tensors [B,N,T,H]."""
     from stickbreaking_attention.sb_attn import sb_attn
 
     B, T, N, H = (shape[letter] for letter in "BTNH")
@@ -129,7 +130,7 @@ def scattermoe(shape: dict, passes: str, seconds: float) -> Times:
 
 
 def sonicmoe(shape: dict, passes: str, seconds: float) -> Times:
-    """Time SonicMoE. Unlike the other peers, it also computes the router: one more product, with a [D, E] matrix."""
+    """Time SonicMoE. Unlike the other peers, it also computes the router: one more product, with a [D,E] matrix."""
     import torch
     from sonicmoe import KernelBackendMoE, MoE
     from sonicmoe.enums import ActivationType

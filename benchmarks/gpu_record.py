@@ -1,4 +1,4 @@
-"""The result file of the GPU benchmark. Every row is written as soon as it is measured; later runs do not repeat it."""
+"""The result file of the GPU benchmark. A row is written as soon as it is measured. Later runs do not repeat it."""
 
 import functools
 import hashlib
@@ -12,12 +12,12 @@ from .report import Row
 
 HERE = Path(__file__).parent
 MUST_MATCH = ("code", "device", "jax", "quick")  # a run continues an earlier file only if all of these are equal
-LEFT_OUT = "left out"  # key in `extra` of a row that the time limit left out; the next run measures the row
+LEFT_OUT = "left out"  # key in `extra` of a row that was not measured before its deadline; the next run measures it
 
 
 @functools.cache
 def code() -> str:
-    """Return a fingerprint of all files that can change a row: the code of `benchmarks` and `pallas_kernels`."""
+    """Return a hash of the code of `benchmarks` and `pallas_kernels`. If this code changes, a run starts over."""
     files = [p for folder in (HERE, HERE.parent / "pallas_kernels") for p in folder.rglob("*") if _is_source(p)]
     digest = hashlib.sha256()
     for path in sorted(files):
@@ -33,8 +33,9 @@ class Record:
     """The measured rows of a GPU run. They are also written to a JSON file, so that a later run can continue.
 
     `path`: the JSON file. `info`: facts about the machine and the code, which are written to the file. `finish`: a
-    function that adds ratios and a summary to the rows before they are written. `fresh`: ignore the rows that are in
-    the file. `rows`: {(part, case, contestant): row}, in the order in which the rows were first added.
+    function that adds ratios and a summary to the rows before they are written. `fresh`: ignore the rows that the file
+    has from earlier runs. The attribute `rows` is {(part, case, contestant): row}, in the order in which the rows were
+    first added.
     """
 
     def __init__(self, path: Path, info: dict, finish: Callable[[list[Row]], list[Row]], *, fresh: bool = False):
@@ -42,9 +43,10 @@ class Record:
         self.rows: dict[tuple[str, str, str], Row] = {} if fresh else {_key(row): row for row in self._before()}
 
     def _before(self) -> list[Row]:
-        """Return the rows that an earlier run wrote to the file, without its summary and the rows that it left out.
+        """Return the rows that earlier runs measured and wrote to the file. Summary rows and left out rows are dropped.
 
         Return [] if there is no file, or if a field of MUST_MATCH, such as the device, has another value in the file.
+        Raise ValueError if the file is not valid JSON.
         """
         try:
             before = json.loads(self.path.read_text())

@@ -1,4 +1,4 @@
-"""Measures the rows of the GPU benchmark until a deadline.
+"""Measure the rows of the GPU benchmark until a deadline.
 
 A row is the result of one contestant, such as an implementation of an op, in one case, such as a shape. If a contestant
 raises an error, its row records the error, and the next row is measured.
@@ -23,17 +23,18 @@ from .gpu_record import LEFT_OUT, Record
 from .report import Row, ceiling_row
 from .timing import Times, ceilings, forward_backward, rotating
 
-HANG_SECONDS = 90  # a row that takes longer counts as hanging
+HANG_SECONDS = 90  # if one row takes longer, the program ends, because the kernel may never end
 MACHINE = ("machine", "ceilings", "matrix product, copy")
 PASSES = ("forward", "backward", "forward+backward")
 
 
 class Case(NamedTuple):
-    """One shape of one op, with what is needed to time it.
+    """One shape of one op, with its cost and its inputs.
 
-    `part`: the part of the benchmark, such as "experts". `work`: {pass: its cost}, for the passes "forward", "backward"
-    and "forward+backward". `sets`: several sets of inputs (cotangent, *arguments), which the calls use in turn. All
-    sets together are larger than the L2 cache of the GPU, so that no call finds its inputs in the cache.
+    `part`: the part of the benchmark, such as "experts". `name`: the sizes, for the tables. `work`: {pass: its cost},
+    for the passes "forward", "backward" and "forward+backward". `sets`: several sets of inputs (cotangent, *arguments),
+    which the calls use in turn. All sets together are larger than the L2 cache of the GPU, so that no call finds its
+    inputs in the cache.
     """
 
     part: str
@@ -48,10 +49,10 @@ def work_of(forward: cost.Cost, both: cost.Cost) -> dict[str, cost.Cost]:
 
 
 def to_rotate(function: Callable, case: Case, passes: str, options: dict | None = None) -> tuple[Callable, list]:
-    """Return (jitted function, sets of inputs) with which `timing.rotating` times one pass of `function`.
+    """Return (jitted function, sets of inputs): the arguments with which `timing.rotating` times a pass of `function`.
 
-    `passes`: "forward", "backward" or "forward+backward". For "backward", the forward pass runs here, and the returned
-    function computes the gradients from its residuals. `options`: compiler options of XLA.
+    `passes`: "forward", "backward" or "forward+backward". For "backward", the forward pass runs once here, and the
+    returned function computes the gradients from its residuals. `options`: compiler options of XLA.
     """
     plain = [tuple(arguments) for _, *arguments in case.sets]
     jit = partial(jax.jit, compiler_options=options)
@@ -68,7 +69,7 @@ def to_rotate(function: Callable, case: Case, passes: str, options: dict | None 
 
 @contextlib.contextmanager
 def give_up_after(seconds: float, report: Callable[[], None], leave=os._exit) -> Iterator[None]:
-    """Return a context manager. If its body takes longer than `seconds`, it calls `report` and ends the process.
+    """Call `report` and end the process if the body of the `with` statement takes longer than `seconds`.
 
     Nothing else stops a kernel that waits for ever. `leave`: the function that ends the process.
     """
@@ -88,10 +89,10 @@ def give_up_after(seconds: float, report: Callable[[], None], leave=os._exit) ->
 
 
 class Run:
-    """Measures rows, and adds each row to `record` as soon as it is measured.
+    """A run of the GPU benchmark. It measures rows, and adds each row to `record` as soon as it is measured.
 
-    `quick`: measure for a short time, to test that the code runs. `again`: measure also the rows that are in the record
-    already.
+    `quick`: measure for a short time, to test that the code runs. `again`: also measure the rows that are already in
+    the record.
     """
 
     def __init__(self, record: Record, *, quick: bool = False, again: bool = False):
@@ -100,7 +101,7 @@ class Run:
         self.begun, self.end = time.monotonic(), float("inf")
 
     def until(self, seconds: float) -> None:
-        """Set the deadline: no row begins later than `seconds` after the beginning of the run."""
+        """Set the deadline, in seconds after the start of the run. No row begins after the deadline."""
         self.end = self.begun + seconds
 
     @property
@@ -118,14 +119,14 @@ class Run:
 
         row = self.row(*MACHINE, make)
         if "TFLOP/s" not in row.extra:
-            raise RuntimeError(f"the speed of the machine, the limit for all rows, was not measured: {row.extra}")
+            raise RuntimeError(f"the speed of the machine was not measured: {'; '.join(map(str, row.extra.values()))}")
         return cost.Ceilings(1e12 * row.extra["TFLOP/s"], 1e9 * row.extra["GB/s"])
 
     def row(self, part: str, case: str, contestant: str, make: Callable[[], dict]) -> Row:
-        """Return the row with these names. If it is not in the record yet, measure it and add it to the record first.
+        """Return the row with these names from the record. If it is not there, measure the row and add it first.
 
-        `make()` measures the row and returns the other fields of `Row`. If `make()` raises an error, or the deadline is
-        over, the row records that instead. With `again`, a row that is in the record is measured once more.
+        `make()` measures the row and returns the other fields of `Row`. If `make()` raises an error, or the deadline
+        has passed, the row records this instead. If `self.again` is set, the row is always measured.
         """
         row = self.record.find(part, case, contestant)
         if row is not None and not self.again:
@@ -135,14 +136,14 @@ class Run:
             self.require_time()
             with give_up_after(HANG_SECONDS, partial(self._hangs, part, case, contestant)):
                 row = Row(part, case, contestant, **make())
-        except Exception as error:  # such as too little memory, or a peer that does not run here
+        except Exception as error:  # for example too little memory, or a peer that does not run on this machine
             return self.failed(part, case, contestant, error)
         self.record.add(row)
         return row
 
     def require_time(self) -> None:
         if time.monotonic() > self.end:
-            raise TimeoutError(f"the time limit of {self.end - self.begun:.0f} s was over")
+            raise TimeoutError(f"the deadline, {self.end - self.begun:.0f} s after the start, has passed")
 
     def failed(self, part: str, case: str, contestant: str, error: Exception) -> Row:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:90]
@@ -151,7 +152,7 @@ class Run:
         return row
 
     def _hangs(self, part: str, case: str, contestant: str) -> None:
-        """Record and print that a row takes too long. The next run then continues after this row."""
+        """Record and print that a row takes too long. The next run does not measure this row again."""
         self.failed(part, case, contestant, RuntimeError(f"still running after {HANG_SECONDS} s"))
         print(
             f"error: {part}: {case}, {contestant} is still running after {HANG_SECONDS} s, so this run ends; "
@@ -160,9 +161,10 @@ class Run:
         )
 
     def checked(self, part: str, case: str, contestant: str, dtype, check: Callable[[], Errors]) -> bool:
-        """Run `check` and add a row with the errors that it returns. Return whether they are within the tolerances.
+        """Run `check` and add a row with the errors that it returns. Return whether the check passes.
 
-        `dtype`: the type of the inputs, which decides the tolerances. Return False if `check` raises an error.
+        It passes if the errors are within the tolerances for inputs of type `dtype`, and two runs gave the same bits.
+        Return False if `check` raises an error.
         """
 
         def make():
@@ -174,8 +176,8 @@ class Run:
     def passes(self, case: Case, name: str, measure: Callable[[str], Times], extra: Callable = dict) -> None:
         """Time the passes of a case for the contestant `name`, and add one row per pass.
 
-        `measure(pass)` times a pass. A row has the time, the TFLOP/s, the larger of the two limits as a share of the
-        time, and the entries of `extra()`.
+        `measure(pass)` times a pass, such as "forward". A row has the time, the TFLOP/s, the entry "of limit", and the
+        entries of `extra()`. "of limit" is the larger lower bound of `Cost.limits`, divided by the time.
         """
         for passes, work in case.work.items():
 
@@ -188,7 +190,7 @@ class Run:
             self.row(case.part, f"{case.name} {passes}", name, make)
 
     def jax(self, case: Case, name: str, function: Callable, extra: Callable = dict, options=None) -> None:
-        """Time all passes of a JAX function as the contestant `name`, and add their rows.
+        """Time all passes of a JAX function as the contestant `name`, and add one row per pass.
 
         `options`: compiler options of XLA. `extra()` returns further entries for the rows.
         """
@@ -210,8 +212,9 @@ class Run:
 def with_ratios(rows: list[Row], peers: tuple[str, ...]) -> list[Row]:
     """Return the rows grouped by case, with the ratios of their times to the times of the peers in the same case.
 
-    `peers`: names of contestants. The field `ratio` compares a row with the first of the peers that was timed. The
-    ratios to the other peers are in the field `extra`.
+    `peers`: names of contestants, the most important first. The field `ratio` is the time of a row divided by the time
+    of the first other contestant in `peers` that was timed in the same case. The field `extra` has the ratios to the
+    further peers.
     """
     cases: dict[tuple, list[Row]] = {}
     for row in rows:

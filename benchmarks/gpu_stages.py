@@ -1,8 +1,10 @@
-"""The checks at the beginning of the GPU benchmark, for each call of an op in `gpu_cases.py`. They have three stages.
+"""The checks of the GPU benchmark, for each call of an op in `gpu_cases.py`. They have three stages.
 
-"lower": the call lowers for this GPU. "correct": its results agree with the reference, and two runs give the same bits.
-"exit": a call with `skip_below`, which stops early, gives the same bits in RUNS runs. Programs are lowered one after
-the other. Meanwhile threads compile them and compute the results of the reference, so that the first kernels run soon.
+"lower": JAX can lower the call for this GPU. "correct": its results agree with the reference, and two runs give the
+same bits. "exit": a call with `skip_below`, which stops early, gives the same bits in RUNS runs.
+
+Programs are lowered one after the other. At the same time, threads compile the lowered programs and compute the results
+of the reference, so that the first kernels run soon.
 """
 
 import os
@@ -17,16 +19,16 @@ from .gpu_cases import CALLS, EXITS, QUICK
 from .gpu_run import Run
 
 LOWER, CORRECT, EXIT = STAGES = ("lower", "correct", "exit")
-# For each stage, a time limit in seconds after the beginning of the run. No row of the stage begins later. The next run
-# measures the rows that are left out.
+# {stage: deadline, in seconds after the start of the run}. No row of the stage begins later. The next run measures the
+# rows that are left out.
 ENDS = {LOWER: 210, CORRECT: 280, EXIT: 310}
 RUNS = 1000  # how often the stage "exit" repeats a call
 
 
 class Checks:
-    """Runs the three stages of checks and adds a row for each check to the record of `run`.
+    """The three stages of checks. Each check adds a row to the record of `run`.
 
-    `wanted(stage, name)` returns whether to check the call `name` of `gpu_cases` in a stage.
+    `wanted(stage, name)` returns whether to check the call `name` of `gpu_cases` in this stage.
     """
 
     def __init__(self, run: Run, wanted: Callable[[str, str], bool]):
@@ -39,7 +41,7 @@ class Checks:
         self._expected: dict[str, Future] = {}
 
     def chosen(self) -> None:
-        """Check each call with the kernel that its op chooses by default: all calls in one stage, then in the next."""
+        """Check each call with the kernel that its op chooses by default. A stage ends before the next one begins."""
         for stage in STAGES:
             self.run.until(ENDS[stage])
             for name in self._wanted(stage):
@@ -47,7 +49,7 @@ class Checks:
         self.close()
 
     def others(self) -> None:
-        """Check each call with the other kernels that can run it: all stages of one call, then the next call."""
+        """Check each call with the other kernels that can run it, in all stages, before the next call begins."""
         for name in self.names[LOWER]:
             for implementation in _call(name).implementations()[1:]:
                 for stage in STAGES:
@@ -56,7 +58,7 @@ class Checks:
             self._forget()
 
     def close(self) -> None:
-        """Stop the threads and drop the compiled programs, so that no thread runs during the timing or after Ctrl-C."""
+        """Stop the threads and drop the compiled programs. No thread may run during the timing or after Ctrl-C."""
         self._pool.shutdown(cancel_futures=True)
         self._pool = ThreadPoolExecutor(1)
         self._forget()
@@ -91,7 +93,7 @@ class Checks:
         return {"runs": runs, "unlike the first": different, "passed": "NO" if different else "yes"}
 
     def _program(self, name: str, implementation: str) -> Future:
-        """Lower the call `name` with an implementation, and compile it in a thread. Return the future program."""
+        """Lower the call `name` with an implementation, and compile it in a thread. Return a future of the program."""
         key = name, implementation
         if key not in self._compiled:
             call = _call(name)
@@ -110,10 +112,10 @@ def _call(name: str):
 
 
 def _inputs(name: str):
-    """Return the inputs (cotangent, *arrays) of the call `name`, as new arrays that always have the same numbers."""
+    """Return the inputs (cotangent, *arrays) of the call `name`: new arrays, which always have the same numbers."""
     return _call(name).inputs(jax.random.key(0))
 
 
 def _expected(name: str):
-    """Return (outputs, gradients) of the call `name` by the reference, computed in fp32 and copied to the host."""
+    """Compute the call `name` with the reference in fp32. Return (outputs, gradients), copied to the host."""
     return jax.device_get(_call(name).program("reference")(*gpu_check.fp32(_inputs(name))))

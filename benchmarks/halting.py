@@ -1,10 +1,10 @@
 """python -m benchmarks.halting RUN [--seconds S] [--json]: what a language model saves with a lower halting threshold.
 
 RUN is the run folder of a Sparse Universal Transformer that was trained as a language model. Such a model applies one
-block repeatedly. A token halts, that is, it takes no further blocks, when its halting probabilities add up to the
-threshold. For each threshold the benchmark measures the loss, the blocks per token, the rows that the experts compute
-per token, and the time. The thresholds take turns on the same held-out text, so that other work on the machine slows
-all of them equally. --json also writes benchmarks/results/halting.json.
+block repeatedly. A token halts when the sum of its halting probabilities reaches the threshold. Then the block is not
+applied to it any more. For each threshold, the benchmark measures the loss, the blocks per token, the rows that the
+experts compute per token, and the time. The calls with different thresholds take turns on the same held-out text, so
+that other work on the machine slows all of them equally. --json also writes benchmarks/results/halting.json.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "halting.json"
 
 @jax.jit
 def _read(model, windows, threshold):
-    """Return (loss in bits per token, mean number of blocks per token, rows that the experts compute per token).
+    """Return three means over tokens: loss in bits, number of blocks, number of rows that the experts compute.
 
     `windows` [windows, T + 1]: held-out tokens. `threshold`: the halting threshold.
     """
@@ -47,17 +47,21 @@ def _read(model, windows, threshold):
 def measured(run: str, seconds: float) -> list[Row]:
     """Measure the model in the run folder `run` for about `seconds`. Return one row per halting threshold.
 
-    The field `contestant` of a row is the threshold. Raises ValueError if the model is not a language model that halts.
+    The field `contestant` of a row is the threshold. Raises ValueError if the model is not a language model that halts,
+    or if no held-out document has T tokens.
     """
     loaded = load(run)
     if not isinstance(loaded.model, universal.LanguageModel):
-        raise ValueError(f"{run} has no language model that halts, such as a run of configs/sut_lm_tiny.py")
+        raise ValueError(f"{run} has no language model that halts; use, for example, a run of configs/sut_lm_tiny.py")
     data = loaded.config.data
     _, heldout = load_corpus(data)
     pieces, real = heldout_windows(heldout, data.T, lengths=(1,), max_tokens=TOKENS).pieces(1)
     windows = jnp.asarray(pieces[real.all(1)])
     if not len(windows):
-        raise ValueError(f"every held-out document of {heldout.source} is shorter than data.T={data.T} tokens")
+        raise ValueError(
+            f"every held-out document of {heldout.source} is shorter than data.T={data.T} tokens; use a run with a "
+            "smaller data.T"
+        )
     calls = {f"{t:g}": partial(_read, loaded.model, windows, jnp.float32(t)) for t in THRESHOLDS}
     found, times = {t: map(float, call()) for t, call in calls.items()}, interleave(calls, seconds=seconds)
     case = f"F={loaded.config.model.F}, {windows.shape[0]} x {data.T} tokens"

@@ -1,4 +1,4 @@
-"""Named calls of the ops that test the GPU kernels: small enough for an interpreter, with unusual sizes and options.
+"""Named calls of the ops that test the GPU kernels. They are small, and have unusual sizes and options.
 
 The tests run these calls in an interpreter, lower them, and compile them for GPUs that the machine does not have.
 `python -m benchmarks --gpu` checks them on the GPU of the machine.
@@ -17,8 +17,9 @@ class Stick:
     Sizes: T queries, S keys (None: T), B batch entries, N query heads, K key heads (None: N), width H of queries and
     keys, width `Hv` of values (None: H).
     `offset`: the position of the first query among the keys; a tuple has one position per batch entry.
-    `segments`, `key_segments`: the lengths of packed documents, T queries together and S keys together. A negative
-    length -n is n tokens of padding. Batch entries 1, 3, ... have the documents in reverse order.
+    `segments`: the lengths of the packed documents of the queries; the sum of the lengths is T. A negative length -n
+    stands for n tokens of padding. Batch entries 1, 3, ... have the documents in reverse order.
+    `key_segments`: the same for the keys; the sum of the lengths is S.
     """
 
     T: int = 37
@@ -62,7 +63,7 @@ class Stick:
 
 
 def documents(lengths: tuple[int, ...], B: int = 1):
-    """Return the segment ids [B,T] of packed documents with these lengths. A length -n is n tokens of padding.
+    """Return the segment ids [B,T] of packed documents with these lengths. A length -n stands for n padding tokens.
 
     Batch entries 1, 3, ... have the documents in reverse order.
     """
@@ -70,8 +71,8 @@ def documents(lengths: tuple[int, ...], B: int = 1):
     return jnp.stack([ids[:: (-1) ** b] for b in range(B)])
 
 
-# Tiles have 64 queries and 64 keys, and most kernels need heads of 32 channels or more. A case whose name begins with
-# fp16 or fp32 has that type; all others are bfloat16.
+# Tiles have 64 queries and 64 keys, and most kernels need heads of 32 channels or more. If the name of a case begins
+# with fp16 or fp32, its arrays have this type. All other cases are bfloat16.
 KERNEL_CASES = {
     "plain": Stick(T=200, N=1, H=64),
     "one-token": Stick(T=1, N=1, H=32),
@@ -110,8 +111,8 @@ ODD = {
     "T=131, S=1001": Stick(T=131, S=1001, N=1, H=64, Hv=32),
     "prompts of unequal lengths": Stick(T=77, B=3, N=1, H=64, segments=(-9, 30, 38)),
 }
-# The cases of ODD that are decode steps. They are never differentiated: with gradients, the op would use the kernels
-# for long queries.
+# The cases of ODD that are decode steps. They are never differentiated: with gradients, the op does not use its code
+# for decoding.
 DECODED = "T=1, S=1001", "T=2, S=1001, H=256"
 
 
@@ -122,11 +123,12 @@ def dtype_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Experts:
-    """The sizes and the routing of a call of expert_mlp or expert_linear.
+    """The sizes and the random routing of a call of expert_mlp or expert_linear.
 
     T tokens of width D, each with k of E experts of width F.
-    `share`: the fraction of the (token, choice) pairs, chosen at random, that go to the first expert.
-    `idle`: the fraction of the pairs, chosen at random, that go to no expert.
+    `share`: the probability that a (token, choice) pair is moved from its random expert to the first expert.
+    `idle`: the probability that a pair is moved from its expert to no expert.
+    `used`: only the first `used` experts get tokens; None: all experts.
     """
 
     T: int = 37
@@ -136,7 +138,7 @@ class Experts:
     F: int = 12
     share: float = 0.0
     idle: float = 0.0
-    used: int | None = None  # only the first `used` experts get tokens; None: all
+    used: int | None = None
 
     def indices(self, seed=0):
         rng = np.random.default_rng(seed)
@@ -153,8 +155,8 @@ class Experts:
         return self.T * self.k
 
 
-# A tile has up to 128 rows and 128 columns, and its sums are computed in steps of 64. Some cases have the same sizes,
-# so that they share one program: a program takes much longer to compile than to run.
+# A tile has up to 128 rows and 128 columns. The kernels sum over the input width in blocks of 64. Some cases have the
+# same sizes, so that they share one compiled program: a program takes much longer to compile than to run.
 KERNEL_EXPERTS = {
     "two-tiles": Experts(T=150, k=2, E=2, D=64, F=64),
     "odd": Experts(T=9, E=3, D=7, F=5),

@@ -1,8 +1,8 @@
-"""python -m benchmarks.kill [--kills 20] [--seed 0] [--out DIR]: compare a run that is killed with one that is not.
+"""python -m benchmarks.kill [--kills 20] [--seed 0] [--out DIR]: test that a killed training continues bit for bit.
 
 A small model is trained twice for 60 steps, with a checkpoint every 5 steps. SIGKILL ends the second training at random
 moments, sometimes while it starts, and each time the same command starts it again. At the end, both runs must have
-bitwise equal states of the training and equal metrics, except for metrics that depend on the clock.
+bitwise equal training states. Their metrics must be equal too, except for metrics that depend on the clock.
 """
 
 import os
@@ -22,7 +22,7 @@ from stickjax.storage.checkpoints import Checkpoints, named_leaves
 from stickjax.training.metrics import read_metrics
 from stickjax.training.step import init_state
 
-# The config uses everything that has a state: sampled routing, the router's bias, accumulation, packed documents.
+# The config uses all features that keep a state: sampled routing, the router's bias, accumulation, packed documents.
 CONFIG = Config().replace(
     {
         "model.V": 257, "model.D": 16, "model.L": 2, "model.N": 2, "model.K": 1, "model.H": 8, "model.F": 16,
@@ -32,7 +32,7 @@ CONFIG = Config().replace(
         "train.steps": 60, "train.log_every": 1, "train.checkpoint_every": 5, "optim.peak_lr": 0.01,
     }
 )  # fmt: skip
-START = 3  # seconds that a start takes at least: until then, no step has been trained
+START = 3  # in the first seconds after its start, a training has not made a step yet
 CLOCK = ("tokens_per_second", "mfu")  # the metrics that depend on the clock
 
 
@@ -41,13 +41,13 @@ class Training:
 
     def __init__(self, folder: Path, run: str):
         command = [sys.executable, "-m", "stickjax.train", str(folder / "config.json"), "--run", str(folder / run)]
-        # With a compilation cache a start is quick, so that fewer kills happen during the compilation.
+        # With a compilation cache, a training starts quickly, so that fewer kills happen during the compilation.
         cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
         cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | cache)
 
     def until(self, step: int) -> int:
-        """Wait until the training prints this step or ends. Return the last step that it printed, or 0."""
+        """Wait until the training prints this step or a later one, or ends. Return the last printed step, or 0."""
         said = 0
         for line in self.process.stdout:
             if line.startswith("step ") and "/" in line.split()[1]:
@@ -59,7 +59,7 @@ class Training:
     def finish(self) -> None:
         self.process.communicate()
         if self.process.returncode:
-            raise ValueError(f"the training command failed with exit code {self.process.returncode}")
+            raise ValueError(f"the training failed with exit code {self.process.returncode}; see its error above")
 
     def kill(self) -> None:
         self.process.kill()
@@ -67,9 +67,10 @@ class Training:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Compare two run folders bit for bit. Return a text for each difference; the list is empty if there is none.
+    """Compare two run folders bit for bit. Return a list with a text for each difference.
 
-    The metrics of every step are compared, except CLOCK, and all arrays of the last state of the training.
+    Two things are compared: the metrics of every step, except the metrics in CLOCK, and all arrays of the last training
+    state.
     """
     logs = [[{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(run)] for run in (one, other)]
     found = [f"step {i}: {rows}" for i, rows in enumerate(zip(*logs, strict=False), 1) if rows[0] != rows[1]]
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.kill", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="how often to kill the training (default 20)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments (default 0)")
-    parser.add_argument("--out", help="new folder in which both runs are kept")
+    parser.add_argument("--out", help="new folder for both runs (default: a temporary folder, which is kept)")
     words = parser.parse_args(argv)
     folder = Path(words.out or tempfile.mkdtemp(prefix="stickjax-kill-"))
     folder.mkdir(parents=True, exist_ok=words.out is None)
@@ -118,7 +119,8 @@ def main(argv: list[str] | None = None) -> int:
     for line in found:
         print(f"differs: {line}")
     count = len(jax.tree.leaves(jax.eval_shape(lambda: init_state(CONFIG, jax.random.key(0)))))
-    print(f"the runs are {'NOT ' if found else ''}bitwise equal: {steps} rows of metrics, {count} arrays of the state")
+    equal = "NOT bitwise equal" if found else "bitwise equal"
+    print(f"the runs are {equal}: {steps} rows of metrics and {count} arrays of the training state were compared")
     return 1 if found else 0
 
 

@@ -1,18 +1,20 @@
-"""Measure whether modules specialise, half of them can be pruned, and new modules can be trained without forgetting.
+"""Measure how far modules specialise, what pruning half of them costs, and how much training new modules forgets.
 
 A module is an expert of the feed-forward network or of the attention.
 
 python -m benchmarks.modularity [--seeds 3] [--json] [--section.field=value ...]
 
-For each seed, configs/moduleformer_tiny.py is trained on its mixture of two text sources. Three experiments follow:
-1. Specialisation: how much the module that a token uses tells about the source of the token (mutual information in
-   bits), at several steps of the training.
+For each seed, a model of configs/moduleformer_tiny.py is trained on a mixture of two text sources. There are three
+experiments:
+1. Specialisation: the mutual information, in bits, between the source of a token and the module that the token uses. It
+   is measured at several steps of this training.
 2. Pruning: the model is trained further on the first source, with a loss that concentrates the tokens on few modules.
-   Then half of the modules of each kind are pruned, once those that are used least and once random ones. The result is
-   the increase of the held-out loss on that source.
-3. Forgetting: the model is trained further on a third source, in two ways: by new modules, which alone are trained, and
-   by training the whole model. The result is the increase of the held-out loss on the first two sources.
-Every training after the first has a third of the steps of the first. Losses are held-out bits per token.
+   Then half of the attention modules and half of the feed-forward modules are pruned, either the least used modules or
+   random modules. The result is the increase of the held-out loss on this source.
+3. Forgetting: the model of the first training is trained further on a third source, in two ways. Either new modules
+   are added and only these are trained, or the whole model is trained. The result is the increase of the held-out loss
+   on the first two sources.
+Every further training has a third of the steps of the first training. Losses are held-out bits per token.
 """
 
 import json
@@ -40,21 +42,22 @@ from stickjax.training.step import init_state
 RESULTS = Path(__file__).parent / "results" / "modularity.json"
 CONFIG = Path(__file__).parent.parent / "configs" / "moduleformer_tiny.py"
 NEW = "listops"
-TOKENS = 2**14  # how many held-out tokens of each source, and how many training tokens to count the use of modules
+# The number of held-out tokens of each source for a loss, and of training tokens to count how often modules are used.
+TOKENS = 2**14
 
 
 def loss(model, config: Config, source: str) -> float:
-    """Return the loss in bits per token on held-out text of a source, in windows of the length T of the training."""
+    """Return the loss in bits per token on held-out text of a source, in windows of config.data.T tokens."""
     config = config.replace({"data.source": source})
     return evaluate(model, config, lengths=(1,), max_tokens=TOKENS)[0]["bits_per_token"]
 
 
 def follow(run: str, config: Config, steps: list[int]) -> list[dict]:
-    """Return how much the module of a token tells about its source, at some steps of a run: mutual information in bits.
+    """Return the mutual information between the source of a token and its module, at some steps of a run.
 
-    `run`: the run folder. `config`: its config, which names the sources. `steps`: steps with a checkpoint, or 0 for the
-    model before the training. The result has one dictionary per step, {"step": .., "attention": bits, "ffn": bits},
-    with the means over the layers.
+    `run`: the run folder. `config`: the config of the run, which names the sources. `steps`: steps with a checkpoint,
+    and 0 for the model before the training. The result has a dictionary for each step: {"step": .., "attention": ..,
+    "ffn": ..}. The entries "attention" and "ffn" are the mutual information in bits, averaged over the layers.
     """
     sources = {name: config.replace({"data.source": name}).data for name in config.data.sources}
     found = []
@@ -68,7 +71,7 @@ def follow(run: str, config: Config, steps: list[int]) -> list[dict]:
 def trained(loaded: Loaded, config: Config, changes: dict, folder: Path, name: str) -> Loaded:
     """Train a model further, for a third of `config.train.steps`, and return the trained model.
 
-    `loaded`: the model to begin with. `changes`: {field: value}, changes to `config`. The new run is written to the run
+    `loaded`: the model at the start. `changes`: {field: value}, changes to `config`. The new run is written to the run
     folder `folder / name`.
     """
     steps = max(1, config.train.steps // 3)
@@ -85,7 +88,7 @@ def trained(loaded: Loaded, config: Config, changes: dict, folder: Path, name: s
 
 
 def pruned(model, config: Config, source: str, rng: np.random.Generator | None):
-    """Prune half of the modules of each kind, attention and feed-forward. Return the smaller model.
+    """Prune half of the attention modules and half of the feed-forward modules. Return the smaller model.
 
     The modules that the tokens of `source` use most are kept. If `rng` is given, random modules are kept instead.
     """
@@ -97,9 +100,9 @@ def pruned(model, config: Config, source: str, rng: np.random.Generator | None):
 
 
 def one(config: Config, seed: int, folder: Path) -> dict:
-    """Train a model with one seed, run the three experiments on it, and return their results as a dictionary for JSON.
+    """Train a model with one seed, run the three experiments with it, and return the results as a dictionary for JSON.
 
-    The runs are written into `folder`.
+    The run folders are written into `folder`.
     """
     steps = sorted({max(1, config.train.steps * i // 6) for i in range(1, 7)})
     config = config.replace({"train.seed": seed, "data.seed": seed, "train.keep": len(steps)})
@@ -139,7 +142,9 @@ def one(config: Config, seed: int, folder: Path) -> dict:
 def statistics(results: list[dict]) -> dict[str, tuple[float, float]]:
     """Return {main result of an experiment: (mean over the seeds, standard error of the mean)}.
 
-    `results`: the dictionaries of `one`, one for each seed.
+    `results`: the dictionary that `one` returned for each seed. The main results are: the rise of the mutual
+    information during the training; the loss after random pruning, minus the loss after pruning by use; and what
+    training the whole model forgets, minus what training only new modules forgets.
     """
     pairs = {
         "rise in bits about the source": [
@@ -161,7 +166,8 @@ def statistics(results: list[dict]) -> dict[str, tuple[float, float]]:
 
 
 def table(results: list[dict]) -> Table:
-    shown = Table("", "mean", "standard error", "by seed", title="bits per token, or per routed pair")
+    title = "losses: bits per token; bits about the source: per (token, choice) pair"
+    shown = Table("", "mean", "standard error", "by seed", title=title)
     columns = {
         "bits about the source, first": lambda r: np.mean([r["information"][0][k] for k in ("attention", "ffn")]),
         "bits about the source, last": lambda r: np.mean([r["information"][-1][k] for k in ("attention", "ffn")]),
@@ -183,7 +189,7 @@ def table(results: list[dict]) -> Table:
 def plot(results: list[dict], path) -> None:
     """Plot the results of the three experiments, with one line per seed, and save the picture at `path`.
 
-    `results`: the dictionaries of `one`, one for each seed.
+    `results`: the dictionary that `one` returned for each seed.
     """
     page, panels = plots.figure("", "", ("bits about the source", "cost of pruning half", "forgotten"), share=False)
     for r in results:

@@ -1,8 +1,8 @@
 """Measure the time and memory of a training step of Ordered Memory in stickjax and in the original torch code.
 
-The original code runs in a separate process (`benchmarks.torch_ordered_memory`), and the two programs make steps in
-turns. The original needs a clone of its repository in .peers/Ordered-Memory, and a Python with torch, which
-`benchmarks.train` finds. Without them, only stickjax is measured.
+The original code runs in a separate process (`benchmarks.torch_ordered_memory`), and the two programs take turns. The
+original code needs a clone of its repository in .peers/Ordered-Memory, and a Python with torch, which
+`benchmarks.train.torch_python` finds. If one of them is missing, only stickjax is measured.
 """
 
 import contextlib
@@ -26,7 +26,10 @@ ORIGINAL = ROOT / ".peers" / "Ordered-Memory" / "ordered_memory.py"
 
 
 def stepper(config: Config, batch: dict):
-    """Return (a function that makes one training step on `batch`, the bytes of device memory that the step needs)."""
+    """Return (a function that makes one training step on `batch`, the bytes of memory of the step).
+
+    The bytes are the sum of the arguments, the results and the temporaries of the compiled step.
+    """
     state = jax.jit(lambda: init_state(config, jax.random.key(0)))()
     step = jax.jit(make_step(config), donate_argnums=0).lower(state, batch).compile()
     memory = step.memory_analysis()

@@ -21,9 +21,10 @@ PASSES = ("forward", "forward+backward")
 class Row:
     """A row of a table: the result of one contestant, such as an implementation of an op, in one case.
 
-    `part`: the part of the benchmark, such as "experts". `case`: the sizes and the pass. `ratio`: the time of this row
-    divided by the time of the contestant `against`, or a ratio of the quantity that `extra["ratio of"]` names.
-    `at_most` and `at_least`: bounds on the ratio. `extra`: further results by name.
+    `part`: the part of the benchmark, such as "experts". `case`: the sizes and the pass. `against`: the contestant with
+    which this row is compared. `ratio`: the time of this row divided by the time of `against`. But if `at_least` is
+    given, `ratio` compares speeds: it is the time of `against` divided by the time of this row. `at_most` and
+    `at_least`: bounds on the ratio. `extra`: further results by name.
     """
 
     part: str
@@ -61,10 +62,11 @@ class Row:
 def compared(
     part: str, case: str, times: dict[str, Times], against: str, bounds: dict[str, float], limits: dict[str, float]
 ) -> list[Row]:
-    """Return the rows of one case: a row per contestant, and a row per time limit.
+    """Return the rows of one case: a row for each contestant, and a row for each lower bound of the time.
 
     `times`: {contestant: its times}. The ratio of a row compares its time with the time of the contestant `against`.
-    `bounds`: {contestant: the largest allowed ratio}. `limits`: {name: milliseconds}, such as the time to read memory.
+    `bounds`: {contestant: the largest allowed ratio}. `limits`: {name: milliseconds}, the least times that the hardware
+    permits, as `cost.Cost.limits` returns them.
     """
     rows = [
         Row.timed(part, case, name, t)
@@ -76,9 +78,9 @@ def compared(
 
 
 def machine() -> dict:
-    """Return facts about the machine and the date, for the file of results: device, number of CPUs, load, JAX version.
+    """Return the date and facts about the machine for the result file: device, number of CPUs, load, JAX version.
 
-    Call this function before the benchmark runs. Then the load is the work of other programs only.
+    Call this function before the benchmark runs. Then the load comes only from other programs.
     """
     return {
         "machine": platform.platform(),

@@ -1,7 +1,7 @@
-"""Parsing of Hopper machine code as nvdisasm prints it: instructions, innermost loops, and the cost of an iteration.
+"""Read the machine code of a Hopper GPU, as nvdisasm prints it. Find its loops and the cost of one iteration.
 
-An iteration counts every instruction of the loop as executed once, even an instruction that a branch may skip. Waiting
-for a barrier costs nothing.
+The cost counts every instruction of the loop once, even an instruction that a branch may skip. Waiting for a barrier
+costs nothing.
 """
 
 import dataclasses
@@ -11,11 +11,11 @@ from collections import Counter
 from typing import NamedTuple
 
 WARPGROUP = 128  # threads: four warps, one on each scheduler of a multiprocessor
-# What a Hopper multiprocessor does per clock cycle: special functions, and dense bf16 floating-point operations.
+# What a Hopper multiprocessor computes per clock cycle: special functions, and dense bf16 floating-point operations.
 SPECIAL_LANES, TENSOR_FLOPS = 16, 4096
 FP32 = ("FFMA", "FADD", "FMUL", "FMNMX")
 ATOMICS = ("ATOM", "ATOMG", "ATOMS", "RED", "REDG", "REDAS", "UTMAREDG")
-# A wait for a barrier is a short loop that contains one of these instructions.
+# A short loop that contains one of these instructions waits for a barrier.
 SPIN = {"SYNCS", "NANOSLEEP", "YIELD"}
 
 
@@ -28,22 +28,22 @@ class Instruction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A loop in the machine code of a kernel. The counts are the instructions of one warp in one iteration."""
+    """A loop in the machine code of a kernel. All counts except `flops` are instructions of one warp per iteration."""
 
     start: int  # address
     instructions: int
     special: int  # MUFU: special functions, such as exp2
-    fp32: int  # the instructions in FP32
+    fp32: int  # instructions with a name in FP32: float32 arithmetic
     shuffles: int  # SHFL: exchange of values between the threads of a warp
     products: dict[str, int]  # the number of HGMMA instructions of each shape
     flops: int  # floating-point operations of the products, for the whole warpgroup
 
     @property
     def cycles(self) -> dict[str, float]:
-        """Return the clock cycles for which one iteration of one warpgroup occupies each resource of a multiprocessor.
+        """Return {resource: clock cycles for which one iteration of one warpgroup occupies it}.
 
-        The resources: "special": the units for special functions; "issue": the schedulers, which issue one instruction
-        of a warp per cycle; "tensor": the tensor cores.
+        The resources of a multiprocessor are "special": the units for special functions; "issue": the schedulers, which
+        issue one instruction of a warp per cycle; and "tensor": the tensor cores.
         """
         return {
             "special": self.special * WARPGROUP / SPECIAL_LANES,
@@ -53,7 +53,7 @@ class Loop:
 
     @property
     def bound(self) -> str:
-        """Return the resource with the most cycles. No iteration takes fewer cycles, even if nothing ever waits."""
+        """Return the resource with the most cycles. Its cycles are a lower bound for an iteration."""
         return max(self.cycles, key=self.cycles.get)
 
 
@@ -74,17 +74,17 @@ def read(listing: str) -> tuple[list[Instruction], dict[str, int]]:
 def find_loops(listing: str) -> list[Loop]:
     """Return the loops that do the work of a kernel, found in the listing of its machine code by nvdisasm.
 
-    These are the innermost loops, and the innermost loops with matrix products. Loops that wait for a barrier are left
-    out. A loop with products may contain a loop without products, for example a search for the next tile to copy. The
-    inner loop then counts as executed once in each iteration.
+    A loop that contains no other loop does work. So does a loop with matrix products, if the loops inside it have no
+    products. Such an inner loop, for example a search for the next tile to copy, counts as executed once per iteration.
+    Loops that wait for a barrier are left out.
     """
     instructions, labels = read(listing)
     found = [(i.address, re.search(r"\.L\w+", i.operands)) for i in instructions if i.op == "BRA"]
     branches = [(source, labels[label[0]]) for source, label in found if label and label[0] in labels]
     # A loop ends at its last backward branch. A branch to itself is a trap, not a loop.
     spans = {start: end for end, start in branches if start < end}
-    # After a failed wait, the code jumps to a place behind the kernel's end and from there back into the middle. This
-    # is not a loop, and it is recognised because a branch enters it in its middle.
+    # After a failed wait, the code jumps behind the end of the kernel, and from there back into the kernel. This looks
+    # like a loop, but it is not one. It is recognised by a branch that enters it in its middle.
     spans = {s: e for s, e in spans.items() if not any(source < s < goal <= e for source, goal in branches)}
     bodies = {(s, e): [i for i in instructions if s <= i.address <= e] for s, e in sorted(spans.items())}
     real = {span: x for span, x in bodies.items() if len(x) > 12 or SPIN.isdisjoint(i.op for i in x)}

@@ -1,8 +1,8 @@
 """python -m benchmarks.scaling [--devices 8 64] [--json]: the cost of a training step on many H200s, as a table.
 
-The table is in docs/guides/planning.md. Each step is compiled for GPUs that this machine does not have, by
-`stickjax.plan`, with the mesh and the microbatches of LAYOUTS. --json also writes benchmarks/results/h200-scaling.json.
-Needs the CUDA wheels but no GPU. A row takes one or two minutes.
+The table is in docs/guides/planning.md. `stickjax.plan` compiles each step for GPUs that this machine does not have,
+with the mesh and the microbatches of LAYOUTS. --json also writes benchmarks/results/h200-scaling.json. The command
+needs the CUDA wheels but no GPU. A row takes one or two minutes.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from stickjax.plan.report import as_dict, gib, mesh_words
 
 ROOT = Path(__file__).parents[1]
 # {config: {number of GPUs: changes to the config}}. The mesh axis with the most communication stays within a host:
-# `expert` for the large model and `fsdp` for the small one. The small model uses `fsdp` only on many hosts, where the
-# reduction of whole gradients between hosts would take too long.
+# `expert` for the large model and `fsdp` for the small one. A host has 8 GPUs. The small model uses `fsdp` only on more
+# than one host, where the reduction of whole gradients between hosts would take too long.
 LAYOUTS = {
     "powermoe_3b": {
         8: {"mesh.data": 8, "train.accumulate": 32},
@@ -41,9 +41,9 @@ HEAD = ("model", "GPUs", "mesh", "sequences", "arguments", "temporaries", "peak"
 
 
 def row(name: str, devices: int) -> dict:
-    """Compile the training step of a config for `devices` GPUs. Return its bytes, its collectives and its MFU.
+    """Compile the training step of a config for `devices` GPUs. Return its memory, its collectives and its MFU.
 
-    `name`: the config, a key of LAYOUTS. The result is a dictionary for JSON.
+    `name`: the name of the config, a key of LAYOUTS. The result is a dictionary for JSON.
     """
     config = load_config(str(ROOT / "configs" / f"{name}.py")).replace(LAYOUTS[name][devices])
     machine = absent_machine(chip("h200"), devices, devices // 8)
@@ -66,8 +66,11 @@ def markdown(rows: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--devices", type=int, nargs="+", choices=(8, 64, 512, 4096), default=(8, 64, 512, 4096))
-    parser.add_argument("--config", nargs="+", choices=LAYOUTS, default=tuple(LAYOUTS))
+    numbers = (8, 64, 512, 4096)
+    parser.add_argument(
+        "--devices", type=int, nargs="+", choices=numbers, default=numbers, help="numbers of GPUs (default: all)"
+    )
+    parser.add_argument("--config", nargs="+", choices=LAYOUTS, default=tuple(LAYOUTS), help="configs (default: all)")
     parser.add_argument("--json", action="store_true", help="also write benchmarks/results/h200-scaling.json")
     words = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")

@@ -1,4 +1,4 @@
-"""The time of stick-breaking attention on the CPU: the blockwise implementation `xla` and the quadratic `reference`."""
+"""The time of stick-breaking attention on the CPU: the implementation `xla`, compared with `reference`."""
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,15 @@ SHAPES = {
 }
 LONG = dict(B=1, T=4096, N=4, H=64)
 MEMORY = dict(B=1, T=16384, N=4, H=64)
-BOUND = 1.10  # the largest allowed ratio of the times of xla and reference at T <= 512
+BOUND = 1.10  # the largest allowed time of xla divided by the time of the reference, at T <= 512
 
 
 def inputs(key, B: int, T: int, N: int, H: int, dtype=jnp.float32, mean: float = 0.0):
-    """Return random (cotangents of (out, rem), query, key, value). The logits have the distribution N(mean, 1).
+    """Return random ((cotangent of out, cotangent of rem), query, key, value). The logits have mean `mean`, variance 1.
 
     The first channel of the queries and keys determines the mean, which must not be positive. With a mean of 0, a query
-    attends only to the nearest few keys: all other weights are almost zero. With -4 it attends to some hundred keys, as
-    in trained models.
+    attends only to the nearest few keys: all other weights are almost zero. With a mean of -4, it attends to some
+    hundred keys, like some heads of trained models.
     """
     q, k, v, d_out = jax.random.normal(key, (4, B, T, N, H), jnp.float32)
     d_rem = jax.random.normal(jax.random.fold_in(key, 1), (B, T, N), jnp.float32)
@@ -38,7 +38,7 @@ def inputs(key, B: int, T: int, N: int, H: int, dtype=jnp.float32, mean: float =
 
 
 def attention(**settings):
-    """Return the function `(q, k, v) -> (out, rem)` of stick-breaking attention with these keyword arguments."""
+    """Return a function `(q, k, v) -> (out, rem)`: stick-breaking attention with the keyword arguments `settings`."""
     return lambda q, k, v: stick_breaking_attention(q, k, v, **settings)
 
 
@@ -80,9 +80,9 @@ def _long(shape, seconds, ceilings):
 
 
 def _memory(shape):
-    """Yield a row for each implementation: the temporary memory of its compiled forward and backward pass, in MB.
+    """Yield a row for each implementation: the memory of the temporaries of its forward and backward pass.
 
-    The passes are only compiled. They do not run, because the temporaries of the reference would not fit into memory.
+    The passes are compiled, but they do not run: the temporaries of the reference would not fit into memory.
     """
     cotangent, *qkv = jax.eval_shape(lambda: inputs(jax.random.key(0), **shape))
     for name in ("reference", "xla"):

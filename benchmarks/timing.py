@@ -1,6 +1,7 @@
 """Functions that measure the time of calls.
 
-The calls that are compared, the contestants, take turns. So other work on the machine slows all of them equally.
+`interleave` compares several calls, the contestants. The contestants take turns, so that other work on the machine
+slows all of them equally. `rotating` measures one call alone, on a device that queues calls, such as a GPU.
 """
 
 import time
@@ -15,9 +16,9 @@ from .cost import Ceilings, matmul
 
 
 class Times(NamedTuple):
-    """The measured times of one contestant: the milliseconds of every round, in the order of the rounds."""
+    """The measured times of one call, in milliseconds."""
 
-    rounds: np.ndarray
+    rounds: np.ndarray  # one time per round, in the order of the rounds
 
     @property
     def median(self) -> float:
@@ -30,7 +31,8 @@ class Times(NamedTuple):
     def over(self, other: "Times") -> float:
         """Return the ratio of these times to the times of `other`, which were measured in the same rounds.
 
-        It is the median of the ratios of all rounds. In one round, the load of the machine is the same for both.
+        The result is the median over the ratios of all rounds. Within a round, the load of the machine is about the
+        same for both calls, so it cancels out.
         """
         return float(np.median(self.rounds / other.rounds))
 
@@ -41,7 +43,7 @@ def interleave(
     """Measure the time of several calls, the contestants, and return {name: its times}. The contestants take turns.
 
     First, two rounds warm up the contestants. The measured rounds take about `seconds` together, and there are at least
-    `least` rounds. Every second round is in reverse order, so that no contestant always runs after the same other one.
+    `least` rounds. Every second round is in reverse order, so that no contestant always runs after the same contestant.
     `block(result)` waits until the result of a call is computed.
     """
     samples: dict[str, list[float]] = {name: [] for name in contestants}
@@ -61,15 +63,15 @@ def interleave(
 def rotating(
     function: Callable, sets: Sequence[tuple], *, seconds: float = 1.0, least: int = 5, block=jax.block_until_ready
 ) -> Times:
-    """Measure the time of a call of `function` on an asynchronous device, such as a GPU.
+    """Measure the time of a call of `function` on a device that queues calls, such as a GPU.
 
-    Each of the returned times is a mean over several calls, which are queued together and take some milliseconds. Only
-    the last of these calls is waited for. So the launch of a call from Python overlaps with the execution of earlier
-    calls. A call that is shorter than its launch (about 20 us) must be repeated inside one compiled function.
+    Each round queues several calls, which take about 20 ms together, and waits only for the result of the last one. The
+    time of a round is the mean over its calls. So the launch of a call from Python overlaps with the execution of
+    earlier calls. A call that is shorter than its launch (about 20 us) must be repeated inside one compiled function.
 
     `sets`: sets of arguments, which the calls use in turn. If all sets together are larger than the cache, no call
-    finds its inputs in the cache. `seconds`: how long to measure. `least`: the smallest number of times to return.
-    `block(result)` waits until a result is computed.
+    finds its inputs in the cache. `seconds`: how long to measure. `least`: the smallest number of rounds.
+    `block(result)` waits until the result of a call is computed.
     """
 
     def queue(calls: int) -> float:
@@ -88,11 +90,14 @@ def rotating(
     return Times(np.array(samples))
 
 
-_SAMPLE = 0.02  # the seconds that queued calls take together
+_SAMPLE = 0.02  # how many seconds the queued calls of a round should take together
 
 
 def forward_backward(function: Callable, **options) -> Callable:
-    """Return the function `(cotangent, *arguments) -> (output, gradients)` of `function`, jitted with these options."""
+    """Return a jitted function `(cotangent, *arguments) -> (output, gradients)` that runs both passes of `function`.
+
+    `options`: keyword arguments of jax.jit.
+    """
 
     def run(cotangent, *arguments):
         output, vjp = jax.vjp(function, *arguments)
@@ -102,11 +107,11 @@ def forward_backward(function: Callable, **options) -> Callable:
 
 
 def ceilings(size: int, dtype, copied: int, *, seconds: float = 1.0, queued: bool = False) -> Ceilings:
-    """Measure the speed of the machine, as the limit for other measurements: FLOP/s and bytes/s.
+    """Measure the speed of the machine: FLOP/s and bytes/s. An op cannot be faster than this speed permits.
 
-    A product of [size, size] matrices of type `dtype` gives the FLOP/s. The bytes/s come from a pass that
-    reads and writes `copied` bytes. `seconds`: the time to measure. `queued`: do not wait after every call, as is right
-    for an asynchronous device.
+    A product of [size, size] matrices of type `dtype` gives the FLOP/s. The bytes/s come from a pass that reads
+    `copied` bytes and writes `copied` bytes. `seconds`: how long to measure. `queued`: do not wait after every call;
+    use this for a device that queues calls.
     """
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
     x = jax.random.normal(jax.random.key(1), (copied // 4,), jnp.float32)
@@ -118,7 +123,7 @@ def ceilings(size: int, dtype, copied: int, *, seconds: float = 1.0, queued: boo
         x = add(x)
         return x
 
-    # The best of many rounds counts: a time that was measured while another job ran would not be a limit.
+    # The best of many rounds counts: while another job runs, the machine seems slower than it is.
     runs = {"product": lambda: product(a, b), "copy": pass_over}
     if queued:
         times = {name: rotating(run, [()], seconds=seconds / 2) for name, run in runs.items()}

@@ -1,8 +1,8 @@
 """Make training steps of the original Ordered Memory in torch, for the comparison in `benchmarks.ordered_memory`.
 
 The original code is read from .peers/Ordered-Memory, a clone of the repository yikangshen/Ordered-Memory. The program
-makes one step for each line of standard input. After each step it prints the loss and by how many bytes its peak of
-memory has grown since its start.
+makes one step for each line of standard input. After each step it prints two numbers: the loss, and the growth of the
+peak memory of the process since its start, in bytes.
 """
 
 import argparse
@@ -39,10 +39,10 @@ class Pairs(nn.Module):
 
 
 def stepper(B: int, T: int, classes: int, **sizes):
-    """Return a function that makes one step (forward, backward, clipping, Adam) and returns the loss.
+    """Return a function that makes one training step (forward, backward, clipping, Adam) and returns the loss.
 
-    Every step uses the same B random pairs of sentences of T tokens, with `classes` different labels. `sizes` are the
-    other arguments of `Pairs`.
+    Every step uses the same B random pairs of sentences of T tokens, with `classes` different labels. `sizes`: the
+    arguments V, D, H, N and dropout of `Pairs`.
     """
     spec = importlib.util.spec_from_file_location("ordered_memory", ORIGINAL)
     original = importlib.util.module_from_spec(spec)

@@ -1,10 +1,10 @@
-"""Measure the training step of the model GraniteMoe of Hugging Face in torch, with the sizes of configs/tiny.py.
+"""Measure a training step of Hugging Face's GraniteMoe model in torch, with the sizes of configs/tiny.py.
 
 python -m benchmarks.torch_peer [--rounds 20]
 
-Prints tokens/s. Needs torch and transformers, but not stickjax. With --serve, the program makes one step for each line
-of standard input and prints the loss. `benchmarks.train` uses `--serve`, so that this model and the JAX models can take
-turns.
+The program prints tokens/s. It needs torch and transformers, but not stickjax. With --serve, it makes one step for
+each line of standard input and prints the loss. `benchmarks.train` uses --serve, so that this model and the JAX models
+can take turns.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def stepper(V, D, L, N, K, H, F, E, k, B, T):
     )  # fmt: skip
     config._attn_implementation = "sdpa"
     model = transformers.GraniteMoeForCausalLM(config).float().train()
-    # `foreach` updates all parameters in one fused call, which is faster.
+    # `foreach` updates many parameters in one call, which is faster.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, foreach=True)
     tokens = torch.randint(0, V, (B, T))
 
@@ -53,7 +53,7 @@ def stepper(V, D, L, N, K, H, F, E, k, B, T):
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.torch_peer", description=__doc__.splitlines()[0])
     parser.add_argument("--serve", action="store_true", help="make one step for each line of standard input")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=20, help="number of measured steps (default 20)")
     parser.add_argument("--shape", type=json.loads, default=TINY, help="sizes by letter, as JSON")
     arguments = parser.parse_args()
     step = stepper(**arguments.shape)

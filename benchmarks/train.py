@@ -1,8 +1,7 @@
 """The time of a training step of three models: configs/tiny.py, its softmax variant, and GraniteMoe in torch.
 
-GraniteMoe is the model of Hugging Face with the same sizes. It runs in another process (`torch_peer --serve`), which
-takes turns with this process, because it may need another Python environment. The Python of the other process is the
-one in the environment variable TORCH_PYTHON, or the Python of this process if it has torch, or `.peers/bin/python`.
+GraniteMoe is a model of Hugging Face; here it has the same sizes. It may need another Python environment, so it runs in
+another process (`torch_peer --serve`), which takes turns with this process. `torch_python` says which Python runs it.
 """
 
 import contextlib
@@ -27,8 +26,8 @@ from .report import Row
 from .timing import interleave
 
 PART = "train"
-# The lowest allowed ratios of our tokens/s to torch's. The ratio for stick-breaking is lower, because it does more work
-# per score than softmax, and torch runs softmax.
+# {attention: the lowest allowed value of our tokens/s divided by torch's tokens/s}. The value for stick-breaking is
+# lower, because it does more work per score than softmax, and torch runs softmax.
 GOALS = {"softmax": 0.8, "stick_breaking": 0.7}
 ROOT = Path(__file__).parents[1]
 
@@ -36,8 +35,8 @@ ROOT = Path(__file__).parents[1]
 class TorchPeer:
     """The torch model in another process. A call of this object makes one training step there and waits for its end.
 
-    `python`: the path of a Python that has torch and transformers. `shape`: the sizes of the model and of the batch, by
-    letter, as in `torch_peer.stepper`.
+    `python`: the path of a Python that has torch and transformers. `shape`: {letter: size}, the arguments of the
+    function `stepper` in `program`. `program`: the module to run, which must have the option --serve.
     """
 
     def __init__(self, python: str, shape: dict, program: str = "benchmarks.torch_peer"):
@@ -53,7 +52,7 @@ class TorchPeer:
     def _line(self) -> str:
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the torch process ended with exit code {self.process.wait()}")
+            raise RuntimeError(f"the torch process ended with exit code {self.process.wait()}; see its error above")
         return line.strip()
 
     def close(self) -> None:
@@ -62,9 +61,10 @@ class TorchPeer:
 
 
 def torch_python() -> str | None:
-    """Return the path of a Python that has torch and transformers, or None if there is none.
+    """Return the path of a Python that has torch and transformers, or None if none is found.
 
-    The first of: the environment variable TORCH_PYTHON, the Python of this process, `.peers/bin/python`.
+    These places are tried in turn: the path in the environment variable TORCH_PYTHON, the Python of this process if it
+    has both packages, and `.peers/bin/python`. The first and the last are not checked for the packages.
     """
     if named := os.environ.get("TORCH_PYTHON"):
         return named
@@ -75,9 +75,9 @@ def torch_python() -> str | None:
 
 
 def stepper(config: Config):
-    """Return a function that makes one training step of a new model, always on the same random batch.
+    """Return a function that makes one training step of a new model and returns the metrics.
 
-    It returns the metrics. It keeps the state of the training and donates it to the next step.
+    Every step uses the same random batch. The function keeps the training state and donates it to the next step.
     """
     step = jax.jit(make_step(config), donate_argnums=0)
     state = jax.jit(lambda: init_state(config, jax.random.key(0)))()
@@ -113,8 +113,8 @@ def rows(ceilings: Ceilings, *, quick: bool = False):
     for name, t in times.items():
         extra = {"tokens/s": 1e3 * tokens / t.median, "best tokens/s": 1e3 * tokens / t.best}
         if name in GOALS and torch:
-            # The ratio is taken of the best rounds. Torch's threads wait for the slowest of them, so a second job on
-            # the machine slows torch several times as much as XLA, and the medians would then favour XLA.
+            # The ratio compares the best rounds. Torch's threads wait for their slowest thread, so another job on the
+            # machine slows torch much more than XLA, and a ratio of the medians would favour XLA.
             extra |= {"ratio of": "best tokens/s", "of medians": torch.over(t)}
             bound = dict(against="torch GraniteMoe", at_least=GOALS[name])
             yield Row.timed(PART, case, name, t, ratio=torch.best / t.best, **bound, extra=extra)

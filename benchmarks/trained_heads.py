@@ -2,9 +2,9 @@
 
 python -m benchmarks.trained_heads [RUN] [--tokens N] [--out PATH]
 
-RUN is the run folder of a trained model, such as runs/tiny from `make demo`. The command writes the
-file runs/trained_heads.npz, which benchmarks/trained_logits.py reads. It also prints which share of the attention tiles
-is computed with `skip_below`.
+RUN is the run folder of a trained model, such as runs/tiny from `make demo`. The command writes the file
+runs/trained_heads.npz, which benchmarks/trained_logits.py reads. It also prints the fraction of the attention tiles
+that are computed with `skip_below`.
 """
 
 import sys
@@ -26,15 +26,16 @@ from .trained_logits import SAVED, SKIP, Heads
 
 
 def of_model(model, tokens) -> Heads:
-    """Return the queries and keys of all heads of all layers of a stick-breaking model, computed on `tokens` [P].
+    """Return the queries and keys of all heads of all layers of a stick-breaking model, computed on P tokens.
 
-    The tokens are read as one document. Raises ValueError if the model has another attention, or attention experts.
+    `tokens` [P]: the tokens, which are read as one document. Raises ValueError if the model does not use stick-breaking
+    attention, or if it has attention experts.
     """
     c = model.config
     if c.attention != "stick_breaking":
-        raise ValueError(f"needs a model with stick-breaking attention, but the model has attention={c.attention!r}")
+        raise ValueError(f"trained_heads needs stick-breaking attention, but the model has attention={c.attention!r}")
     if c.attention_experts.E:
-        raise ValueError(f"needs a model with attention_experts.E=0, but the model has {c.attention_experts.E}")
+        raise ValueError(f"trained_heads needs attention_experts.E=0, but the model has {c.attention_experts.E}")
 
     @jax.jit
     def layer(block, x):
@@ -53,9 +54,10 @@ def of_model(model, tokens) -> Heads:
 
 
 def kept(heads: Heads, T: int) -> np.ndarray:
-    """Return for each of the M heads the share of its tiles that is computed with `skip_below`, on the first T tokens.
+    """Return, for each of the M heads, the fraction of the tiles that are computed with skip_below=SKIP.
 
-    A tile has 64 queries and 64 keys. The other tiles are skipped, because almost nothing of the stick remains there.
+    The heads attend to the first T tokens of their text. A tile has 64 queries and 64 keys. The other tiles are
+    skipped, because almost nothing of the stick remains there.
     """
     q, k = (jnp.asarray(x[:, :T]).swapaxes(0, 1)[None] for x in heads)
     settings = dict(skip_below=SKIP, tiles=(64, 64), scale=1.0, return_stats=True, implementation="xla")
@@ -72,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     loaded = load(arguments.run)
     tokens = load_corpus(loaded.config.data)[1].tokens[: arguments.tokens]
     heads = of_model(loaded.model, tokens)
-    table = Table("T", "all", "least", "most", title=f"share of the 64 x 64 tiles kept at skip_below={SKIP:g}, by head")
+    title = f"fraction of the 64 x 64 tiles that a head computes with skip_below={SKIP:g}"
+    table = Table("T", "mean", "lowest", "highest", title=title)
     for T in sorted({min(T, len(tokens)) for T in (1024, 2048, 4096, len(tokens))}):
         shares = kept(heads, T)
         table.add_row(str(T), *(f"{x:.0%}" for x in (shares.mean(), shares.min(), shares.max())))

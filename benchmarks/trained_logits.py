@@ -1,12 +1,15 @@
-"""Queries and keys for the timing of early exit (`skip_below`). Their heads attend as far as heads of trained models.
+"""Queries and keys to time early exit (`skip_below`). Attention reaches as far with them as in trained models.
 
 If benchmarks/trained_heads.py has written runs/trained_heads.npz, the queries and keys are taken from this file, which
-has the heads of a trained model. Otherwise they are drawn at random: the logits of head n have the distribution
-N(mean_n, 1). The means are fitted to the share of the tiles of 64 queries and 64 keys that a trained model computed
-(0.9M parameters, source code as text, skip_below=-24): 34% at T=1024 and 21% at T=2048, with heads from 12% to 65%. In
-both cases most heads attend to the keys of one tile, and a few heads attend to some hundred keys. With standard normal
-queries and keys, early exit would look too good, because nearly all tiles would be skipped. With one mean for all
-heads, the work would look too balanced, because all heads would have the same work.
+has the heads of a trained model. Otherwise they are random: the logits of head n have the distribution N(mean_n, 1). In
+both cases, most heads attend to the keys of one tile, and a few heads attend to some hundred keys.
+
+The means are fitted to the fraction of the tiles of 64 queries and 64 keys that a trained model computed: 34% at T=1024
+and 21% at T=2048, from 12% to 65% for single heads. The model had 0.9M parameters and read source code, with
+skip_below=-24.
+
+With standard normal queries and keys, early exit would look too good, because nearly all tiles would be skipped. With
+one mean for all heads, the work would look too balanced, because all heads would have the same work.
 """
 
 import functools
@@ -18,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 SKIP = -24.0  # the value of skip_below in all benchmarks of early exit
-# Fitted numbers: the mean logit of the head that attends farthest, and how fast the means of the other heads rise to 0.
+# Fitted numbers, see `means`: the mean logit of the head that attends farthest, and how fast the other means rise to 0.
 FARTHEST, CURVE = -4.1, 2.3
 SAVED = Path(__file__).parent.parent / "runs" / "trained_heads.npz"
 
@@ -26,7 +29,7 @@ SAVED = Path(__file__).parent.parent / "runs" / "trained_heads.npz"
 class Heads(NamedTuple):
     """The queries and keys of M heads of width h of a trained model, on a text of P tokens.
 
-    The queries are multiplied by the scale of the attention: a logit is the product query . key.
+    The queries are already multiplied by the scale of the attention, so a logit is the product query . key.
     """
 
     query: np.ndarray  # [M, P, h]
@@ -45,8 +48,8 @@ def saved() -> Heads | None:
 def source() -> str:
     """Return a text for the tables that says whether the logits come from a trained model or are random."""
     if (heads := saved()) is None:
-        return "drawn, fitted to a trained model's"
-    return "a trained model's, {} heads on {} tokens".format(*heads.key.shape)
+        return "random heads, fitted to a trained model"
+    return "a trained model, {} heads on {} tokens".format(*heads.key.shape)
 
 
 def means(N: int) -> np.ndarray:
@@ -66,11 +69,13 @@ def inputs(
 
     The values are standard normal. `K` None means N key heads, and `S` None means T keys.
 
-    Without `heads`, the logits of head n have the distribution N(means(N)[n], 1), whose mean comes from the first
-    channel. With `heads`, the M heads of a trained model are used in random order, and repeatedly if K is above M.
-    Every batch entry and every repetition of a head begins at a random place of the text. The beginning of the text
-    follows its end. A matrix with orthonormal rows maps the h channels of the trained heads to H channels, which does
-    not change the logits.
+    Without `heads`, the logits of head n have the distribution N(means(N)[n], 1). The first channel of the queries and
+    keys determines the mean.
+
+    With `heads`, the K key heads are taken from the M heads of a trained model, in random order. If K is above M, the M
+    heads are used repeatedly. Every batch entry and every repetition begins at a random position of the text. After the
+    end of the text, its beginning follows. A matrix with orthonormal rows maps the h channels of the trained heads to H
+    channels, which does not change the logits.
 
     Raises ValueError if the width h of the trained heads is above H.
     """
@@ -80,7 +85,7 @@ def inputs(
     if heads is None:
         return jax.jit(_drawn, static_argnums=(1, 2, 3))(key, *shapes)
     if heads.key.shape[2] > H:
-        raise ValueError(f"H={H} must be at least H={heads.key.shape[2]} of the trained heads in {SAVED.name}")
+        raise ValueError(f"H={H} must be at least H={heads.key.shape[2]}, the width of the trained heads")
     return jax.jit(_taken, static_argnums=(2, 3, 4))(key, Heads(*map(jnp.asarray, heads)), *shapes)
 
 
@@ -106,7 +111,8 @@ def _taken(key, heads: Heads, query_shape, key_shape, dtype):
     def turn(x, scale):
         return jnp.einsum("...h,hH->...H", x * scale, rows, precision="highest").astype(dtype)
 
-    # The query heads that share a key head take the queries of consecutive tokens, up to the query's position.
+    # The G query heads that share a key head use the saved queries of G consecutive tokens. The last of these tokens is
+    # at the position of the query. Here G is N // K.
     group = (jnp.arange(N) % (N // K))[None, None]
     late = jnp.repeat(place[:, S - T :], N // K, axis=2) - (N // K - 1 - group)
     query = turn(heads.query[np.repeat(head, N // K, axis=2), late % P].astype(jnp.float32), H**0.5)
@@ -114,6 +120,6 @@ def _taken(key, heads: Heads, query_shape, key_shape, dtype):
 
 
 def cotangents(key, query, value):
-    """Return random cotangents of the results of attention: of out, in the type of `value`, and of rem, in fp32."""
+    """Return random (cotangent of out, in the type of `value`; cotangent of rem, in fp32) for attention."""
     d_out = jax.random.normal(key, (*query.shape[:3], value.shape[-1]), value.dtype)
     return d_out, jax.random.normal(jax.random.fold_in(key, 1), query.shape[:3], jnp.float32)

@@ -3,7 +3,7 @@
 python -m stickjax.train configs/moduleformer_tiny.py
 python -m stickjax.surgery report runs/moduleformer_tiny
 
-In a ModuleFormer both the feed-forward network and the attention heads of a layer are experts. The second command
+In a ModuleFormer, both the feed-forward network and the attention of a layer consist of experts. The second command
 prints which text uses which experts. Training takes about four minutes on two CPU cores. The held-out loss, measured
 once (2026-11-22), was 3.25 bits per byte of Python source and 0.61 bits per byte of logic.
 """

@@ -1,10 +1,12 @@
-"""How much the second sentence alone says about the label of a pair of sentences, as in natural language inference.
+"""Natural language inference from the second sentence alone, to measure how much it tells about the label.
 
-In SNLI, a classifier that reads only the hypothesis is right far more often than the most frequent label (Tan, Shen,
-Huang and Courville, 2019, arXiv 1906.09635): the people who wrote the hypotheses used some words mostly for one label.
-The recipe trains on the hypothesis alone, shows the words with the highest pointwise mutual information with each
-label, and keeps the held-out pairs that the model of the hypothesis gets wrong. Then a model of both sentences is
-trained, and scored on all held-out pairs and on the pairs that are left.
+In SNLI, the second sentence of a pair is the hypothesis. A classifier that reads only the hypothesis is right far more
+often than a classifier that always answers the most frequent label (Tan, Shen, Huang and Courville, 2019, arXiv
+1906.09635). The reason is that the people who wrote the hypotheses used some words mostly for one label.
+
+The commands below train a model on the hypothesis alone, and print the words with the highest pointwise mutual
+information with each label. They save the held-out pairs that this model gets wrong to a file, snli_hard.jsonl. Then
+they train a model of both sentences, and score it on all held-out pairs and on the saved pairs.
 
 With the files of SNLI 1.0 in the working directory:
 
@@ -16,7 +18,7 @@ python -m stickjax.train configs/nli_hypothesis_only.py --run runs/nli_both --da
 python -m stickjax.evaluate runs/nli_both --max-pairs=10000
 python -m stickjax.evaluate runs/nli_both --max-pairs=10000 --data.heldout_path=snli_hard.jsonl
 
-The recipe was run on generated files with planted words (tests/test_bias.py). It was not run on SNLI.
+The commands were run on generated files in which some words tell the label (tests/test_bias.py), but not on SNLI.
 """
 
 from stickjax import Config, DataConfig, OptimConfig, TrainConfig

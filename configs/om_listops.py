@@ -1,4 +1,4 @@
-"""Ordered Memory on ListOps: a classifier of the value of nested lists of digits.
+"""Ordered Memory on ListOps: it predicts the value of a nested list of digits, such as [MAX 2 [MIN 4 7 ] ].
 
 python -m stickjax.train configs/om_listops.py
 python -m stickjax.evaluate runs/om_listops

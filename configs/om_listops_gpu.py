@@ -1,4 +1,4 @@
-"""Ordered Memory on ListOps at the size of the paper (arXiv 1910.13466). It was not run.
+"""Ordered Memory on ListOps at the size of the paper (arXiv 1910.13466). We have not trained this config.
 
 python -m stickjax.train configs/om_listops_gpu.py
 python -m stickjax.evaluate runs/om_listops_gpu
@@ -9,7 +9,7 @@ The model is trained on lists of at most 50 tokens, and can be evaluated on long
 from stickjax import Config, DataConfig, OptimConfig, TrainConfig
 from stickjax.config import OrderedMemoryConfig
 
-EPOCH = 67_691 // 128  # the number of steps of one epoch: training lists of up to 50 tokens, 128 in a batch
+EPOCH = 67_691 // 128  # steps of one epoch: 67,691 training lists of up to 50 tokens, in batches of 128
 
 
 def get_config() -> Config:

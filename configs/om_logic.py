@@ -1,4 +1,4 @@
-"""Ordered Memory on propositional logic: a classifier of the relation between two sentences.
+"""Ordered Memory on propositional logic: it classifies how two sentences are related.
 
 python -m stickjax.train configs/om_logic.py
 python -m stickjax.evaluate runs/om_logic

@@ -1,18 +1,19 @@
-"""Ordered Memory on propositional logic at the size of the paper (arXiv 1910.13466). It was not run.
+"""Ordered Memory on propositional logic at the size of the paper (arXiv 1910.13466). We have not trained this config.
 
 python -m stickjax.train configs/om_logic_gpu.py
 python -m stickjax.evaluate runs/om_logic_gpu
 
-Training has 0 to 6 operators. Sentences with more operators are read with twice the slots of the training.
+The training sentences have 0 to 6 operators. Evaluation also has sentences with more operators. It uses 24 memory
+slots, which is twice the number in training.
 
-The original trains for 50 epochs and halves the learning rate when the validation accuracy stops rising. Here the
+The original code trains for 50 epochs, and halves the learning rate when the validation accuracy stops rising. Here the
 learning rate follows a cosine over the same number of steps.
 """
 
 from stickjax import Config, DataConfig, OptimConfig, TrainConfig
 from stickjax.config import OrderedMemoryConfig
 
-EPOCH = 128_884 // 128  # steps of one epoch: training pairs without the validation pairs (1 in 20), 128 in a batch
+EPOCH = 128_884 // 128  # steps of one epoch: 128,884 training pairs, without the validation pairs (1 in 20)
 
 
 def get_config() -> Config:

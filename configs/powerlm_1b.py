@@ -1,4 +1,4 @@
-"""The dense language model with 1.2B parameters of the Power scheduler paper (arXiv 2408.13359).
+"""The dense language model of the Power scheduler paper (arXiv 2408.13359) with 1.2B parameters.
 
 python -m stickjax.train configs/powerlm_1b.py --data.path=TOKENS --data.tokenizer=tokenizer.json
 

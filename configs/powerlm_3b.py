@@ -1,4 +1,4 @@
-"""PowerLM-3B: the dense language model with 3.5B parameters of the Power scheduler paper (arXiv 2408.13359).
+"""PowerLM-3B: the dense language model of the Power scheduler paper (arXiv 2408.13359) with 3.5B parameters.
 
 python -m stickjax.train configs/powerlm_3b.py --data.path=TOKENS --data.tokenizer=tokenizer.json
 

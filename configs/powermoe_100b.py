@@ -1,4 +1,4 @@
-"""A stick-breaking mixture of experts with 99B parameters, 14B of them active: our design, to plan runs on many GPUs.
+"""A stick-breaking mixture of experts with 99B parameters, of which 14B are active. We use it to plan large runs.
 
 python -m stickjax.plan configs/powermoe_100b.py --devices 512
 python -m stickjax.train configs/powermoe_100b.py --data.path=TOKENS --data.tokenizer=tokenizer.json
@@ -6,7 +6,7 @@ python -m stickjax.train configs/powermoe_100b.py --data.path=TOKENS --data.toke
 The first command prints the time and memory of a training step. In the second command, TOKENS is a token file
 (`python -m stickjax.data tokenize`). The sizes follow PowerMoE (arXiv 2408.13359): 8 experts per token, the muP width
 multiplier m_width = D / 256 = 16, and residual branches multiplied by m_res = 1.4 / sqrt(L) = 0.2. We have not trained
-this model, and the results are not known. Training takes 2.7e+23 FLOP: an estimated 8,000 days on one H200 GPU, at 40%
+this model, so its results are not known. Training takes 2.7e+23 FLOP: an estimated 8,000 days on one H200 GPU, at 40%
 of its bf16 peak.
 """
 

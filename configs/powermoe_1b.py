@@ -1,4 +1,4 @@
-"""The mixture of experts with 1.3B parameters, 377M of them active, of the Power scheduler paper (arXiv 2408.13359).
+"""The mixture of experts of the Power scheduler paper (arXiv 2408.13359) with 1.3B parameters, 377M of them active.
 
 python -m stickjax.train configs/powermoe_1b.py --data.path=TOKENS --data.tokenizer=tokenizer.json
 

@@ -1,4 +1,4 @@
-"""PowerMoE-3B: the mixture of experts with 3.3B parameters, 800M of them active, of the Power scheduler paper.
+"""PowerMoE-3B: the mixture of experts of the Power scheduler paper with 3.3B parameters, 800M of them active.
 
 python -m stickjax.train configs/powermoe_3b.py --data.path=TOKENS --data.tokenizer=tokenizer.json
 

@@ -3,9 +3,10 @@
 python -m stickjax.train configs/stickbreaking_3b.py --data.path=TOKENS --data.tokenizer=tokenizer.json
 
 The model has no position embeddings, 36 heads of dimension 64, and separate embedding and output matrices. TOKENS is a
-token file (`python -m stickjax.data tokenize`). The released model was trained in two phases. This config is one run
-with the Power schedule. You can also train the decay phase alone as a new run, from a checkpoint of another run (--from
-RUN@STEP).
+token file (`python -m stickjax.data tokenize`).
+
+The released model was trained in two phases. This config is one run with the Power schedule, in which the learning rate
+decays at the end. You can also train only the decay, as a new run from a checkpoint of another run (--from RUN@STEP).
 
 We have not trained this model. Training takes 2.3e+22 FLOP: an estimated 683 days on one H200 GPU, at 40% of its bf16
 peak. The paper has the expected results.

@@ -6,8 +6,8 @@ The model applies one block up to four times to every token. Training takes two 
 Measured on 2026-11-28 (`python -m stickjax.evaluate` with --max-tokens 65536): a held-out loss of 3.03 bits per byte
 with contexts of 256 bytes, and 3.02 with contexts of 2048 bytes. The block is applied four times to nearly all tokens.
 
-The next two commands train a wider model for 150 steps of 1024 tokens, with a larger weight of the loss that is the
-mean halting step (act_weight), and measure the time that halting saves:
+The next two commands train a wider model for 150 steps of 1024 tokens, and measure the time that halting saves. The
+weight act_weight is larger, so that tokens halt earlier: it is the weight of a loss on the mean halting step.
 
 python -m stickjax.train configs/sut_lm_tiny.py --run runs/wide --model.F=1024 --model.act_weight=0.01 \
     --data.T=64 --data.B=16 --train.steps=150

@@ -4,13 +4,13 @@ export GLIBC_TUNABLES=glibc.malloc.hugetlb=1 JAX_NUM_CPU_DEVICES=2
 python -m stickjax.train configs/sut_logic.py --mesh.data=2
 python -m stickjax.evaluate runs/sut_logic --max-pairs 512
 
-The first line makes two virtual devices, which use two CPU cores, and puts arrays into huge pages, which reduces the
-time by a quarter. Measured on two CPU cores on 2026-11-28: 52 minutes of wall time while tests were running, 88 minutes
-of CPU time.
+The first line makes two virtual devices, which use two CPU cores. It also puts arrays into huge pages, which reduces
+the time by a quarter. Measured on two CPU cores on 2026-11-28: 52 minutes of wall time while tests were running, 88
+minutes of CPU time.
 
-The model is trained on pairs of sentences with 0 to 6 operators. The table has a column for each number of operators.
-Its rows are the accuracy on held-out pairs in percent, the share of pairs with the commonest label in percent, the mean
-depth (the number of blocks applied to a token), and the published accuracy in percent of the original model (arXiv
+The model is trained on pairs of sentences with 0 to 6 operators. The table has a column for each number of operators,
+and these rows: "accuracy": on held-out pairs, in percent; "commonest label": the percentage of pairs that have it;
+"depth": the mean number of blocks applied to a token; "published": the accuracy in percent of the original model (arXiv
 2310.07096), which was also trained on 0 to 6 operators. Each column has 512 pairs, except 0 (all 6 pairs) and 1 (all
 409 pairs):
 
@@ -20,12 +20,12 @@ depth (the number of blocks applied to a token), and the published accuracy in p
     depth             3.1  4.2  4.4  4.6  4.7  4.9  5.1  5.2  5.3  5.3  5.4  5.5  5.6
     published                                            98   97   94   90   88   81
 
-On all 2241 pairs with 9 operators the accuracy is 62.0 %, and 49.9 % of these pairs have the commonest label.
+On all 2241 pairs with 9 operators, the accuracy is 62.0 %, and 49.9 % of the pairs have the commonest label.
 
 The original model is larger. Its sizes for this task and the length of its training are not published. It uses softmax
 attention with relative positions, and computes the label from the final state of the first token. We also trained such
-a softmax model, with a curriculum (short pairs first). Its accuracy was no better than the share of the commonest
-label.
+a softmax model, with a curriculum (short pairs first). Its accuracy was no better than the accuracy of always
+answering the commonest label.
 """
 
 from stickjax import Config, DataConfig, ExpertsConfig, OptimConfig, SutConfig, TrainConfig

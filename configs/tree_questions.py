@@ -1,9 +1,9 @@
-"""Latent trees on English questions: a statement becomes a question, whose first word is the main auxiliary verb.
+"""Latent trees on English questions: the model turns a statement into a question, by moving the main auxiliary verb.
 
 python -m stickjax.train configs/tree_questions.py
 
-The training examples leave open whether the verb that moves is the main or the first auxiliary (McCoy et al., 2020).
-The examples of the split "gen" tell the two rules apart: python -m stickjax.evaluate RUN --part gen
+Two rules fit the training examples: to move the main auxiliary to the front, or to move the first auxiliary (McCoy et
+al., 2020). The examples of the split "gen" tell the two rules apart: python -m stickjax.evaluate RUN --part gen
 """
 
 from stickjax import Config, DataConfig, OptimConfig, TrainConfig

@@ -1,9 +1,10 @@
-"""Latent trees on SCAN, split by length: commands to actions, with tests that are longer than all training examples.
+"""Latent trees on SCAN: the model translates commands to actions. The tests are longer than all training examples.
 
 python -m stickjax.train configs/tree_scan.py
 
-It was not trained yet. The sizes, the dropout rates and the optimizer come from the original code (arXiv 2010.04704).
-The learning rate differs: the original halves it when the validation accuracy stops rising. Here it follows a cosine
+The config uses the split "length": training has at most 22 actions per command, and the tests have more. We have not
+trained this config. The sizes, the dropout rates and the optimizer come from the original code (arXiv 2010.04704). The
+learning rate differs: the original code halves it when the validation accuracy stops rising. Here it follows a cosine
 over 50 epochs.
 """
 

@@ -28,7 +28,7 @@ def array(name: str, x, letters: str):
 
     `letters` are the letters of the axes, separated by commas: "B,T,N,H" requires four axes of any size. `x` may also
     be an object with `__jax_array__`, such as a parameter of a Flax module. Then the array of this object is checked
-    and returned. Raise ValueError if `x` is no array, or has another number of axes.
+    and returned. Raise ValueError if `x` is not an array, or has another number of axes.
     """
     if not is_array(x) and hasattr(x, "__jax_array__"):
         x = x.__jax_array__()
@@ -42,9 +42,9 @@ def array(name: str, x, letters: str):
 def floats(name: str, x, letters: str):
     """Check that `x`, the value of the argument `name`, is a float array with the right number of axes. Return it.
 
-    `letters` are the letters of the axes, separated by commas: "B,T,N,H" requires four axes of any size. Raise
-    ValueError if the dtype of `x` is not float16, bfloat16, float32 or float64. A NumPy array of float64 is returned as
-    float32 unless `jax_enable_x64` is set.
+    `letters` are the letters of the axes, separated by commas: "B,T,N,H" requires four axes of any size. A NumPy array
+    of float64 is returned as float32 unless `jax_enable_x64` is set. Raise ValueError if `x` is not an array, has
+    another number of axes, or has a dtype other than float16, bfloat16, float32 and float64.
     """
     x = array(name, x, letters)
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -69,8 +69,8 @@ def integers(name: str, x, letters: str):
 def integer(name: str, x, least: int) -> int:
     """Check that `x`, the value of the argument `name`, is an integer of `least` or more. Return it as a Python int.
 
-    A traced `x` raises a ValueError too: the program depends on this number, so it must be known when JAX traces the
-    program.
+    Raise ValueError if `x` is not an integer, is below `least`, or is traced. The program depends on this number, so
+    JAX must know the number while it traces the program.
     """
     try:
         value = operator.index(x)
@@ -84,7 +84,7 @@ def integer(name: str, x, least: int) -> int:
 def number(name: str, x):
     """Check that `x`, the value of the argument `name`, is one real number. Return it unchanged.
 
-    `x` may be a Python number or an array without axes, traced or not. Raise ValueError if it is something else, such
+    `x` may be a Python number or an array without axes, traced or not. Raise ValueError if `x` is something else, such
     as a bool or a complex number.
     """
     is_one = isinstance(x, numbers.Real) or (is_array(x) and jnp.issubdtype(x.dtype, jnp.number))

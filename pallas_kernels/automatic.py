@@ -1,14 +1,14 @@
 """Runs an op on a mesh of Auto axes, where XLA's partitioner chooses during compilation how arrays are sharded.
 
-An op is a public function of this package, such as `stick_breaking_attention`. Here each call of an op is one operation
-of the program, called a node. The node has a rule that says which array axes XLA may shard. XLA chooses the shardings,
-and then asks the node for the program of one device. This program is the op again, applied to the device's shards of
-the arrays.
+An op is a public function of this package, such as `stick_breaking_attention`. This module makes each call of an op one
+operation of the compiled program, called a node. The node has a rule that tells XLA which array axes may be sharded.
+XLA chooses the shardings, and then asks the node for the program of one device. This program is the op again, applied
+to the shards of the arrays on this device.
 
 Without the node, XLA would shard the code inside the op. Then every device would run all steps of a `lax.map` over a
 sharded axis, and every array that a kernel reads would be all-gathered.
 
-A node saves only the arguments of the op for the backward pass. It saves no residuals of a kernel, because XLA has no
+For the backward pass, a node saves only the arguments of the op. It saves no residuals of a kernel, because XLA has no
 rule for sharding such residuals. So the backward pass runs the forward pass again.
 """
 
@@ -28,14 +28,14 @@ _is_tracing_part = contextvars.ContextVar("is_tracing_part", default=False)
 
 
 class Node(NamedTuple):
-    """One call of an op as one operation of the program. XLA's partitioner shards its arrays over the mesh.
+    """One call of an op as one operation of the program. XLA's partitioner shards the arrays of the call over the mesh.
 
-    `function`: computes the results of one device from this device's shards of the arrays: `function(*arrays)`.
-    `letters`: one text for every array, with the letters of its axes, such as "B T N H".
-    `results`: a pytree with one such text for every result of the op.
-    `maps`: pairs (letter, group) for the axes that may be sharded, because a device can compute its shard of the
-      results without communication. A group is a name. Axes in the same group are sharded over the same mesh axes: the
-      axis N of query heads and the axis K of key heads, for example.
+    `function`: `function(*arrays)` computes the results on one device. `arrays` are the shards of this device.
+    `letters`: one string for every array of the call: the letters of its axes, such as "B T N H".
+    `results`: a pytree with one such string for every result of the op.
+    `maps`: pairs (letter, group) for the axes that may be sharded. Along such an axis, every device can compute its
+      shard of the results without communication. A group is a name. Axes in the same group are sharded over the same
+      mesh axes: the axis N of query heads and the axis K of key heads, for example.
     `mesh`: the mesh of the arrays.
     """
 
@@ -50,9 +50,9 @@ def is_tracing_part() -> bool:
     """Return whether JAX is now tracing an op for one device, with the shards of this device.
 
     On a mesh of Auto axes, XLA chooses during compilation how the arrays of an op are sharded. Then it makes JAX trace
-    the op again, for one device. In this trace, every array has the shape of one device's shard, although its type
-    (`jax.typeof`) still names the whole mesh. GPU kernels can run in this trace. Elsewhere on a mesh of Auto axes they
-    cannot.
+    the op again, for one device. In this trace, every array has the shape of one device's shard, although the type of
+    the array (`jax.typeof`) still names the complete mesh. On a mesh of Auto axes, GPU kernels can run only in this
+    trace.
     """
     return _is_tracing_part.get()
 
@@ -75,9 +75,9 @@ def _forward(node, arrays):
 def _backward(node, arrays, cotangents):
     """Return the gradients of `arrays`, the arguments of one call of an op (`node`).
 
-    This is the backward pass of `run`. `cotangents` are the cotangents of the results of the op. The gradients are the
-    results of a second node, whose function is `_pull`. So XLA's partitioner chooses the shardings in the backward pass
-    too. The gradient of an integer array is None.
+    This is the backward pass of `run`. `cotangents` are the cotangents of the results of the op. A second node computes
+    the gradients, with the function `_pull`. So XLA's partitioner chooses the shardings in the backward pass too. The
+    gradient of an integer array is None.
     """
     floats = tuple(i for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating))
     letters = (*node.letters, *jax.tree.leaves(node.results))
@@ -92,12 +92,13 @@ run.__wrapped__.defvjp(_forward, _backward)
 
 
 def _pull(node, floats, *values):
-    """Compute the gradients of the floating-point arrays in one call of an op (`node`), on one device.
+    """Return the gradients of the floating-point arrays in one call of an op (`node`), on one device.
 
     `floats`: the indices of the floating-point arrays among all arrays of the call.
-    `values`: this device's shards of all arrays of the call, followed by the cotangents of this device's results.
+    `values`: the shards of all arrays of the call on this device, followed by the cotangents of the results on this
+      device.
 
-    The forward pass of the op runs again, to compute the residuals.
+    The forward pass of the op runs again, because its residuals were not saved.
     """
     arrays, cotangents = values[: len(node.letters)], values[len(node.letters) :]
 
@@ -137,8 +138,8 @@ def _divided(node: Node, *arrays):
 def _partitioned(node: Node) -> Callable:
     """Return a function `f(*arrays)` that runs one call of an op (`node`) and that XLA's partitioner can shard.
 
-    During compilation, XLA first calls `_rule`, which says which array axes may be sharded. After XLA has chosen the
-    shardings, it calls `partition`, a function inside this one, which returns the program of one device.
+    During compilation, XLA first calls `_rule`, which says which array axes may be sharded. Then XLA chooses the
+    shardings, and calls the inner function `partition`, which returns the program of one device.
     """
     function = custom_partitioning(functools.partial(_as_part, node))
 
@@ -148,7 +149,7 @@ def _partitioned(node: Node) -> Callable:
         def sharding(letters):
             return NamedSharding(mesh, _spec(node, axes, letters))
 
-        def summed(letters, x):  # psum of a gradient over the mesh axes over which it is not sharded
+        def summed(letters, x):  # psum of a gradient over the mesh axes that shard only other arrays of the node
             mapped = {group for at, group in node.maps if at in letters.split()}
             others = tuple(axis for group, names in axes.items() if group not in mapped for axis in names)
             return lax.psum(x, others) if others else x
@@ -163,14 +164,14 @@ def _partitioned(node: Node) -> Callable:
 
 
 def _as_part(node: Node, *arrays):
-    """Run one call of an op (`node`) on one device's shards of its arrays. Return the results of this device.
+    """Run one call of an op (`node`) on one device. Return the results on this device.
 
-    While the op runs, `is_tracing_part()` is True.
+    `arrays` are the shards of this device. While the op is traced, `is_tracing_part()` is True.
     """
     token = _is_tracing_part.set(True)
     try:
         with use_abstract_mesh(AbstractMesh((), (), abstract_device=node.mesh.abstract_device)):
-            # The partitioner refuses a function that has constants, but it takes a jitted function that has them.
+            # The partitioner refuses a function with captured constants, but accepts a jitted function with them.
             return jax.jit(lambda *arrays: node.function(*arrays))(*arrays)
     finally:
         _is_tracing_part.reset(token)
@@ -181,7 +182,7 @@ def _dimensions(node: Node, shapes) -> Iterator[tuple[int, str | None, int]]:
 
     `shapes` has the shapes of all arrays, followed by the shapes of all results.
 
-    `index`: shapes[index] is the shape to which the axis belongs.
+    `index`: the axis belongs to the shape `shapes[index]`.
     `group`: a name from `node.maps`. Axes in the same group are sharded over the same mesh axes. None means that the
       axis must not be sharded.
     `size`: the number of elements along the axis.
@@ -197,8 +198,9 @@ def _rule(node: Node, mesh, values, results) -> SdyShardingRule:
 
     `values` and `results` are the types of the arrays and of the results; only their shapes are read. `node.maps` puts
     axes into groups. Axes in the same group are sharded over the same mesh axes. In a group, every size is a multiple
-    of the smallest size: N query heads are a multiple of K key heads. XLA may cut the axes of a group into at most as
-    many shards as the smallest axis has elements. An axis without a group is not sharded.
+    of the smallest size: the number N of query heads is a multiple of the number K of key heads. XLA shards all axes of
+    a group as it shards the smallest one, so the number of shards is at most the smallest size. An axis without a group
+    is not sharded.
     """
     shapes = [tuple(value.shape) for value in (*values, *results)]
     least, factors, whole, sizes = {}, [[] for _ in shapes], [], {}
@@ -220,10 +222,11 @@ def _rule(node: Node, mesh, values, results) -> SdyShardingRule:
 def _axes(node: Node, mesh, shaped) -> dict[str, tuple[str, ...]]:
     """Choose the mesh axes over which the array axes of each group are sharded. Return {group: names of mesh axes}.
 
-    A group is a name in `node.maps`: array axes in the same group are sharded over the same mesh axes. `shaped` has all
-    arrays and then all results of the node, with the shardings that XLA proposes. For every group, the first proposal
-    is taken that meets two conditions. The size of every axis in the group is a multiple of the number of shards. And
-    no other group is sharded over one of the same mesh axes.
+    A group is a name in `node.maps`: array axes in the same group are sharded over the same mesh axes. `shaped` has the
+    types of all arrays, followed by the types of all results. Each type has the sharding that XLA proposes. For every
+    group, the first proposal is taken that meets two conditions: the size of every axis in the group is a multiple of
+    the number of shards, and no other group has already taken one of the mesh axes. A group without such a proposal is
+    left out of the result, and its axes are not sharded.
     """
     found, taken = {}, set()
     sizes = list(_dimensions(node, [x.shape for x in shaped]))
@@ -239,10 +242,10 @@ def _axes(node: Node, mesh, shaped) -> dict[str, tuple[str, ...]]:
 
 
 def _spec(node: Node, axes, letters: str) -> PartitionSpec:
-    """Return the PartitionSpec of an array whose axes have the letters `letters`, such as "B T N H".
+    """Return the PartitionSpec of an array. `letters` are the letters of its axes, such as "B T N H".
 
-    `node.maps` has the group of every letter. `axes` is {group: names of the mesh axes over which its axes are
-    sharded}.
+    `node.maps` has the group of each letter that may be sharded. `axes` is {group: names of mesh axes}, the result of
+    `_axes`.
     """
     maps = dict(node.maps)
     return PartitionSpec(*(axes.get(maps.get(at)) for at in letters.split()))

@@ -1,10 +1,10 @@
 """Puts the cost of kernels and loops into names of jitted functions, so that `stickjax.plan.flops` finds it in a jaxpr.
 
 A jaxpr does not show three numbers: the floating-point operations of a kernel, the number of passes through a loop
-whose end depends on data, and the share of the operations that is useful work and not padding. So the code that has
-such a cost runs in a jitted function whose name contains the number, such as "product_flops_1.5e+09". The name stays in
-the jaxpr under derivatives, rematerialisation and scans. If JAX removes the code, it removes the name too. The name
-takes no time when the program runs.
+whose end depends on data, and the share of the operations that is useful work and not padding. So the kernel, the loop
+or the operations run in a jitted function whose name contains the number, such as "product_flops_1500000000". The name
+stays in the jaxpr under derivatives, rematerialisation and scans. If JAX removes the function, it removes the name too.
+The name takes no time when the program runs.
 """
 
 import re
@@ -33,12 +33,14 @@ class Stated(NamedTuple):
 
 
 def kernel(name: str, flops: float | int, run: Callable) -> Callable:
-    """Return a jitted function that calls `run`, a launch of a kernel, and whose name contains the number `flops`.
+    """Wrap `run`, a function that launches a kernel, in a jitted function whose name contains the number `flops`.
 
-    `flops` is the number of floating-point operations of the launch. With the name "product" and 1.5e9 operations, the
-    jitted function is called "product_flops_1500000000". Inside `jax.shard_map`, JAX does not know over which mesh axes
-    the results of a kernel vary, that is, differ between devices. So every result is marked as varying over each mesh
-    axis over which at least one argument varies.
+    `flops` is the number of floating-point operations of one launch. If `name` is "product" and `flops` is 1.5e9, the
+    jitted function is called "product_flops_1500000000". It takes the arguments of `run` and returns its results.
+
+    Inside `jax.shard_map`, JAX does not know over which mesh axes the results of a kernel vary, that is, differ between
+    devices. So the jitted function marks every result as varying over each mesh axis over which at least one argument
+    varies.
     """
 
     def varying(*arguments):
@@ -49,7 +51,7 @@ def kernel(name: str, flops: float | int, run: Callable) -> Callable:
 
 
 def loop(trips: float | int, run: Callable) -> Callable:
-    """Return a jitted function that calls `run`, which has `while` loops, and whose name contains the number `trips`.
+    """Wrap `run`, a function with `while` loops, in a jitted function whose name contains the number `trips`.
 
     `trips` is the expected number of passes through each `while` loop in `run`. It may be a fraction, such as a mean
     over the tiles of an array.
@@ -58,7 +60,7 @@ def loop(trips: float | int, run: Callable) -> Callable:
 
 
 def share(part: float, run: Callable) -> Callable:
-    """Return a jitted function that calls `run` and whose name contains the number `part`.
+    """Wrap the function `run` in a jitted function whose name contains the number `part`.
 
     `part` is the share of the operations in `run` that is useful work, from 0 to 1. The other operations are spent on
     padding. If `part` is 1, return `run` itself.
@@ -93,6 +95,6 @@ def visible_scores(T: int, S: int, *, attend_current: bool = False, window: int 
     >>> visible_scores(4, 4), visible_scores(4, 4, window=1), visible_scores(1, 8, attend_current=True)
     (6, 3, 8)
     """
-    left = np.arange(S - T, S)  # keys left of each query
+    left = np.arange(S - T, S)  # for each query, the number of keys at smaller positions
     left = left if window is None else np.minimum(left, window)
     return int(np.maximum(left + attend_current, 0).sum())

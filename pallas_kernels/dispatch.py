@@ -1,12 +1,12 @@
 """Chooses the implementation that runs an op, and states the reasons for the choice.
 
 An op is a public function of this package, such as `stick_breaking_attention`. It has several implementations. `NAMES`
-lists their names in order of preference. An implementation can refuse a call of the op, and then gives a reason.
+lists their names in order of preference. An implementation can refuse a call of the op. Then it gives a reason.
 
-With `implementation=None`, an op takes the first implementation that does not refuse. It logs the choice and the
-reasons as one line, once. `explain` returns this line and does not run the op. If the caller names an implementation,
-this implementation runs or an error is raised: there is no silent fallback. `recorded` collects the choices that the
-ops make while JAX traces code.
+With `implementation=None`, an op takes the first implementation that does not refuse the call. It logs the choice and
+the reasons as one line, once. `explain` returns this line and does not run the op. If the caller names one
+implementation, this implementation runs or an error is raised: there is no silent fallback. `recorded` collects the
+choices that the ops make while JAX traces code.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ logger = logging.getLogger("pallas_kernels")
 class Implementation(NamedTuple):
     """One implementation of an op: three functions of `call`, the checked arguments of one call of the op.
 
-    `run`: computes the results of the op.
+    `run`: returns the results of the op.
     `refuses`: returns the reason why this implementation cannot run the call, or None if it can.
-    `detail`: describes how this implementation runs the call, such as the sizes of its tiles.
+    `detail`: returns a short description of how this implementation runs the call, such as the sizes of its tiles.
     """
 
     run: Callable[[Any], Any]
@@ -50,8 +50,8 @@ class Op(NamedTuple):
       arrays and settings. Every implementation takes a `call`.
     `implementations`: {name from NAMES: implementation}.
     `letters`: takes a `call` and returns a `partition.Letters`: the letters of the axes of all arrays, and which of
-      these axes may be sharded over a mesh. None: the op has no rule for a mesh, and gets arrays with their global
-      shapes.
+      these axes may be sharded over a mesh. If `letters` is None, the op has no sharding rule. Then its implementations
+      get the arrays of the call as they are.
     """
 
     name: str
@@ -64,10 +64,11 @@ class Choice(NamedTuple):
     """The implementation that was chosen for one call of an op. The backward pass uses the same implementation.
 
     `op`: the name of the op.
-    `sizes`: pairs (letter, size), such as ("T", 64), for the axes of the arrays on one device.
+    `sizes`: pairs (letter, size), such as ("T", 64), for the axes of the arrays. A size is the size of one device's
+      shard, but on a mesh of Auto axes it is the global size.
     `implementation`: the name of the implementation, such as "xla".
     `detail`: how the implementation runs the call, such as the sizes of its tiles.
-    `why`: why this implementation was chosen, and why the implementations that come first in NAMES cannot run the call.
+    `why`: why this implementation was chosen, and why the implementations that were tried earlier cannot run the call.
 
     `str(choice)` says all of this in one line.
     """
@@ -83,7 +84,7 @@ class Choice(NamedTuple):
         return f"{self.op}: {self._by()}{sizes and f' for {sizes}'}, {self.why}"
 
     def sentence(self) -> str:
-        """Return one line, which is logged: the op, the implementation and the reasons, without the sizes."""
+        """Return one line for the log: the op, the implementation and the reasons, without the sizes."""
         return f"{self.op}: {self._by()}, {self.why}"
 
     def _by(self) -> str:
@@ -94,8 +95,8 @@ _ops: dict[str, Op] = {}
 _logged: set[str] = set()
 # The counters of all contexts of `recorded` that are open in this thread.
 _records: contextvars.ContextVar[tuple[Counter, ...]] = contextvars.ContextVar("records", default=())
-# The choices that were made when a call was traced, by the key of the call (`_key`). JAX keeps the trace, so an equal
-# call does not choose again.
+# {key of a call (`_key`): the choices that were made when JAX traced this call}. JAX keeps the trace, so an equal call
+# does not choose again.
 _traced: dict[Any, Counter] = {}
 
 
@@ -119,7 +120,9 @@ def _wanted(implementation: str | Sequence[str] | None) -> Sequence[str]:
             f"implementation={implementation!r} must be the name of an implementation, a sequence of names or None"
         )
     if not wanted:
-        raise ValueError("implementation=() names no implementation; pass None to take the best one")
+        raise ValueError(
+            f"implementation={implementation!r} names no implementation; pass None to let the op choose one"
+        )
     for name in wanted:
         if name not in NAMES:
             near = difflib.get_close_matches(name, NAMES, n=1)
@@ -132,10 +135,10 @@ def choose(op: Op, call: Any, implementation: str | Sequence[str] | None) -> tup
     """Choose the implementation that runs a call of an op. Return (name, reasons).
 
     `call` has the checked arguments of the op, as `op.prepare` returns them. `implementation` is what the caller of the
-    op passed: a name, names in order of preference, or None for all names except "reference". The first of these
-    implementations that can run the call is chosen. `reasons` has one text for every implementation that was tried
-    before it, such as "triton: needs compute capability 8.0 or newer, found cpu". Raise NotImplementedError if none of
-    the implementations can run the call.
+    op passed: a name, names in order of preference, or None for all names except "reference". The implementations are
+    tried in this order, and the first one that can run the call is chosen. `reasons` has one string for every
+    implementation that was tried and cannot run the call, such as "triton: needs compute capability 8.0 or newer, found
+    cpu". Raise NotImplementedError if none of the implementations can run the call.
     """
 
     def refuses(name):
@@ -180,9 +183,9 @@ def _sizes(op: Op, call: Any) -> tuple[tuple[str, int], ...]:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[Counter]:
-    """In this context, collect the choices of implementations that ops make: {Choice: how often it was made}.
+    """In this context, collect which implementations ops choose. Yield a Counter {`Choice`: how often it was made}.
 
-    Only choices in this thread are collected. An op chooses its implementation when JAX traces the op. So trace the
+    Only choices in this thread are collected. An op chooses its implementation when JAX traces the op. So trace your
     program in the context: with `jax.jit(f).trace(...)`, `jax.eval_shape`, or the first call of a jitted function. A
     second call of your jitted function collects nothing, because JAX does not trace your program again.
 
@@ -213,7 +216,7 @@ def _record(choices: Counter) -> None:
 
 
 def _key(op: Op, call: Any, wanted: Sequence[str] | None) -> Any:
-    """Return a key for one call of an op. Two calls have equal keys exactly if JAX uses one trace for both of them.
+    """Return a key for one call of an op. JAX uses one trace for two calls exactly if their keys are equal.
 
     `call` has the checked arguments of the op. `wanted` has the names of the implementations that the caller named, or
     is None. The key is used in the dict `_traced`, which stores the choices that the op made when JAX traced the call.
@@ -227,8 +230,8 @@ def run(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Any:
     """Choose an implementation for one call of an op, run it, and return the results of the op.
 
     `call` has the checked arguments, as `op.prepare` returns them. `implementation` is a name, names in order of
-    preference, or None for the first implementation that can run the call. On a mesh, every device runs the op on its
-    shards of the arrays.
+    preference, or None for all names except "reference". The first of these implementations that can run the call is
+    chosen. On a mesh, every device runs the op on its shards of the arrays.
     """
     wanted = None if implementation is None else tuple(_wanted(implementation))
     compute = partition.Bound(_run_here, (op.name, wanted))

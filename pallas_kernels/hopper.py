@@ -6,7 +6,7 @@ from . import automatic, platform
 
 
 def refuses(x) -> str | None:
-    """Return the reason why no kernel for Hopper GPUs can run in this process on the array `x`, or None if one can.
+    """Return the reason why no kernel for Hopper GPUs can run on the array `x`, or None if a kernel can run.
 
     This function checks the GPU, the CUDA compiler, and the mesh over which `x` is sharded. The caller checks the shape
     and the dtype of `x`.
@@ -23,7 +23,7 @@ def compiler_refuses() -> str | None:
     """
     if platform.is_interpreted() or jax.default_backend() != "gpu":
         return None
-    from jax._src.lib import cuda_versions  # None without JAX's CUDA plugin
+    from jax._src.lib import cuda_versions  # is None if JAX's CUDA plugin is not installed
 
     if cuda_versions is not None and 12080 <= cuda_versions.cuda_runtime_get_version() < 12091:
         return "needs CUDA 12.9.1 or newer: the compiler of 12.8.0 to 12.9.0 miscompiles causal kernels"
@@ -34,8 +34,12 @@ def mesh_refuses(x) -> str | None:
     """Return the reason why no kernel can run on the mesh of the array `x`, or None if a kernel can run on it.
 
     On a mesh of several devices, a kernel can run only in code that computes with the shards of one device. There are
-    two kinds of such code. One is code inside `jax.shard_map`. The other one is an op on a mesh of Auto axes, when JAX
-    traces it for one device, after XLA has chosen how the op's arrays are sharded (`automatic.is_tracing_part`).
+    two kinds of such code:
+
+    - code inside `jax.shard_map`;
+    - an op on a mesh of Auto axes, while JAX traces the op for one device (`automatic.is_tracing_part`). JAX does this
+      after XLA has chosen how the arrays of the op are sharded.
+
     In all other code, XLA would all-gather every array that the kernel reads.
     """
     if automatic.is_tracing_part():

@@ -1,12 +1,13 @@
 """Copies of single rows between an array in global memory and a tile in shared memory, for the ScatterMoE kernels.
 
-The rows that one expert computes may be anywhere in the array. So a kernel has the row number in the array for every
-row of the tile. Hopper's copy engine copies only consecutive rows. So the threads of a warpgroup copy single rows, in
-chunks of 16 bytes. Each function has a body for GPUs and a body for the Mosaic GPU interpreter.
-docs/design/expert_kernels.md explains the barriers around these copies.
+The rows of one expert may be anywhere in the array. So for every row of a tile, the kernel has the index of this row in
+the array: its row number. Hopper's copy engine copies only consecutive rows. So the threads of a warpgroup copy single
+rows, in chunks of 16 bytes. Each kernel operation has a GPU body and an interpreter body: code for a GPU, and code for
+the Mosaic GPU interpreter. docs/design/expert_kernels.md explains the barriers around these copies.
 
-In shared memory, a tile has the layout that the tensor cores read. It consists of atoms of 8 rows x 128 bytes, one row
-of atoms after the other. In an atom, chunk c of row r is at position c XOR r of the row.
+In shared memory, a tile has the layout that the tensor cores read. It consists of atoms of 8 rows x 128 bytes. The
+atoms are stored one after the other, from left to right and then from top to bottom. A row of an atom has 8 chunks. In
+an atom, chunk c of row r is stored at position c XOR r of the row (a swizzle); c and r are from 0 to 7.
 """
 
 import jax.experimental.pallas as pl
@@ -24,22 +25,23 @@ THREADS = 128  # of a warpgroup
 def atoms(dtype) -> tuple:
     """Return the Pallas transforms that give a tile in shared memory the layout that tensor cores read.
 
-    `dtype` is the type of the elements. The tile consists of atoms of 8 rows x 128 bytes. In an atom, chunk c (16
-    bytes) of row r is at position c XOR r of the row (a swizzle).
+    `dtype` is the type of the elements. The tile consists of atoms of 8 rows x 128 bytes. A chunk has 16 bytes. In an
+    atom, chunk c of row r is stored at position c XOR r of the row (a swizzle).
     """
     return plgpu.TilingTransform((ATOM[0], ATOM[1] // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(ATOM[1])
 
 
 def chunks(ops, rows: int, columns: int, itemsize: int):
-    """Return (place, distances): which chunks of 16 bytes one thread copies.
+    """Return the positions of the chunks that one thread copies, when a warpgroup copies a tile [rows, columns].
 
-    The 128 threads of a warpgroup together copy a tile [rows, columns] in shared memory. `itemsize` is the number of
-    bytes of an element.
+    A chunk has 16 bytes, and an element has `itemsize` bytes. The tile is in shared memory. Each of the 128 threads of
+    the warpgroup copies some of the chunks. The result is (first, distances):
 
-    `place`: where the first chunk of the thread begins: (row of the tile, column of the tile, offset in bytes from the
-      start of the tile in shared memory). It depends on the thread, so `ops`, a `_Thread`, computes it.
-    `distances`: a list of (rows, columns, bytes) with one entry for every chunk of the thread: how far this chunk is
-      from the first chunk. The first entry is (0, 0, 0). The entries are Python numbers, because they are equal in all
+    `first`: the position of the first chunk of the thread: (row, column, byte). Here, row and column are indices in the
+      tile, and byte is the offset from the start of the tile in shared memory. The position depends on the thread.
+      `ops`, a `_Thread`, computes it.
+    `distances`: a list of (rows, columns, bytes), with one entry for every chunk of the thread: the position of this
+      chunk minus `first`. The first entry is (0, 0, 0). The entries are Python numbers, because they are equal in all
       threads.
     """
     per_atom, across = ATOM[1] // CHUNK, columns * itemsize // ATOM[1]
@@ -47,7 +49,7 @@ def chunks(ops, rows: int, columns: int, itemsize: int):
     row_of_atom, down = ops.remainder(row, ATOM[0]), ops.divide(row, ATOM[0])
     in_atom = ops.add(ops.multiply(row_of_atom, ATOM[1]), ops.multiply(ops.exclusive_or(chunk, row_of_atom), CHUNK))
     byte = ops.add(in_atom, ops.multiply(down, across * ATOM[0] * ATOM[1]))
-    at_once = THREADS // per_atom  # rows that the warpgroup copies at once: two rows of atoms
+    at_once = THREADS // per_atom  # 16 rows: the 128 threads copy 16 rows x 8 chunks at once
     steps = [
         (first, atom * ATOM[1] // itemsize, (first // ATOM[0] * across + atom) * ATOM[0] * ATOM[1])
         for first in range(0, rows, at_once)
@@ -59,15 +61,16 @@ def chunks(ops, rows: int, columns: int, itemsize: int):
 def gather(source, rows, column, tile) -> None:
     """Start to copy rows of an array into a tile in shared memory: tile[r] = source[rows[r], column : column + C].
 
-    A row of the tile is zero if rows[r] is negative. Columns of the tile beyond the last column of the source are zero
-    too. This function does not wait for the copies: call `gather_commit`, then `gather_wait`.
+    If rows[r] is negative, row r of the tile becomes zero. Columns of the tile beyond the last column of `source`
+    become zero too. This function does not wait for the copies. To wait for them, call `gather_commit`, and then
+    `gather_wait`.
 
     Args:
-      source: reference to an array [R, D] in global memory. A row of D elements is a multiple of 16 bytes.
-      rows: reference to the row numbers in the source, int32 [M] in global memory.
+      source: reference to an array [R, D] in global memory. D elements take a multiple of 16 bytes.
+      rows: reference to the row numbers in `source`, int32 [M] in global memory.
       column: the first column to copy, a multiple of 8.
-      tile: reference to a tile [M, C] in shared memory with the layout of `atoms`. A row of C elements is a multiple of
-        128 bytes.
+      tile: reference to a tile [M, C] in shared memory with the layout of `atoms`. C elements take a multiple of 128
+        bytes.
     """
     if platform.is_interpreted():
         tile[...] = _read_rows(source, rows, column, tile.shape)
@@ -76,7 +79,7 @@ def gather(source, rows, column, tile) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), _SCALAR, plgpu.RefType(atoms(source.dtype))))
     def copy(ctx, source, rows, column, tile):
         for thread in _copies(source, rows, column, tile):
-            bytes_read = thread.select(thread.inside, CHUNK, 0)  # the rest of the chunk is filled with zeros
+            bytes_read = thread.select(thread.inside, CHUNK, 0)  # bytes of the chunk that are not read become zero
             ptx = f"cp.async.cg.shared.global [$0 + {thread.step}], [$1], 16, $2;"
             thread.asm(ptx, "r,l,r", thread.shared, thread.far, bytes_read)
 
@@ -84,7 +87,7 @@ def gather(source, rows, column, tile) -> None:
 
 
 def gather_commit() -> None:
-    """Put all copies that this warpgroup has started with `gather` since the last call of this function into one group.
+    """Put all copies that this warpgroup started with `gather` since the previous `gather_commit` into one group.
 
     `gather_wait` waits for such groups.
     """
@@ -92,11 +95,11 @@ def gather_commit() -> None:
 
 
 def gather_wait(pending: int) -> None:
-    """Wait until all copies that this warpgroup started with `gather` are done, except the newest `pending` groups.
+    """Wait until all groups of copies that this warpgroup started are done, except the newest `pending` groups.
 
-    `gather_commit` puts copies into a group. After the wait, tensor cores can read the copied rows. The copies
-    (`cp.async`) and the tensor cores use two different paths to shared memory, so this function calls `commit_smem`, a
-    fence between the two paths.
+    `gather` starts copies, and `gather_commit` puts them into a group. After the wait, tensor cores can read the copied
+    rows. The copies (`cp.async`) and the tensor cores use two different paths to shared memory. So this function calls
+    `commit_smem`, a fence between the two paths.
     """
     _asm(f"cp.async.wait_group {pending};")
     plgpu.commit_smem()
@@ -105,16 +108,16 @@ def gather_wait(pending: int) -> None:
 def scatter(tile, rows, column, target) -> None:
     """Copy the rows of a tile in shared memory to rows of an array: target[rows[r], column : column + C] = tile[r].
 
-    A row with a negative rows[r] is not written, and nothing is written beyond the last column of the target. A thread
-    copies chunks that other threads wrote. So the warpgroup needs a barrier (`plgpu.commit_smem`) before this call, and
-    another one before it overwrites the tile.
+    If rows[r] is negative, row r of the tile is not written. Nothing is written beyond the last column of `target`. A
+    thread copies chunks that other threads wrote. So the warpgroup needs a barrier (`plgpu.commit_smem`) before this
+    call, and a second barrier before it overwrites the tile.
 
     Args:
-      tile: reference to a tile [M, C] in shared memory with the layout of `atoms`. A row of C elements is a multiple of
-        128 bytes.
-      rows: reference to the row numbers in the target, int32 [M] in global memory.
+      tile: reference to a tile [M, C] in shared memory with the layout of `atoms`. C elements take a multiple of 128
+        bytes.
+      rows: reference to the row numbers in `target`, int32 [M] in global memory.
       column: the first column to write, a multiple of 8.
-      target: reference to an array [R, D] in global memory. A row of D elements is a multiple of 16 bytes.
+      target: reference to an array [R, D] in global memory. D elements take a multiple of 16 bytes.
     """
     if platform.is_interpreted():
         _write_rows(tile, rows, column, target)
@@ -140,9 +143,9 @@ _SCALAR = plgpu.Layout.WG_SPLAT
 def _read_rows(source, rows, column, shape):
     """Return a tile [M, C] whose row r is source[rows[r], column : column + C]: the interpreter body of `gather`.
 
-    `source` [R, D] and `rows` [M] are references to global memory, and `shape` is (M, C). A row of the tile is zero if
-    rows[r] is negative. Every access to a reference is slow in the interpreter, so `source` and `rows` are each read
-    only once, with all their elements.
+    `source` [R, D] and `rows` [M] are references to global memory, and `shape` is (M, C). If rows[r] is negative, row r
+    of the tile is zero. Every access to a reference is slow in the interpreter. So one access reads all of `source`,
+    and another one reads all of `rows`.
     """
     numbers = rows[...]
     there = source[...][jnp.maximum(numbers, 0)]
@@ -153,9 +156,9 @@ def _read_rows(source, rows, column, shape):
 def _write_rows(tile, rows, column, target) -> None:
     """Set target[rows[r], column : column + C] = tile[r] for every row r: the interpreter body of `scatter`.
 
-    `tile` [M, C] is a reference to shared memory; `rows` [M] and `target` [R, D] are references to global memory. A row
-    with a negative rows[r] is not written. `plgpu.copy_smem_to_gmem` copies one row at a time, and writes nothing
-    beyond the last column of `target`.
+    `tile` [M, C] is a reference to shared memory; `rows` [M] and `target` [R, D] are references to global memory. If
+    rows[r] is negative, row r of the tile is not written. `plgpu.copy_smem_to_gmem` copies one row at a time, and
+    writes nothing beyond the last column of `target`.
     """
     numbers = rows[...]
 
@@ -173,7 +176,7 @@ def _write_rows(tile, rows, column, target) -> None:
 def _asm(text: str) -> None:
     """Run the PTX instruction `text` in every thread of the warpgroup. In the interpreter, do nothing.
 
-    The instruction has no registers as operands, only numbers that are written in `text`.
+    The instruction has no registers as operands. Its operands are numbers in `text`.
     """
     if platform.is_interpreted():
         return
@@ -188,7 +191,7 @@ def _asm(text: str) -> None:
 class _Thread:
     """Integer arithmetic in one GPU thread. Each function emits an MLIR operation into the kernel.
 
-    Tests replace this class with arithmetic on Python numbers.
+    Tests replace this class with arithmetic on NumPy arrays that have one number for every thread.
     """
 
     def __init__(self):
@@ -219,15 +222,14 @@ def _copies(array, rows, column, tile):
     """Yield the addresses of every chunk of 16 bytes that one thread copies between `array` and `tile`.
 
     `array` [R, D] and the row numbers `rows`, int32 [M], are in global memory. `tile` [M, C] is in shared memory. Row r
-    of the tile corresponds to array[rows[r], column : column + C]. For each chunk, a `_Thread` is yielded with the
-    attributes:
+    of the tile corresponds to array[rows[r], column : column + C]. For each chunk, this function sets these attributes
+    of a `_Thread`, and yields it:
 
-    `shared` + `step`: the address of the chunk in shared memory.
+    `shared`, `step`: their sum is the address of the chunk in shared memory. `step` is a Python number of bytes.
     `far`: the address of the chunk in global memory.
-    `inside`: whether the chunk is inside the array: its row number is not negative, and its first column is less than
-      D.
+    `inside`: whether the chunk is inside `array`: its row number is not negative, and its first column is less than D.
 
-    It is the same `_Thread` each time, with new attributes. So use its attributes before the next chunk is yielded.
+    The same `_Thread` is yielded each time. So use its attributes before the next chunk is yielded.
     """
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, llvm
@@ -251,7 +253,7 @@ def _copies(array, rows, column, tile):
             number, loaded_for = llvm.load(i32, at), rows_down
         own, exists = thread.add(column, columns), arith.cmpi(not_negative, number, thread.constant(0))
         thread.inside = arith.andi(exists, arith.cmpi(less, own, thread.constant(width)))
-        # The offset has 64 bits: the rows of all (token, choice) pairs may have more elements than 32 bits can count.
+        # The offset has 64 bits: an array with a row for every (token, choice) pair may have 2^32 bytes or more.
         offset = arith.muli(arith.extui(i64, thread.select(exists, number, 0)), utils.c(width * itemsize, i64))
         offset = arith.addi(offset, arith.extui(i64, thread.multiply(thread.select(thread.inside, own, 0), itemsize)))
         thread.far = arith.addi(far, offset)

@@ -3,10 +3,11 @@
 The Mosaic kernels call these operations. The GPU body runs on a GPU. The interpreter body runs on a CPU, when the
 interpreter runs a kernel. docs/design/attention_kernels.md says which barriers the GPU bodies rely on.
 
-An array [64, C] that tensor cores compute has this layout in registers. The 128 threads of a warpgroup form quads of
-four neighbouring threads. A quad holds all C columns of two rows: an upper row, and the row 8 rows below it. Thread t
-of the quad (0 to 3) holds the columns 8 g + 2 t and 8 g + 2 t + 1 of every group g of 8 columns, in both rows. In the
-code of this module, `half` is 0 for the upper row and 1 for the lower row.
+An array [64, C] that tensor cores compute is spread over the registers of a warpgroup, in this layout. The 128 threads
+of the warpgroup form quads of four neighbouring threads. A quad holds all C columns of two rows: an upper row, and a
+lower row, which is 8 rows below. The columns form groups of 8. Thread t of the quad (t from 0 to 3) holds the columns
+8 g + 2 t and 8 g + 2 t + 1 of every group g, in both rows. In the code of this module, `half` is 0 for the upper row
+and 1 for the lower row.
 """
 
 import jax
@@ -43,8 +44,8 @@ def add_product(acc, a, b):
     """
     if is_interpreted():
         result = acc + jnp.dot(a if isinstance(a, jax.Array) else a[...], b[...], preferred_element_type=jnp.float32)
-        # The race detector requires a fence here, because a copy may overwrite b next. A tensor core needs no fence:
-        # it reads shared memory by the same path by which copies write it.
+        # The race detector requires a fence here, because a copy may overwrite b next. On a GPU no fence is needed:
+        # tensor cores and the copy engine use the same path to shared memory.
         plgpu.commit_smem()
         return result
     return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
@@ -53,9 +54,9 @@ def add_product(acc, a, b):
 def exp2_of_minus_abs(x):
     """Return 2^-|x| in fp32, for every element of an array x [64, C] in registers.
 
-    The attention kernels use it to compute log2(1 + 2^x) = max(x, 0) + log2(1 + 2^-|x|), where x are the logits times
-    log2(e). This function takes one instruction for each element, because the GPU's exponential instruction can change
-    the sign of its operand. LLVM would emit one more instruction for the sign.
+    The attention kernels use it to compute log2(1 + 2^x) = max(x, 0) + log2(1 + 2^-|x|), where x is a logit times
+    log2(e). The GPU body takes one instruction for each element, because the exponential instruction of the GPU can
+    also take the absolute value and change the sign. LLVM would emit a second instruction for the sign.
     """
     if is_interpreted():
         return jnp.exp2(-jnp.abs(x))
@@ -79,12 +80,12 @@ def exp2_of_minus_abs(x):
 def any_at_most(x, limit: float):
     """Return whether x[r] <= limit for at least one row r. `x` [64] is in registers, with one value for every row.
 
-    The forward attention kernel uses it to stop early. There, x[r] is the cumulative log-decay of query row r: -log2 of
-    the part of the stick that is left for further keys. The warpgroup needs more keys as long as x[r] <= limit in at
+    The forward attention kernel uses it for early exit. There, x[r] is the cumulative log-decay of query row r: -log2
+    of the part of the stick that remains for the next keys. The warpgroup reads more keys while x[r] <= limit in at
     least one row.
 
-    The threads vote on a named barrier that only this warpgroup uses. `jnp.any` would use shared memory that all
-    warpgroups of a block share: two warpgroups that compute would overwrite each other's values.
+    In the GPU body, the threads vote on a named barrier that only this warpgroup uses. `jnp.any` would use shared
+    memory that all warpgroups of a block share: two warpgroups would overwrite each other's values.
     """
     if is_interpreted():
         return (x <= limit).any()
@@ -114,9 +115,9 @@ def any_at_most(x, limit: float):
 def row_numbers():
     """Return the row numbers 0 to 63 of a tile, int32 [64] in registers. Every call computes them again.
 
-    This needs fewer registers than `broadcasted_iota`, which gives the same numbers. The compiler computes equal
-    `broadcasted_iota`s of a kernel only once. So if a kernel uses them before a loop and in the loop, they occupy
-    registers during the whole loop. This function computes the numbers from the index of the thread instead.
+    `broadcasted_iota` gives the same numbers, but can need more registers. If a kernel calls it before a loop and in
+    the loop, the compiler computes the numbers only once, and they occupy registers during the complete loop. This
+    function computes the numbers from the index of the thread, and the compiler does not merge two calls.
     """
     if is_interpreted():
         return jnp.arange(64, dtype=jnp.int32)
@@ -147,26 +148,30 @@ def row_of_thread(thread, half: int, right, bits, either):
 
     `thread`: the index of the thread in its block.
     `half`: 0 for the upper row of the thread, 1 for its lower row, which is 8 rows below.
-    `right(x, n)`, `bits(x, n)`, `either(x, y)`: the functions x >> n, x & n and x | y, on numbers or on MLIR values.
+    `right(x, n)`, `bits(x, n)`, `either(x, y)`: functions that return x >> n, x & n and x | y, for Python numbers or
+      MLIR values.
 
-    Each of the four warps of a warpgroup holds 16 rows. In each warp, quad q (four neighbouring threads; q is 0 to 7)
-    holds the rows q and q + 8 of these 16 rows.
+    Each of the four warps of a warpgroup holds 16 rows of the array. A warp has 8 quads of four neighbouring threads.
+    Quad q (q from 0 to 7) holds the rows q and q + 8 of these 16 rows.
     """
     warp, quad = bits(right(thread, 1), 48), bits(right(thread, 2), 7)
     return either(warp, either(quad, 8 * half))
 
 
 def minus_sum_right(minuend, factor, x, start):
-    """Subtract from each element of `minuend` the sum of `x` on its right. Return (y, sums).
+    """Subtract from each element of `minuend` the sum of `x` over the columns to its right. Return (y, sums).
 
       y[r, c] = minuend[r, c] - factor[r, c] * (start[r] + sum of x[r, m] over m > c)
       sums[r] = sum of x[r, m] over all m
 
     All arrays are in registers. `minuend`, `factor`, `x` and y are [64, C]; `start` and sums are [64]. If `factor` is
-    None, it counts as 1. In the attention kernels, y is log2 of the attention weights. There, beta is the sigmoid of
-    the logits, `minuend` is log2(beta), `x` is the log-decay -log2(1 - beta) of each key, and `start` is the sum of the
-    log-decays of the keys further right. One operation computes all of y, so that the sums over m > c of all columns
-    are never in registers at the same time.
+    None, it counts as 1.
+
+    In the attention kernels, y is log2 of the attention weights. There, beta is the sigmoid of the logits, `minuend` is
+    log2(beta), `x` is the log-decay of each key, -log2(1 - beta), and `start` is the sum of the log-decays of the keys
+    to the right of this tile.
+
+    One operation computes all of y. So the sums over m > c are never in registers for all columns at the same time.
     """
     if is_interpreted():
         total = jnp.cumsum(x[:, ::-1], axis=1)[:, ::-1]
@@ -176,16 +181,18 @@ def minus_sum_right(minuend, factor, x, start):
 
 
 def minus_sum_left(minuend, factor, x, start):
-    """Subtract from each element of `minuend` the sum of `x` on its left. Return (y, sums).
+    """Subtract from each element of `minuend` the sum of `x` over the columns to its left. Return (y, sums).
 
       y[r, c] = minuend[r, c] - factor[r, c] * (start[r] + sum of x[r, m] over m < c)
       sums[r] = sum of x[r, m] over all m
 
     All arrays are in registers. `minuend`, `factor`, `x` and y are [64, C]; `start` and sums are [64]. If `factor` is
-    None, it counts as 1. In the backward attention kernels, y is the gradient of the logits. There, `x` is a = A dA
-    (the attention weights times their gradients), beta is the sigmoid of the logits, `minuend` is (1 - beta) a, and
-    `factor` is beta. `start` is the sum of a over the keys further left plus the gradient of log_rem, the logarithm of
-    the part of the stick that remains after all keys.
+    None, it counts as 1.
+
+    In the backward attention kernels, y is the gradient of the logits. There, A are the attention weights, dA are their
+    gradients, beta is the sigmoid of the logits, `x` is A dA, `minuend` is (1 - beta) A dA, and `factor` is beta.
+    `start` is the sum of A dA over the keys to the left of this tile, plus the gradient of log_rem. log_rem is the
+    logarithm of the part of the stick that remains after all keys.
     """
     if is_interpreted():
         total = jnp.cumsum(x, axis=1)
@@ -195,9 +202,9 @@ def minus_sum_left(minuend, factor, x, start):
 
 
 def _like(x, registers):
-    """Make a Mosaic array in registers from an array of MLIR values, one for each register of this thread.
+    """Return a new Mosaic array in registers, with the register layout of the Mosaic array `x`.
 
-    `registers` are these values. The new array has the register layout of the Mosaic array `x`.
+    `registers` has the MLIR values of the new array, one for each register of this thread.
     """
     from jax.experimental.mosaic.gpu import FragmentedArray
 
@@ -207,7 +214,7 @@ def _like(x, registers):
 class _GpuThread:
     """Arithmetic in one GPU thread. Each function emits MLIR operations into the kernel.
 
-    Tests replace this class with arithmetic on Python numbers.
+    Tests replace this class with arithmetic on NumPy arrays that have one number for every thread.
     """
 
     def __init__(self):
@@ -230,20 +237,21 @@ class _GpuThread:
 
 
 def scan_registers(ops, minuend, factor, x, start, *, right: bool):
-    """Compute `minus_sum_right` (if `right`) or `minus_sum_left` in one thread. Return its registers of both results.
+    """Compute `minus_sum_right` (if `right`) or `minus_sum_left` in one thread. Return the thread's part of (y, sums).
 
-    `ops` is the arithmetic of the thread, a `_GpuThread`. The arrays consist of this thread's registers. In each of two
-    rows of the tile, the thread holds two neighbouring elements of every group of 8 columns.
+    `ops` is the arithmetic of the thread, a `_GpuThread`. An argument array is a NumPy array of the registers that this
+    thread holds. The thread holds elements of two rows. In each row, it holds two neighbouring elements of every group
+    of 8 columns.
 
-    `minuend`, `factor`, `x`: [1, groups, 1, 1, 2, ..]; the axis of length 2 is the row. One register has the two
+    `minuend`, `factor`, `x`: [1, groups, 1, 1, 2, ..]; the axis of size 2 is the row. One register has the two
       elements of one group and one row.
     `start`: [1, 1, 2, ..]; one register has the value of one row.
 
-    For each group and row, the thread exchanges two sums with the other threads of its quad (four neighbouring
-    threads).
+    The results have the same shapes: y as `x`, and sums as `start`. For each group and row, the thread exchanges two
+    sums with the other threads of its quad (four neighbouring threads).
     """
-    # `near` and `far` are for the partner threads at distance 1 and 2. They are 1 if the columns of the partner are
-    # summed before the columns of this thread, else 0.
+    # `near` and `far` are for the partner threads, whose index differs from this thread's index in bit 0 or in bit 1.
+    # They are 1 if the columns of the partner are summed before the columns of this thread, else 0.
     near, far = (ops.one_if(bit, is_set=not right) for bit in (1, 2))
     result, sums = x.copy(), start.copy()
     for half in range(2):
@@ -274,7 +282,7 @@ def scan_registers(ops, minuend, factor, x, start, *, right: bool):
 
 
 def _scan(minuend, factor, x, start, *, right: bool):
-    """Compute `minus_sum_right` (if `right`) or `minus_sum_left` on a GPU. Return (y, sums), as these functions do."""
+    """Compute `minus_sum_right` (if `right`) or `minus_sum_left` on a GPU. Return the same result, (y, sums)."""
     arrays = (x, minuend) if factor is None else (x, minuend, factor)
 
     @plgpu.inline_mgpu(

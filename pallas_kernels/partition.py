@@ -1,16 +1,17 @@
 """Runs an op on arrays that are sharded over the devices of a mesh.
 
 An op is a public function of this package, such as `stick_breaking_attention`. It names every axis of its arrays by a
-letter, such as B, T, N, H. It also names the axes that may be sharded: along such an axis, every device can compute its
+letter, such as B, T, N, H. It also says which axes may be sharded. Along such an axis, every device can compute its
 shard of the results without communication. What the op does depends on the type of the mesh axes:
 
 - Explicit axes: the types of the arrays (`jax.typeof`) contain their shardings. The op wraps itself in `jax.shard_map`.
   If an array is sharded along an axis that must not be sharded, the op raises an error.
-- Auto axes: the types of the arrays do not contain their shardings. To XLA, the op is one operation of the program. XLA
-  chooses the shardings, and then asks for the program of one device (`automatic.py`).
+- Auto axes: the types of the arrays do not contain their shardings. For XLA, the op is one operation of the program.
+  XLA chooses the shardings, and then asks for the program of one device (`automatic.py`).
 - Manual axes, inside a `jax.shard_map` of the caller: the op computes with the shards of this device. An array varies
-  over a mesh axis if it differs between the devices along this axis. If one array varies over a mesh axis, the op first
-  marks all its arrays as varying over this axis. So JAX sums the gradients of the arrays that did not vary over it.
+  over a mesh axis if it may differ between the devices along this axis. If at least one array varies over a mesh axis,
+  the op marks all its arrays as varying over this axis. So JAX sums the gradients of the newly marked arrays over this
+  axis.
 """
 
 import functools
@@ -24,7 +25,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec, g
 
 from . import automatic
 
-# Marks in the place of letters. STATIC: not an array. RECOMPUTED: every device computes the array by `Letters.inside`.
+# Marks that stand in place of the letters of an argument. STATIC: the argument is not an array. RECOMPUTED: it is an
+# array that every device computes with `Letters.inside`.
 STATIC, RECOMPUTED = "static", "anew"
 
 
@@ -32,14 +34,14 @@ class Letters(NamedTuple):
     """The letters of all array axes in one call of an op, and which of these axes may be sharded over a mesh.
 
     `name`: the name of the op, for messages.
-    `call`: a pytree with the structure of the checked arguments of the call. It has a text for every argument: the
+    `call`: a pytree with the structure of the checked arguments of the call. It has a string for every argument: the
       letters of an array, such as "B T N H" for an array with four axes; STATIC for an argument that is not an array;
       or RECOMPUTED for an array that every device computes itself, from its shards of the other arrays.
     `results`: a pytree with the letters of every result.
     `maps`: {letter: group} for the axes that may be sharded. A group is a name. Axes in the same group are sharded over
       the same mesh axes: the axis N of query heads and the axis K of key heads, for example.
     `inside`: a function that computes the RECOMPUTED arrays on one device. It takes the arguments of the op with None
-      in the place of these arrays, and returns the complete arguments.
+      in place of these arrays, and returns the complete arguments.
     """
 
     name: str
@@ -50,7 +52,7 @@ class Letters(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """A function whose last arguments are fixed: `Bound(f, static)(*values)` is `f(*values, *static)`.
+    """A function with fixed last arguments: `Bound(f, static)(*values)` is `f(*values, *static)`.
 
     Two `Bound`s with the same function and the same static values are equal, so that jit compiles them once.
     """
@@ -63,7 +65,7 @@ class Bound(NamedTuple):
 
 
 class _Array(NamedTuple):
-    """An array argument of an op: its name, the letters of its axes, and its value. `str` gives "x [T,D]=[4, 8]"."""
+    """An array argument of an op: its name, the letters of its axes, and its value. Printed as "x [T,D]=[4, 8]"."""
 
     name: str
     letters: tuple[str, ...]
@@ -76,13 +78,14 @@ class _Array(NamedTuple):
 class _Part(NamedTuple):
     """The program of one device: `part(*shards)` returns the results of the op on this device.
 
-    `shards` are this device's shards of the op's arrays. They are put into the arguments of the op, which `compute`
-    takes.
+    `shards` are the shards of the op's arrays on this device. The program builds the arguments of the op from them, and
+    calls `compute`.
 
-    `compute`: computes the results of the op from its arguments.
+    `compute`: returns the results of the op for its arguments.
     `inside`: computes the arrays that are marked RECOMPUTED in `Letters`, and adds them to the arguments.
     `tree`: the pytree structure of the arguments.
-    `static`: the leaves of the arguments, with the class `_Array` in the place of every array.
+    `static`: the leaves of the arguments, with the class `_Array` in place of every array, and None in place of every
+      RECOMPUTED array.
     """
 
     compute: Callable[[Any], Any]
@@ -102,8 +105,8 @@ def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
     Args:
       letters: the letters of all array axes in the call, and which of these axes may be sharded.
       call: a NamedTuple of the arrays and settings of one call of the op.
-      compute: a hashable function of such a call, for example a `Bound`. Two functions that do the same work must be
-        equal, so that they are compiled once.
+      compute: a hashable function of `call`, for example a `Bound`. Two functions that do the same work must compare
+        equal, so that they are compiled only once.
 
     Raises:
       ValueError: an array is sharded along an axis that is not in `letters.maps`; two axes of one group are sharded
@@ -127,12 +130,13 @@ def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
 
 
 def look(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
-    """Return `compute` of the arguments of an op, where `compute` reads only the shapes and dtypes of the arrays.
+    """Return `compute(call)`, where `compute` reads only the shapes and dtypes of the arrays in `call`.
 
     Nothing is executed on a device. `dispatch.explain` uses this function: its `compute` returns a description of the
-    chosen implementation. `letters` and `call` are as in `run`. On Explicit axes, `compute` receives tracers with the
-    shapes of one device's shards. On a mesh of Auto axes, the tracers have the global shapes, because XLA shards arrays
-    only when it compiles. Otherwise `compute` receives `call` itself.
+    chosen implementation. `letters` and `call` are as in `run`. On a mesh of Explicit axes, `compute` receives the
+    arguments with tracers in place of the arrays. The tracers have the shapes of one device's shards. On a mesh of Auto
+    axes, the tracers have the global shapes, because XLA shards arrays only when it compiles. Otherwise, `compute`
+    receives `call` itself.
     """
     arrays, part = _arrays(letters, call, compute)
     mesh = _mesh(arrays)
@@ -151,7 +155,7 @@ def look(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
 def whole(function: Callable, x, *static) -> Any:
     """Return `function(x, *static)`. On a mesh of Explicit axes, every device computes it from the complete array `x`.
 
-    If `x` is sharded, it is all-gathered first.
+    If `x` is sharded over such axes, it is all-gathered first.
     """
     mesh = _mesh([_Array("", (), x)])
     if AxisType.Explicit not in mesh.axis_types:
@@ -160,10 +164,11 @@ def whole(function: Callable, x, *static) -> Any:
 
 
 def alike(*values) -> list:
-    """Mark all arrays as varying over the same mesh axes, inside a `jax.shard_map`. Return the values as a list.
+    """Mark all arrays among `values` as varying over the same mesh axes. Return all values as a list.
 
-    An array varies over a mesh axis if it may differ between the devices along this axis. Every array is marked as
-    varying over all mesh axes over which at least one of the arrays varies. A value that is no array is not changed.
+    Inside `jax.shard_map`, an array varies over a mesh axis if it may differ between the devices along this axis. If at
+    least one array varies over a mesh axis, all arrays are marked as varying over this axis. Values that are not arrays
+    are returned unchanged.
     """
     axes = [_varying(x) for x in values]
     every = frozenset().union(*axes)
@@ -178,16 +183,16 @@ def _is_array(x) -> bool:
 def _varying(x) -> frozenset:
     """Return the names of the Manual mesh axes over which `x` varies, that is, may differ between devices.
 
-    A value that is no array varies over no mesh axis.
+    If `x` is not an array, return an empty set.
     """
     return jax.typeof(x).manual_axis_type.varying if _is_array(x) else frozenset()
 
 
 def _mesh(arrays: list[_Array]) -> AbstractMesh:
-    """Return the mesh on which an op runs: the mesh of the context, or else the mesh of the first array that has one.
+    """Return the mesh on which an op runs.
 
-    If there is neither, return a mesh without axes. The `axis_types` of the returned mesh are always a tuple, never
-    None.
+    This is the mesh of the context. If the context has no mesh, it is the mesh of the first array that has one. If no
+    array has one, it is a mesh without axes, whose `axis_types` is an empty tuple and not None.
     """
     meshes = [get_abstract_mesh(), *(jax.typeof(array.value).sharding.mesh for array in arrays)]
     return next((mesh for mesh in meshes if mesh.axis_names), AbstractMesh((), (), axis_types=()))
@@ -253,25 +258,26 @@ def _divided(array: _Array) -> dict[str, tuple[str, ...]]:
 
 
 def _sizes(mesh: AbstractMesh, axes) -> str:
-    """Return the names and sizes of mesh axes for a message: "the mesh axis 'data' of size 2"."""
+    """Return the names and sizes of mesh axes as words for a message: "the mesh axis 'data' of size 2"."""
     return " and ".join(f"the mesh axis {axis!r} of size {mesh.shape[axis]}" for axis in axes)
 
 
 def _spec(maps, axes, letters) -> PartitionSpec:
-    """Return the PartitionSpec of an array whose axes have the letters `letters`.
+    """Return the PartitionSpec of an array. `letters` are the letters of its axes.
 
-    `maps` is {letter: group}, as in `Letters`. `axes` is {group: the mesh axes over which the axes of the group are
-    sharded}.
+    `maps` is {letter: group}, as in `Letters`. `axes` is {group: names of mesh axes}: the array axes of the group are
+    sharded over these mesh axes.
     """
     entries = (axes.get(maps.get(at), ()) for at in letters)
     return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))
 
 
 def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, ...]]:
-    """Return {group: the mesh axes that shard its axes}. Groups without a sharded axis are left out.
+    """Return {group: names of mesh axes}: the mesh axes over which the array axes of each group are sharded.
 
-    A group is a name in `letters.maps`, {letter of an axis: group}. The types of the arrays contain their shardings.
-    Raise ValueError if the op cannot run with these shardings.
+    A group is a name in `letters.maps`, which is {letter of an axis: group}. A group without a sharded axis is left
+    out. The shardings are read from the types of the arrays. Raise ValueError if the op cannot run with these
+    shardings.
     """
     maps, found, owners = letters.maps, {}, {}
 

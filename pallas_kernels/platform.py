@@ -9,7 +9,7 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_abstract_mesh
 
-# The compute capability of GPUs that may be absent, by the beginning of their names.
+# {beginning of the name of a GPU: compute capability}, for GPUs that may be absent from this machine.
 CAPABILITIES = {
     "NVIDIA A100": "sm_80", "NVIDIA L40S": "sm_89", "NVIDIA H100": "sm_90", "NVIDIA H200": "sm_90",
     "NVIDIA GH200": "sm_90", "NVIDIA B200": "sm_100", "NVIDIA RTX PRO 6000": "sm_120",
@@ -21,7 +21,7 @@ _interpreted = contextvars.ContextVar("interpreted", default=False)
 
 @contextlib.contextmanager
 def absent_gpu() -> Iterator[None]:
-    """In this context, JAX traces and lowers programs for an H200, a Hopper GPU. This machine needs no GPU for that."""
+    """In this context, JAX traces and lowers programs for an H200, a Hopper GPU, even if this machine has no GPU."""
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=HOPPER)):
         yield
 
@@ -31,16 +31,18 @@ def interpret(*, detect_races: bool = False) -> Iterator[None]:
     """In this context, run Mosaic GPU kernels on the CPU, with their barriers, shared memory and warpgroups.
 
     With `detect_races`, the interpreter also looks for data races. The interpreter runs every warpgroup in a thread of
-    XLA. XLA has one thread for each CPU device or one for each CPU core, whichever gives more threads. With fewer than
-    four threads, a kernel would wait for ever. XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight CPU
-    devices.
+    XLA. The number of these threads is the number of CPU cores or the number of JAX's CPU devices, whichever is larger.
+    With fewer than four threads, a kernel would wait forever. On a small machine, set
+    XLA_FLAGS=--xla_force_host_platform_device_count=4 before JAX starts, to get four CPU devices.
 
     Raises:
-      RuntimeError: XLA has fewer than four threads.
+      RuntimeError: there are fewer than four CPU cores and fewer than four CPU devices.
     """
-    if max(jax.local_device_count("cpu"), os.cpu_count() or 1) < 4:
+    cores, devices = os.cpu_count() or 1, jax.local_device_count("cpu")
+    if max(cores, devices) < 4:
         raise RuntimeError(
-            "the Mosaic GPU interpreter needs 4 CPU cores or XLA_FLAGS=--xla_force_host_platform_device_count=4"
+            f"the Mosaic GPU interpreter needs 4 CPU cores or 4 CPU devices, found {cores} and {devices}; "
+            "set XLA_FLAGS=--xla_force_host_platform_device_count=4 before JAX starts"
         )
     token = _interpreted.set(True)
     try:
@@ -51,14 +53,14 @@ def interpret(*, detect_races: bool = False) -> Iterator[None]:
 
 
 def is_interpreted() -> bool:
-    """Return whether Mosaic GPU kernels run in the interpreter, that is, whether this is a context of `interpret`."""
+    """Return whether Mosaic GPU kernels run in the interpreter, that is, whether an `interpret` context is active."""
     return _interpreted.get()
 
 
 def name() -> str:
     """Return the platform for which JAX traces code: "cpu", "gpu" or "tpu".
 
-    Inside `absent_gpu` it is "gpu". Inside `interpret` it is the platform of this machine.
+    In a context of `absent_gpu`, this is "gpu". In a context of `interpret`, it is the platform of this machine.
     """
     device = get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None or is_interpreted() else device.platform
@@ -67,8 +69,9 @@ def name() -> str:
 def chip() -> str:
     """Return the compute capability of the GPU for which JAX traces code, such as "sm_90".
 
-    In a context of `absent_gpu`, this is the compute capability of the absent GPU. If the table CAPABILITIES does not
-    have the absent GPU, return the name of the GPU. Without a GPU, return the name of the platform, such as "cpu".
+    In a context of `absent_gpu`, this is the compute capability of the absent GPU, from the table CAPABILITIES. If the
+    table does not have this GPU, return the name of the GPU. Without a GPU, return the name of the platform, such as
+    "cpu".
     """
     device = get_abstract_mesh().abstract_device
     if device is not None and device.platform == "gpu":
@@ -83,7 +86,7 @@ def chip() -> str:
 def multiprocessors() -> int:
     """Return the number of streaming multiprocessors of the GPU for which JAX traces code.
 
-    Without a GPU, and in the interpreter, return 132, as for an H200.
+    Without a GPU, and in the interpreter, return 132, the number of an H200.
     """
     device = get_abstract_mesh().abstract_device
     if device is None and jax.default_backend() == "gpu":

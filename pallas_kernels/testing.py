@@ -1,4 +1,4 @@
-"""Compares the results and gradients of two implementations of an op, for tests and notebooks.
+"""Compare the results and gradients of two implementations of an op, for tests and notebooks.
 
 An op is a public function of this package, such as `stick_breaking_attention`. A tolerance is the largest allowed
 relative L2 error. It depends on the dtype of the arguments. FORWARD has the tolerances for outputs, and GRADIENT has
@@ -16,20 +16,21 @@ import numpy as np
 
 FORWARD = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-3, "bfloat16": 5e-3}
 GRADIENT = {"float64": 1e-10, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
-ELEMENT = 10  # an element may differ by this many tolerances, relative to the largest expected element
-WIDE = ("reference", "xla")  # the implementations that take float64
+# One element may differ by at most ELEMENT * tolerance * (the largest |expected element|).
+ELEMENT = 10
+WIDE = ("reference", "xla")  # the implementations that accept float64
 
 
 class Difference(NamedTuple):
-    """How one array differs from the array that is expected. The array is an output or a gradient of an op.
+    """How an output or a gradient of an op differs from the expected array.
 
     `name`: the name of the output or gradient, such as "gradient of query".
     `tolerance`: the largest allowed `error`.
     `error`: the relative L2 error of the array.
     `largest`: the largest |element - expected element|, divided by the largest |expected element|.
     `index`: the position of the element with the largest difference.
-    `value`, `expected`: the element at `index`, and what it should be.
-    `problem`: a text if the array cannot be compared (NaN, infinity, wrong shape or wrong type), else None.
+    `value`, `expected`: the element at `index`, and the expected element.
+    `problem`: the reason why the array cannot be compared (NaN, infinity, wrong shape or wrong dtype), or None.
     """
 
     name: str
@@ -59,8 +60,9 @@ class Difference(NamedTuple):
 class Differences(tuple[Difference, ...]):
     """A tuple with a `Difference` for every output and every gradient of an op.
 
-    `str(differences)` is a report, with the wrong outputs and gradients first. `ok` is True if all of them are within
-    their tolerances. The truth value is the opposite: `bool(differences)` is True if at least one of them is wrong.
+    `str(differences)` is a report, with the wrong outputs and gradients first. `ok` is True if every `Difference` is
+    ok. The truth value is the opposite of `ok`: `bool(differences)` is True if at least one output or gradient is
+    wrong.
     """
 
     title: str
@@ -88,24 +90,26 @@ class Differences(tuple[Difference, ...]):
 
 
 def relative_error(value, expected) -> float:
-    """Return |value - expected| / |expected| in the L2 norm. Raise ValueError if `expected` is not finite.
+    """Return |value - expected| / |expected| in the L2 norm.
+
+    Raise ValueError if the two shapes differ, or if `expected` has a NaN or an infinity.
 
     >>> relative_error([3.0, 4.1], [3.0, 4.0]) < 0.021
     True
     """
     value, expected = np.asarray(value, np.float64), np.asarray(expected, np.float64)
     if value.shape != expected.shape:
-        raise ValueError(f"value and expected must have the same shape, got {value.shape} and {expected.shape}")
+        raise ValueError(f"'value' and 'expected' must have the same shape, got {value.shape} and {expected.shape}")
     if not np.isfinite(expected).all():
-        raise ValueError("expected has a NaN or an infinity; all of its elements must be finite")
+        raise ValueError("the array 'expected' has a NaN or an infinity; all of its elements must be finite")
     return float(np.linalg.norm(value - expected) / max(np.linalg.norm(expected), 1e-30))
 
 
 def difference(name: str, value, expected, tolerance: float) -> Difference:
     """Return a `Difference`: how the array `value` differs from the array `expected` of the same shape.
 
-    `name` is the name of the array in the report. `tolerance` is the largest allowed relative L2 error. If either
-    array has a NaN or an infinity, the `problem` of the `Difference` says where.
+    `name` is the name of the array in the report. `tolerance` is the largest allowed relative L2 error. If one of the
+    two arrays has a NaN or an infinity, the field `problem` of the `Difference` says where.
     """
     value, wanted = (np.asarray(x, np.float64) for x in (value, expected))
     if not value.size:
@@ -122,7 +126,7 @@ def difference(name: str, value, expected, tolerance: float) -> Difference:
 
 
 def _without_numbers(name: str, problem: str | None = None) -> Difference:
-    """Return a `Difference` whose numbers are all 0: for an array without elements, or one that cannot be compared.
+    """Return a `Difference` whose numbers are all 0, for an array without elements or an array that cannot be compared.
 
     If the array cannot be compared, `problem` says why.
     """
@@ -138,24 +142,26 @@ def differences(
 ) -> Differences:
     r"""Run an op with two implementations on the same arrays, forward and backward, and say how the results differ.
 
-    With f the op, x its floating-point arrays and c random cotangents, f(x) and c^T df/dx are compared: every output,
-    and the gradient of every floating-point argument. Two conditions must hold for each of them: the relative L2 error
-    is within the tolerance, and no element differs by more than ten tolerances times the largest expected element.
+    Let f be the op, x its floating-point arrays, and c random cotangents. Two things are compared: every floating-point
+    output f(x), and the gradient c^T df/dx of every floating-point argument. Each output and gradient must meet two
+    conditions: its relative L2 error is within the tolerance, and no element differs by more than 10 * tolerance * (the
+    largest expected element).
 
     Args:
       op: an op of this package, or any function of arrays that takes `implementation`.
       *args: the arguments of the op.
       implementation: the implementation to check. None: the op chooses.
       against: the implementation that computes the expected results. "reference" and "xla" run in float64. Any other
-        implementation runs in the type of the arguments.
+        implementation runs in the dtype of the arguments.
       tolerance: the tolerance of every output and gradient. None: take it from `FORWARD` and `GRADIENT`, for the least
-        exact type of the arguments.
+        exact dtype of the arguments.
       seed: the seed of the cotangents.
       **kwargs: the keyword arguments of the op. A Python number, such as `scale=0.125`, is not differentiated.
 
     Returns:
-      `Differences`: a `Difference` for every output and every gradient. A NaN or infinity counts as a difference, even
-      in the expected results, because a comparison with it would prove nothing.
+      `Differences`: a `Difference` for every output and every gradient. If the two implementations return outputs of
+      different shapes or dtypes, the tuple has only these outputs. A NaN or an infinity counts as a difference, even in
+      the expected results, because a comparison with it would prove nothing.
 
     Raises:
       ValueError: no argument is a floating-point array, or the arguments of the op are wrong.
@@ -169,7 +175,7 @@ def differences(
     """
     call = _Call(op, *args, **kwargs)
     types = ", ".join(sorted({str(x.dtype) for x in call.floats.values()}))
-    title = f"{_name(op)}, {implementation or 'its own choice'} against {against} in {types}"
+    title = f"{_name(op)}, {implementation or 'default implementation'} against {against} in {types}"
     shapes, own_shapes = call.shapes(against), call.shapes(implementation)
     if own_shapes != shapes:
         return Differences.titled(title, _different_shapes(own_shapes, shapes))
@@ -193,7 +199,7 @@ def differences(
 
 
 class _Call:
-    """A call `op(*args, **kwargs)` that can run again with other arrays of the same shapes.
+    """A call `op(*args, **kwargs)`, which can be repeated with other arrays of the same shapes.
 
     `floats`: {name: array} for the floating-point arrays, which are differentiated.
     `others`: {name: array} for all other arrays.
@@ -213,8 +219,8 @@ class _Call:
     def outputs(self, implementation, floats, others):
         """Run the op with an implementation. Return {name: output} for the floating-point outputs.
 
-        `floats` is {name: array} of all floating-point arrays of the call. `others` is {name: array} of all its other
-        arrays.
+        `floats` is {name: array} of all floating-point arrays of the call. `others` is {name: array} of all other
+        arrays of the call.
         """
         leaves = self.leaves | others | floats
         bound = inspect.BoundArguments(self.signature, self.tree.unflatten(leaves.values()))
@@ -238,7 +244,7 @@ class _Call:
 
 
 def _different_shapes(own_shapes, shapes) -> list[Difference]:
-    """Return a `Difference` for every output whose shape or dtype is wrong, or that one implementation does not return.
+    """Return a `Difference` for every output whose shape or dtype is wrong, and for every missing or additional output.
 
     Both arguments are {name of the output: shape and dtype}: `own_shapes` for the implementation that is checked,
     `shapes` for the implementation that computes the expected outputs.

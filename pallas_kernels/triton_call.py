@@ -1,8 +1,8 @@
-"""Calls Triton kernels from JAX.
+"""Call Triton kernels from JAX.
 
 triton and jax-triton are imported only when they are first used, not when this package is imported.
 
-In a context of `interpret()`, or with TRITON_INTERPRET=1 in the environment, kernels run on the CPU in Triton's own
+Inside `with interpret():`, or with TRITON_INTERPRET=1 in the environment, kernels run on the CPU in Triton's own
 interpreter. Triton reads this setting when it is imported. So a process either compiles its kernels or interprets them.
 """
 
@@ -19,9 +19,10 @@ import jax
 from . import hopper, platform, triton_interpreter
 
 LEAST = 80  # the lowest supported compute capability, 8.0: it has asynchronous copies and bfloat16 products
-# Bytes of shared memory that a block may have, by compute capability; 99 KiB for the others.
+# {compute capability: bytes of shared memory that a block may have}. All other GPUs have 99 KiB (`shared_memory`).
 SHARED_MEMORY = {80: 163 * 1024, 87: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024}
-# The PTX version of CUDA 12.9. By default, Triton writes PTX for its own assembler, which may be newer than JAX's.
+# PTX version 8.8, the version of CUDA 12.9. By default, Triton writes PTX for its own assembler, which may be newer
+# than the assembler of JAX.
 PTX = 88
 PACKAGES = ("triton", "jax_triton")
 
@@ -31,15 +32,15 @@ def interpret() -> Iterator[None]:
     """In this context, run Triton kernels on the CPU, in Triton's own interpreter.
 
     Raises:
-      RuntimeError: this process has already imported triton outside such a context, in order to compile kernels.
+      RuntimeError: this process has already imported triton without TRITON_INTERPRET=1, in order to compile kernels.
     """
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         if "triton" in sys.modules and not _was_imported_to_interpret():
             raise RuntimeError(
-                "this process has imported triton to compile kernels, so it cannot interpret them; call "
-                "triton_call.interpret() before the import, or in another process"
+                "this process has imported triton to compile kernels, so it cannot interpret them; use "
+                "`with triton_call.interpret():` before triton is imported, or in another process"
             )
         if is_installed():
             from triton.runtime.jit import mangle_type
@@ -95,7 +96,7 @@ def refuses(x) -> str | None:
 def capability() -> int | None:
     """Return the compute capability of the GPU for which JAX traces code, as an int, such as 90 for 9.0.
 
-    In a context of `platform.absent_gpu`, this is the compute capability of the absent GPU. Without an NVIDIA GPU,
+    Inside `with platform.absent_gpu():`, this is the compute capability of the absent GPU. Without an NVIDIA GPU,
     return None.
     """
     name = platform.chip().removeprefix("sm_")
@@ -125,7 +126,7 @@ def launch(
       out: a pytree of jax.ShapeDtypeStruct: the shapes and dtypes of the outputs.
       grid: the number of blocks along each axis of the grid.
       num_warps: the number of warps of a block.
-      num_stages: the number of stages of the software pipeline of the loops.
+      num_stages: the number of stages of the software pipeline into which Triton divides each loop.
       constants: the `tl.constexpr` arguments of the kernel.
 
     Returns:
@@ -158,15 +159,15 @@ def _compiled(kernel, *arrays, out, grid, num_warps, num_stages, constants):
 def _jax_triton():
     """Import jax_triton, make it work with the installed JAX, and return the module.
 
-    JAX uses a dead-code rule of jax_triton to remove a kernel whose results are not used. JAX 0.12 and newer cannot
-    call this rule of jax_triton 0.4.1 and older. In this case, the rule is removed, and JAX uses its default rule.
+    jax_triton registers a dead-code rule, with which JAX removes a kernel whose results are not used. JAX 0.12 and
+    newer cannot call the rule of jax_triton 0.4.1 and older. For these versions, the rule is removed here, and JAX uses
+    its default rule.
     """
     import jax_triton
     from jax._src.interpreters import partial_eval
     from jax_triton import triton_lib
 
-    # The dead-code rule of jax-triton up to 0.4.1 takes two arguments, but JAX 0.12 passes three. Without this rule,
-    # JAX takes its default rule, which works too.
+    # The dead-code rule of jax-triton up to 0.4.1 takes two arguments, but JAX 0.12 passes three.
     if jax.version.__version_info__ >= (0, 12) and jax_triton.__version_info__ <= (0, 4, 1):
         partial_eval.dce_rules.pop(triton_lib.triton_kernel_call_p, None)
     return jax_triton

@@ -1,4 +1,4 @@
-"""Runs Triton kernels on the CPU in Triton's own interpreter, on NumPy arrays and with the rounding of a GPU."""
+"""Run Triton kernels on the CPU in Triton's own interpreter, on NumPy arrays and with the rounding of a GPU."""
 
 import contextlib
 import threading
@@ -62,9 +62,9 @@ def _bfloat16_as_on_a_gpu() -> Iterator[None]:
     """In this context, Triton's interpreter computes with bfloat16 numbers and rounds them as a GPU does.
 
     The interpreter stores the bits of a bfloat16 number as an integer. Without this context, it would truncate float32
-    numbers to bfloat16, and it would multiply and add the integers. In this context, it computes with the values of the
-    numbers. The results of matrix products are float32 and are not rounded to bfloat16. Other arithmetic rounds its
-    result to the nearest bfloat16 number.
+    numbers to bfloat16, and it would multiply and add these integers. In this context, it computes with the values of
+    the numbers. The results of matrix products are float32 and are not rounded to bfloat16. The result of any other
+    arithmetic operation is rounded to the nearest bfloat16 number.
     """
     from triton.language import bfloat16, float32
     from triton.runtime.interpreter import InterpreterBuilder as Builder
@@ -101,9 +101,9 @@ def _bfloat16_as_on_a_gpu() -> Iterator[None]:
 
 
 def run(kernel, *arrays, out, grid, constants, **_):
-    """Run a Triton kernel on the CPU in Triton's interpreter, and return its outputs. `triton_call.launch` calls this.
+    """Run a Triton kernel on the CPU in Triton's interpreter, and return its outputs.
 
-    It takes the arguments of `launch`. `num_warps` and `num_stages` have no effect here.
+    `triton_call.launch` calls this function, and explains the arguments. `num_warps` and `num_stages` have no effect.
     """
     leaves, tree = jax.tree.flatten(out)
 

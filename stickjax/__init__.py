@@ -1,13 +1,13 @@
 """Sparse, stick-breaking language models in JAX.
 
-In a notebook or a program, four lines train a model, read its loss and generate text with it:
+In a notebook or a program, four lines train a model, read its loss, load it, and generate text with it:
 
     result = stickjax.fit("tiny")          # trains in runs/tiny; call it again to continue
-    result.metrics["loss"]                 # a numpy array with a value per logged step
+    result.metrics["loss"]                 # a NumPy array with one value for each logged step
     model = stickjax.load("runs/tiny")
     model.generate("def main(", max_new_tokens=40)
 
-`help(stickjax.fit)` and `help(stickjax.load)` say more. The commands are `python -m stickjax.NAME`, where NAME is
+`help(stickjax.fit)` and `help(stickjax.load)` say more. Each command is run as `python -m stickjax.NAME`, where NAME is
 train, evaluate, generate, convert, plan, surgery, sweeps, launch or data. The package `stickjax.models` contains the
 models, and the package `pallas_kernels` contains the GPU kernels.
 """
@@ -49,24 +49,24 @@ def fit(
     If the folder already has checkpoints, the training continues from the newest one. On a CPU, a training that was
     interrupted and continued has the same result, bit for bit, as a training without interruption.
 
-    A notebook shows a progress bar and a plot of the loss. If you interrupt the notebook's kernel (Ctrl-C in a
-    terminal), the training finishes its step, saves a checkpoint and returns. Call `fit` again to continue. A second
-    interrupt ends the step at once, without a new checkpoint.
+    In a notebook, `fit` shows a progress bar and a plot of the loss. If you interrupt the notebook's kernel, or press
+    Ctrl-C in a terminal, the training finishes its step, saves a checkpoint and returns. Call `fit` again to continue.
+    A second interrupt ends the training at once, without a new checkpoint.
 
     Args:
-      config: the experiment, or the name of a config such as "tiny", or the path of its file.
+      config: a `Config`, the name of a config such as "tiny", or the path of a config file.
       run: the run folder. None: `runs/NAME`, where NAME is the name of the config or of its file. For a `Config`
         object, NAME is a hash of its content, so the same config gives the same folder.
-      init_from: a run folder whose parameters are the initial parameters. The optimizer state is new, and the data
-        begin with the first batch.
+      init_from: a run folder. Its parameters are the initial parameters of this training. The optimizer state is new,
+        and the data begin with the first batch.
       branch: "RUN@STEP", a checkpoint of another run. The training continues from it with `config`, which may for
         example add a learning-rate decay.
       quiet: True to print and show nothing.
 
     Returns:
       `Result`: the last training `state`; `finished`, whether all steps were done; `tokens_per_second`; `stopped_by`,
-      the number of the signal that stopped the training, or 0; `run`, the folder; and `metrics`, {name: numpy array
-      with a value per logged step}.
+      the number of the signal that stopped the training, or 0; `run`, the folder; and `metrics`, {name: NumPy array
+      with one value for each logged step}.
 
     Raises:
       ValueError: the config does not fit its data or devices, the folder belongs to another config, or another process
@@ -102,8 +102,9 @@ def load(run: "str | os.PathLike", *, step: int | None = None, changes: dict | N
       training), and with the methods `generate(prompts, max_new_tokens)` and `evaluate()`.
 
     Raises:
-      ValueError: there is no run folder or no checkpoint; the parameters have another shape, are not finite or do not
-        fit into the free memory; a Hugging Face folder is damaged or has a model that is not supported.
+      ValueError: there is no run folder or no checkpoint; the parameters have other shapes than the config says, are
+        not finite or do not fit into the free memory; a Hugging Face folder is damaged or has a model that is not
+        supported.
 
     >>> import stickjax, tempfile
     >>> sizes = {"model.D": 8, "model.L": 1, "model.N": 2, "model.K": 1, "model.H": 4, "model.F": 16}
@@ -162,7 +163,7 @@ def register(what, name: str | None = None) -> None:
 
     Raises:
       ValueError: another family or variant has the same name; a `Family` comes with a `name`, or an `AttentionVariant`
-        without one; or `what` is neither of the two.
+        without one; or `what` is neither a `Family` nor a variant.
     """
     from stickjax.config.attention import AttentionVariant, register_attention
     from stickjax.models.families import Family

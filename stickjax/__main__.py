@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     if name in ("-V", "--version", "version"):
         print(f"stickjax {__version__}")
         return 0
-    name = {"sweeps": "sweep", "modules": "surgery"}.get(name, name)  # other names of the commands
+    name = {"sweeps": "sweep", "modules": "surgery"}.get(name, name)  # further names for these two commands
     if name not in COMMANDS:
         raise UsageError(f"unknown command {name!r}{nearest(name, COMMANDS)}; the commands are {', '.join(COMMANDS)}")
     return importlib.import_module(COMMANDS[name][0]).main(rest)

@@ -5,7 +5,8 @@ python -m stickjax.convert FOLDER OUT [--step N] [--shard-bytes 5e9] [--eot TOKE
 If FOLDER is in the Hugging Face layout, OUT becomes a folder that `evaluate`, `generate` and `train --init-from` can
 read. If FOLDER is a run folder, OUT becomes a folder in the Hugging Face layout.
 
-A checkpoint of a training is read into memory as a whole. All other models are copied one layer at a time.
+A training checkpoint is read into memory completely. Other models are copied one tensor at a time, so they may be
+larger than the memory.
 """
 
 import math
@@ -77,16 +78,16 @@ def convert(
 ) -> str:
     """Convert a Hugging Face folder into a run folder, or a run folder into a Hugging Face folder.
 
-    Parameters are copied one layer at a time, so only the largest tensor has to fit into memory. The exception is a
-    checkpoint of a training: it is read as a whole, because Orbax cannot read a part of an array.
+    If `source` has training checkpoints, one checkpoint is read into memory completely, because Orbax cannot read a
+    part of an array. Other models are copied one tensor at a time, so only the largest tensor has to fit into memory.
 
     Args:
       source: the folder to read.
-      path: the folder to write, which does not exist yet.
+      path: the folder to write, which must not exist yet.
       step: the step of the checkpoint, if `source` is a run folder; None: the newest checkpoint.
       shard_bytes: the largest size of a file with parameters in a Hugging Face folder, in bytes.
       eot: the added token of the tokenizer that ends a text, such as "<|im_end|>"; it becomes the config field
-        `data.eot`. None: the token that the files in `source` name.
+        `data.eot`. None: `data.eot` is not changed, and the token is read from the files beside the tokenizer.json.
 
     Returns:
       A line for the terminal that says what was written and how many parameters it has.
@@ -122,9 +123,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m stickjax.convert", description="Convert to or from Hugging Face folders.")
     parser.add_argument("folder", help="a folder in the Hugging Face layout, or a run folder")
     parser.add_argument("out", help="the folder to write, in the other layout; it must not exist")
-    parser.add_argument("--step", type=int, help="step of the checkpoint of a run; by default the newest")
-    parser.add_argument("--shard-bytes", type=float, default=SHARD_BYTES, help="largest size of a file (default 5e9)")
-    parser.add_argument("--eot", metavar="TOKEN", help="added token that ends a text, if FOLDER names none")
+    parser.add_argument("--step", type=int, help="step of a run's checkpoint (default: the newest)")
+    parser.add_argument(
+        "--shard-bytes", type=float, default=SHARD_BYTES, help="largest file size in bytes (default 5e9)"
+    )
+    parser.add_argument("--eot", metavar="TOKEN", help="added token that ends a text, if FOLDER does not name it")
     words = parser.parse_args(argv)
     if not 1 <= words.shard_bytes < math.inf:
         raise ValueError(f"--shard-bytes={words.shard_bytes} must be a number of bytes, at least 1")

@@ -1,10 +1,10 @@
-"""Evaluate held-out bits per byte at 1, 2, 4 and 8 times the training length, on the same bytes at every length.
+"""Compute held-out bits per byte with contexts of 1, 2, 4 and 8 times the training length, always on the same text.
 
 python -m stickjax.evaluate RUN [RUN ...] [--lengths 1,2,4] [--plot PNG]
 
-For a model that reads examples, such as a classifier, the command computes its accuracy instead, by
-`stickjax.evaluation.examples`. A Universal Transformer on logic is evaluated at several halting thresholds, by
-`stickjax.evaluation.pairs`.
+For a model that reads examples, such as a classifier, the command computes the accuracy instead (see
+`stickjax.evaluation.examples`). For a Universal Transformer on the test part of logic, it computes the accuracy at
+several halting thresholds (see `stickjax.evaluation.pairs`).
 
 The command writes numbers and pictures into the run folders. It writes nothing into a folder that is read-only or in
 the Hugging Face layout.
@@ -45,17 +45,17 @@ LENGTHS = (1, 2, 4, 8)
 
 @jax.jit
 def _sums(model: nnx.Module, windows: jax.Array, target_mask: jax.Array) -> dict[str, jax.Array]:
-    """Predict every token of a batch of texts from the tokens before it, and return sums over the batch.
+    """Predict each token of a batch of texts from the previous tokens, and return sums over the batch.
 
     Args:
       model: the module with the parameters.
-      windows: token ids [B,T+1]. The first T of a row are inputs, and the last T are their targets.
+      windows: token ids [B,T+1]. In each row, the first T tokens are inputs, and the last T tokens are targets.
       target_mask: [B,T], True for the targets that count, and False for padding.
 
     Returns:
       {"nll": the sum of the negative log-likelihoods of the targets, in nats}. For a model that halts tokens, such
       as a Universal Transformer, also "depth": the sum of the depths of the input tokens. The depth of a token is the
-      mean number of blocks, weighted by the token's halting probabilities.
+      expected number of blocks that are applied to it, given its halting probabilities.
     """
     output = family_of(model.config).apply(model, {"tokens": windows[:, :-1]})
     by_token = {"nll": optax.softmax_cross_entropy_with_integer_labels(output.logits, windows[:, 1:])}
@@ -76,17 +76,17 @@ def evaluate(
     """Compute the bits per byte of the held-out text, with contexts of m * T tokens for every m in `lengths`.
 
     The text is divided into windows of max(lengths) * T tokens, each inside one document. A shorter document, or the
-    rest of a document, is a shorter window. For each m, the windows are cut into pieces of m * T tokens, and the model
-    reads every piece without the text before it. So the same tokens are predicted for every m; a larger m only adds
-    context.
+    rest of a document, is a shorter window. For each m, the windows are cut into pieces of m * T tokens. The model
+    reads every piece alone, without the previous piece. So the same tokens are predicted for every m, and a larger m
+    only adds context.
 
     Args:
       model: the module with the parameters.
       config: its data section names the text and the training length T.
-      lengths: the values of m; each must divide the largest. If no document has m * T tokens, m is left out, except
-        the smallest m.
-      max_tokens: the largest number of tokens to predict; at least one window is used.
-      batch_tokens: the largest number of tokens in one call of the model; at least one piece is used.
+      lengths: the values of m. Each must divide the largest one. If no document has m * T tokens, m is left out. The
+        smallest m is never left out.
+      max_tokens: the largest number of tokens to predict. At least one window is used, even if it has more tokens.
+      batch_tokens: the largest number of tokens in one call of the model. At least one piece is used.
       say: a function that is called with a line of progress before each length is evaluated.
 
     Returns:
@@ -95,7 +95,7 @@ def evaluate(
       For a model that halts tokens, such as a Universal Transformer, also "depth", the mean number of blocks per token.
 
     Raises:
-      ValueError: a length does not divide the largest one, or `max_tokens` is below 1.
+      ValueError: a length does not divide the largest one, `max_tokens` is below 1, or the text cannot be read.
     """
     _, heldout = load_corpus(config.data)
     windows = heldout_windows(heldout, config.data.T, lengths=lengths, max_tokens=max_tokens)
@@ -106,7 +106,7 @@ def evaluate(
         B = max(1, batch_tokens // target_mask.shape[1])
         count, empty = -(-len(pieces) // B), -len(pieces) % B
         context = m * config.data.T
-        say(f"{m}x ({context}): compiling, then scoring {tokens:,} tokens")
+        say(f"{m}x (context {context}): compiling, then scoring {tokens:,} tokens")
         padded = np.pad(pieces, ((0, empty), (0, 0))), np.pad(target_mask, ((0, empty), (0, 0)))
         batches = zip(*(np.split(array, count) for array in padded), strict=True)
         parts = [jax.device_get(_sums(model, *batch)) for batch in batches]
@@ -121,11 +121,11 @@ def evaluate(
 
 
 def depths(model: nnx.Module, config: Config, *, lines: int = 4, T: int = 64) -> list[tuple[list[str], np.ndarray]]:
-    """Return (the tokens as text, the depth of each token) for a few pieces of held-out text, for `plot_depth`.
+    """Return a list of (tokens as text, depth of each token) for a few pieces of held-out text, for `plot_depth`.
 
-    `model` is a Universal Transformer, which halts tokens. The final state of a token is a weighted mean of the outputs
-    of blocks 1, 2 and so on; its depth is the mean number of blocks with the same weights. A piece has at most T
-    tokens, and all pieces together have at most lines * T tokens.
+    `model` is a Universal Transformer, which halts tokens. The final state of a token is a weighted mean of its states
+    after 1, 2, 3, ... blocks. Its depth is the mean of the numbers 1, 2, 3, ... with the same weights. A piece has at
+    most T tokens, and all pieces together have at most lines * T tokens.
     """
     _, heldout = load_corpus(config.data)
     T = min(T, config.data.T)
@@ -142,9 +142,9 @@ def depths(model: nnx.Module, config: Config, *, lines: int = 4, T: int = 64) ->
 def table(runs: dict[str, Records]) -> Table:
     """Return a table of held-out bits per byte, with a row per run and a column per multiple of the training length T.
 
-    `runs` is {name of a run: the records of `evaluate`}. The heading of a column shows the context in tokens if it is
-    the same for all runs; otherwise every cell shows it. A run whose model halts tokens has a second row with the mean
-    depth, in blocks.
+    `runs` is {name of a run: the records of `evaluate`}. If all runs have the same context in a column, the heading of
+    the column shows this number of tokens. Otherwise every cell shows the context of its run. A run whose model halts
+    tokens has a second row with the mean depth, in blocks.
     """
     contexts: dict[int, set[int]] = {}
     for record in (record for records in runs.values() for record in records):
@@ -166,8 +166,8 @@ def table(runs: dict[str, Records]) -> Table:
 def names(runs: Iterable[str]) -> dict[str, Path]:
     """Give every run folder a short name for tables and plots, and return {name: path of the folder}.
 
-    The name is the shortest end of the path that no other folder in `runs` has. A folder that occurs twice in `runs` is
-    returned once.
+    The name is the last part of the path. If several folders in `runs` have the same last part, more parts are added in
+    front, until the names differ. A folder that occurs twice in `runs` is returned once.
 
     >>> list(names(["x/run", "y/run", "/data/old", "x/run/"]))
     ['x/run', 'y/run', 'old']
@@ -189,7 +189,7 @@ def _lengths(text: str) -> tuple[int, ...]:
     words = text.split(",")
     if not all(word.strip().isdecimal() and int(word) for word in words):
         raise ValueError(
-            f"--lengths={text}: expected whole numbers separated by commas, such as 1,2,4 (multiples of T)"
+            f"--lengths={text} must be whole numbers above 0, separated by commas, such as 1,2,4 (multiples of T)"
         )
     return tuple(dict.fromkeys(map(int, words)))
 
@@ -199,39 +199,41 @@ def _parser() -> Parser:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; several runs are drawn in one picture")
     parser.add_argument("--step", type=int, help="evaluate the checkpoint of this step")
     parser.add_argument("--lengths", default="1,2,4,8", help="contexts, in multiples of T (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=2**17, help="how many tokens to score")
-    parser.add_argument("--max-pairs", type=int, default=1024, help="for a classifier: examples per bucket")
-    parser.add_argument("--part", default="test", help="for a classifier: test, or valid to choose settings")
-    parser.add_argument("--filtered", metavar="FILE", help="write the labelled held-out rows that the run gets wrong")
+    parser.add_argument("--max-tokens", type=int, default=2**17, help="largest number of tokens to score")
+    parser.add_argument("--max-pairs", type=int, default=1024, help="largest number of examples to score per bucket")
+    parser.add_argument("--part", default="test", help="examples to score: test, or valid to choose hyperparameters")
+    parser.add_argument("--filtered", metavar="FILE", help="write the held-out rows that a classifier labels wrongly")
     parser.add_argument("--plot", metavar="PNG", help="path of the picture; by default in the first run's folder")
     return parser
 
 
 def _kind(configs: Iterable[Config], part: str) -> str:
-    """Return how runs with these configs are evaluated. `part` says which examples are used, such as "test".
+    """Return how runs with these configs are evaluated: "text", "halting" or "examples".
 
-    "text": by bits per byte. "halting": by the accuracy at several halting thresholds. "examples": by the accuracy.
+    "text": bits per byte are computed.
+    "halting": the accuracy is computed at several halting thresholds.
+    "examples": the accuracy is computed.
 
-    Raises ValueError if runs with these configs cannot be compared.
+    `part` says which examples are used, such as "test". Raises ValueError if the runs cannot be compared.
     """
     configs = list(configs)
     if len(reads := {config.model.reads for config in configs}) > 1:
         kinds = " and runs that read ".join(sorted(reads))
-        raise ValueError(
-            f"runs that read {kinds} cannot be compared; evaluate each kind of runs in a command of its own"
-        )
+        raise ValueError(f"runs that read {kinds} cannot be compared; evaluate them in separate commands")
     if reads == {"text"}:
         return "text"
     if len(sources := {config.data.source for config in configs}) > 1:
-        raise ValueError(f"runs on {' and '.join(sorted(sources))} are not compared: evaluate them in several commands")
+        raise ValueError(
+            f"runs on {' and '.join(sorted(sources))} cannot be compared; evaluate them in separate commands"
+        )
     return "halting" if part == "test" and all(map(accuracy.scores_halting, configs)) else "examples"
 
 
 def _records(kind: str, name: str, loaded: Loaded, place: Path | None, words, say: Callable[[str], None]) -> Records:
     """Evaluate a run, and return its records. `kind` is the result of `_kind`, and `name` is the name of the run.
 
-    Numbers and pictures are written into the folder `place`; None: nothing is written. `words` are the parsed arguments
-    of the command. `say` is called with lines of progress.
+    Numbers and pictures are written into the folder `place`. If `place` is None, nothing is written. `words` are the
+    parsed arguments of the command. `say` is called with lines of progress.
     """
     model, config = loaded.model, loaded.config
     if kind == "halting":
@@ -248,10 +250,11 @@ def _records(kind: str, name: str, loaded: Loaded, place: Path | None, words, sa
 
 
 def _show(kind: str, results: dict[str, Records], bucket_name: str, picture: Path | str | None) -> None:
-    """Print a table of the results of the runs, and draw their curves into the file `picture`; None: no curves.
+    """Print a table of the results of the runs, and draw curves of the results into the file `picture`.
 
-    `kind` is the result of `_kind`, and `results` is {name of a run: its records}. `bucket_name` is what the number of
-    a bucket (a group of examples) counts, such as "operators"; "" if all examples are in one bucket.
+    If `picture` is None, no curves are drawn. `kind` is the result of `_kind`, and `results` is {name of a run: its
+    records}. A bucket is a group of examples of about the same length. `bucket_name` is what the number of a bucket
+    counts, such as "operators"; "" if all examples are in one bucket.
     """
     if kind == "text":
         print_table(table(results))

@@ -39,7 +39,8 @@ def generate(
 ) -> list[list[int]]:
     """Return the token ids that follow each of B prompts, drawn from softmax(logits / temperature).
 
-    A row is a prompt with its new tokens. It depends on the prompt, the row's index and the seed, not on other rows.
+    A row is a prompt with its new tokens. The new tokens depend on the prompt, the row's index and the seed. They do
+    not depend on other rows.
 
     Args:
       model: the module with the parameters, such as `stickjax.load(run).model`.
@@ -47,14 +48,18 @@ def generate(
       max_new_tokens: the largest number of new tokens in a row.
       temperature: 0 always takes the most likely token.
       top_k: draw only from the k most likely tokens.
-      top_p: of the tokens that top_k leaves, take the fewest whose total probability is >= top_p (arXiv 1904.09751).
+      top_p: draw only from the most likely tokens, as few as have a total probability >= top_p (arXiv 1904.09751).
+        top_k is applied first.
       seed: the seed of the random draws.
-      eot: end-of-text id; a row ends with it. None: no id ends a row.
+      eot: the end-of-text id, which ends a row; None: no id ends a row.
       vocab_size: only ids below this are drawn, because the model's V may include unused ids; None: all V ids.
-      on_token: `on_token(row, id)` is called for each new token as soon as it is known; returning True ends the row.
+      on_token: `on_token(row, id)` is called for each new token as soon as it is known. If it returns True, the row
+        ends.
 
-    Returns B lists of new ids; the last id of a list is `eot` if `eot` has ended the row.
-    Raises ValueError for an option out of range, a prompt id outside the vocabulary, or an empty prompt without `eot`.
+    Returns B lists of new ids. If `eot` has ended a row, it is the last id of the list.
+
+    Raises ValueError for an option out of range, for a prompt id outside the vocabulary, for an empty prompt if `eot`
+    is None, for a model that generates no text, or if the cache does not fit into memory.
 
     >>> from stickjax.config import ModelConfig
     >>> from stickjax.models.transformer import init
@@ -77,7 +82,7 @@ def generate(
         if index < max_new_tokens:  # before `chosen` is read, so that the device never waits for Python
             ids, cache = _advance(model, chosen[:, None], last, cache, key, index, **options)
         chosen = np.asarray(chosen).tolist()
-        for row in sorted(active):  # a row that has ended is still computed until all have ended
+        for row in sorted(active):  # rows that have ended are still computed, but their ids are ignored
             outputs[row].append(token := chosen[row])
             if (on_token is not None and on_token(row, token)) or token == eot:
                 active.discard(row)
@@ -89,8 +94,8 @@ def generate(
 def _padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Return B prompts as one array of token ids [B,T], and segment ids [B,T]: 0 for a token, -1 for padding.
 
-    T is the longest length, rounded up by `_bucket`. Padding is on the left, so that in every decode step all rows
-    write to the same place of the cache.
+    T is the length of the longest prompt, rounded up by `_bucket`. Padding is on the left, so that in every decode step
+    all rows write to the same position in the cache.
     """
     T = _bucket(max(map(len, rows)))
     tokens, segment_ids = np.zeros((len(rows), T), np.int32), np.full((len(rows), T), -1, np.int32)
@@ -103,9 +108,10 @@ def _padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_k, top_p, vocab_size):
     """Run the model on `tokens` [B,T], and draw the next token of every row. Return (ids [B], the new cache).
 
-    `segment_ids` [B,T]: -1 for padding. `cache`: the keys and values of earlier tokens; the new ones are added.
-    The random numbers depend on `key`, on the row's index, and on `index`: how many new tokens the row already has.
-    If `temperature` is None, the most likely token is taken. Only ids below `vocab_size` are drawn.
+    `segment_ids` [B,T]: -1 for padding, 0 for tokens. `cache`: the keys and values of earlier tokens. The new cache
+    also has the keys and values of `tokens`. The random numbers depend on `key`, on the row's index, and on `index`,
+    the number of new tokens that each row already has. If `temperature` is None, the most likely token is taken. Only
+    ids below `vocab_size` are drawn.
     """
     logits, cache = family_of(model.config).decode_step(model, tokens, segment_ids, cache)
 
@@ -120,7 +126,7 @@ def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_
         logits, ids = jax.lax.top_k(logits, top_k or len(logits))  # from the most to the least likely
         if top_p is not None:
             p = jax.nn.softmax(logits)
-            likelier = jnp.cumsum(p) - p  # exactly 0 for the first one, so that it always stays
+            likelier = jnp.cumsum(p) - p  # exactly 0 for the first token, so that this token always stays
             logits = jnp.where(likelier < top_p, logits, -jnp.inf)
         return ids[jax.random.categorical(own, logits)]
 
@@ -128,7 +134,7 @@ def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_
 
 
 def _cache_bytes(config) -> float:
-    """Return how many bytes of the key/value cache one token of one sequence takes, for a model config.
+    """Return the number of bytes that one token of one sequence takes in the key/value cache, for a model config.
 
     Raises ValueError for a model that generates no text.
     """
@@ -137,14 +143,14 @@ def _cache_bytes(config) -> float:
 
 
 def _cache(config, B: int, S: int, size: float):
-    """Return an empty cache for B sequences of S tokens. `size`: the bytes that one token of a sequence takes.
+    """Return an empty cache for B sequences of S tokens. `size` is the number of bytes for one token of one sequence.
 
     Raises ValueError if the cache does not fit into the free memory.
     """
     needed, free = B * S * size, free_memory()
     if free is not None and needed > free.bytes:
         raise ValueError(
-            f"a cache of {B} sequences of {S:,} tokens takes {gib(needed)}, but {gib(free.bytes)} are {free.source}: "
+            f"a cache of {B} sequences of {S:,} tokens takes {gib(needed)}, but {gib(free.bytes)} are {free.source}; "
             "use a smaller max_new_tokens, shorter prompts or fewer prompts"
         )
     return family_of(config).empty_cache(config, B, S)
@@ -161,11 +167,11 @@ def _bucket(n: int) -> int:
 
 
 def _options(max_new_tokens, temperature, top_k, top_p, seed, vocab_size) -> dict:
-    """Check options of `generate`, and return the keyword arguments of `_advance`. A temperature of 0 becomes None."""
+    """Check the options of `generate`, and return them as arguments of `_advance`. A temperature of 0 becomes None."""
     _check_options(max_new_tokens, temperature, top_k, top_p, seed)
     if not temperature:
         return dict(vocab_size=vocab_size, temperature=None, top_k=None, top_p=None)
-    temperature = max(temperature, 1e-30)  # the division by a smaller one would overflow
+    temperature = max(temperature, 1e-30)  # a division by a smaller temperature would overflow
     return dict(vocab_size=vocab_size, temperature=temperature, top_k=top_k and min(top_k, vocab_size), top_p=top_p)
 
 
@@ -198,22 +204,23 @@ def _prompt_ids(row: int, prompt, eot: int | None, vocab_size: int) -> np.ndarra
 class _TextStream:
     """Converts the new tokens of one prompt to text, token by token, and ends the text before a stop string.
 
-    Text is returned only when it is certain: when its characters are complete and cannot be the beginning of a stop
-    string. `stopped` says whether a stop string has ended the text.
+    Text is held back as long as its last character is incomplete, or its end may be the beginning of a stop string.
+    `stopped` is True if a stop string has ended the text.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: np.ndarray, stop: Sequence[str]):
         self._decoder, self._stop, self._held, self.stopped = StreamDecoder(tokenizer, prompt), stop, "", False
 
     def feed(self, token: int | None) -> str:
-        """Add a new token id, and return the text that has become certain with it (see `_TextStream`).
+        """Add a new token id, and return the text that is no longer held back (see `_TextStream`).
 
-        `token` None ends the text: all text that was held back is returned, without an incomplete character at its end.
+        If `token` is None, the text ends: all text that was held back is returned, without an incomplete character at
+        its end.
         """
         last = token is None
         self._held += self._decoder.flush().rstrip("\ufffd") if last else self._decoder.feed(token)
-        # The stop string that is complete first ends the text, no matter how it is divided into tokens. If several are
-        # complete at the same place, the longest one counts.
+        # The stop string that is complete first ends the text, no matter how it is divided into tokens. If several stop
+        # strings are complete after the same character, the longest one counts.
         found = [(at + len(s), at) for s in self._stop if (at := self._held.find(s)) >= 0]
         begun = [n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n])]
         size = min(found)[1] if found else len(self._held) - (0 if last else max(begun, default=0))
@@ -238,14 +245,15 @@ def generate_text(
 
     Args:
       loaded: the trained model with its tokenizer, from `stickjax.load(run)`.
-      prompts: B strings. If the tokenizer begins every text with certain tokens, they are added in front of a prompt.
+      prompts: B strings. If the tokenizer begins every text with certain tokens, they are added before each prompt.
       max_new_tokens: the largest number of new tokens for a prompt.
       stop: strings or special tokens that end a text; the text does not contain them.
-      special_tokens: whether <|user|>, for example, is encoded as a special token; otherwise as ordinary text.
-      on_text: `on_text(row, piece)` is called with each new piece of the text of prompt number `row`.
+      special_tokens: if True, text such as <|user|> in a prompt is encoded as a special token, not as ordinary text.
+      on_text: `on_text(row, piece)` is called with each new piece of text that follows the prompt with index `row`.
       **sampling: `temperature`, `top_k`, `top_p` and `seed` of `generate`.
 
-    Raises ValueError for an option that `generate` refuses, a string instead of a list, or an empty stop string.
+    Raises ValueError if `generate` raises it, for a string instead of a list, for an empty stop string, or if the
+    tokenizer of the model is missing.
 
     >>> from stickjax import Config, ModelConfig
     >>> from stickjax.models.transformer import init
@@ -309,9 +317,9 @@ def main(argv: list[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="TEXT",
-        help="end before this string or special token; repeatable",
+        help="end the text before this string or special token; may be repeated",
     )
-    parser.add_argument("--special-tokens", action="store_true", help="encode <|user|> in a prompt as a special token")
+    parser.add_argument("--special-tokens", action="store_true", help="encode text such as <|user|> as a special token")
     parser.add_argument("--step", type=int, help="step of the checkpoint; by default the newest")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="set a config field: model.window=64"

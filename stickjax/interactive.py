@@ -23,9 +23,9 @@ from stickjax.training.metrics import metrics_of
 
 
 def fit(config: Config | str | os.PathLike, run: str | os.PathLike | None, *, quiet: bool, **options) -> Result:
-    """Train a model in a run folder: the implementation of `stickjax.fit`, with the same arguments.
+    """Train a model in a run folder. This is the implementation of `stickjax.fit`, with the same arguments.
 
-    `options` are `init_from` and `branch`.
+    `options` are the arguments `init_from` and `branch`.
     """
     name = None
     if not isinstance(config, Config):
@@ -47,17 +47,21 @@ def fit(config: Config | str | os.PathLike, run: str | os.PathLike | None, *, qu
 
 
 def load(run: str | os.PathLike, *, step: int | None, changes: dict | None) -> "TrainedModel":
-    """Load the model of a folder: the implementation of `stickjax.load`, with the same arguments."""
+    """Load the model of a folder. This is the implementation of `stickjax.load`, with the same arguments."""
     model = TrainedModel(*run_folder.load(run, step=step, changes=changes))
     model.run = os.fspath(run)
     return model
 
 
 class TrainedModel(Loaded):
-    """A trained model with its config and tokenizer, as `stickjax.load` returns it.
+    """A trained model with its config and tokenizer: the result of `stickjax.load`.
 
-    `model`: the module with the parameters; `model(tokens)` returns an object with `logits`. `config`: the experiment.
-      `tokenizer`: None if the folder has none. `step`: the step of the checkpoint. `run`: the path of the folder.
+    `model`: the module with the parameters. A decoder is called as `model(tokens).logits`. The other families are
+      called as `model(batch).logits`, with a dictionary of arrays, such as {"tokens": tokens}.
+    `config`: the config of the experiment.
+    `tokenizer`: the tokenizer; None if the model was converted from a folder without a tokenizer.
+    `step`: the training step of the checkpoint; 0 if the folder has one model without checkpoints.
+    `run`: the path of the folder.
     """
 
     run: str = ""
@@ -68,7 +72,10 @@ class TrainedModel(Loaded):
 
     @property
     def metrics(self) -> Columns:
-        """The metrics that the training logged: {name: numpy array with a value per logged step}. It may be empty."""
+        """The metrics that the training logged: {name: numpy array with a value per logged step}.
+
+        The table is empty if the folder has no metrics.
+        """
         return metrics_of(self.run)
 
     def generate(
@@ -84,21 +91,22 @@ class TrainedModel(Loaded):
         special_tokens: bool = False,
         on_text: Callable[[int, str], None] | None = None,
     ) -> str | list[str]:
-        """Return the text that follows a prompt; for a list of prompts, return a list of texts.
+        """Generate the text that follows a prompt. For a list of prompts, return a list of texts.
 
         Args:
           prompts: one string, or a list of strings.
           max_new_tokens: the largest number of new tokens in a text.
-          temperature: divides the logits; 0 always takes the most likely token.
+          temperature: the logits are divided by it; with 0, the most likely token is always chosen.
           top_k: draw only from the k most likely tokens.
           top_p: draw only from the fewest tokens whose total probability is at least top_p.
           seed: the seed of the random draws; the same seed gives the same text.
           stop: strings or special tokens that end a text; the text does not contain them.
-          special_tokens: whether a special token in a prompt, such as <|user|>, is encoded as that token.
+          special_tokens: True to encode the special tokens in a prompt, such as <|user|>, as special tokens; False to
+            encode them as ordinary text.
           on_text: `on_text(row, piece)` is called with each new piece of the text of prompt number `row`.
 
         Raises:
-          ValueError: an option is out of range, or the model has no tokenizer or is a classifier.
+          ValueError: an option is out of range, the model has no tokenizer, or the model cannot generate text.
         """
         one = isinstance(prompts, str)
         texts = generate_text(
@@ -110,14 +118,16 @@ class TrainedModel(Loaded):
     def evaluate(self, *, lengths: Sequence[int] = LENGTHS, max_tokens: int = 2**17, max_pairs: int = 1024) -> Columns:
         """Compute the loss on held-out text, in bits per byte, with contexts of m * T tokens for every m in `lengths`.
 
-        T is the training length. About `max_tokens` tokens are predicted. Returns {name: numpy array with a value per
-        length}. The names are the keys of the records of `stickjax.evaluate.evaluate`, such as "bits_per_byte".
+        T is the training length. About `max_tokens` tokens are predicted. The result is {name: numpy array with a value
+        per length}. The names are the keys of the records of `stickjax.evaluate.evaluate`, such as "bits_per_byte".
 
-        For a model that reads examples, such as a classifier, the accuracy is computed instead, on up to `max_pairs`
-        examples of each bucket, such as each number of logical operators. Then an array has a value per bucket. The
-        names are the keys of the records of `stickjax.evaluation.examples.accuracy`, or of
-        `stickjax.evaluation.pairs.accuracy` for a Universal Transformer on logic. Nothing is written into the run
-        folder.
+        For a model that reads examples, such as a classifier, this method computes the accuracy instead. The examples
+        are divided into buckets, for example by the number of logical operators. At most `max_pairs` examples of each
+        bucket are used, and the arrays have a value per bucket. The names are the keys of the records of
+        `stickjax.evaluation.examples.accuracy`, or of `stickjax.evaluation.pairs.accuracy` for a Universal Transformer
+        on the data source logic.
+
+        Nothing is written into the run folder.
         """
         if pairs.scores_halting(self.config):
             return Columns.of(pairs.accuracy(self.model, self.config, max_pairs=max_pairs))

@@ -1,12 +1,14 @@
-"""Train one model in several processes, on this machine and on other machines that run the same command.
+"""Train one model in several processes, on one machine or on several machines.
 
 python -m stickjax.launch --processes 8 configs/tiny.py --mesh.data=-1
 python -m stickjax.launch --processes 8 --hosts 2 --host 0 --coordinator HOST:PORT configs/tiny.py --mesh.data=-1
 
-CONFIG and all arguments after it are the command line of `python -m stickjax.train`. If there are several processes on
-the machine, each uses one device; a single process uses all devices. After SIGTERM, Ctrl-C or the loss of the terminal,
-all processes save a checkpoint at the same step and end. If one process fails, all processes end. The same command then
-continues from the last checkpoint.
+CONFIG and all arguments after it are the command line of `python -m stickjax.train`. On several machines, run the
+command on every machine, with --host 0, --host 1 and so on. If a machine has several processes, each of them uses one
+device. If a machine has only one process, this process uses all its devices.
+
+After SIGTERM, Ctrl-C or the loss of the terminal, all processes save a checkpoint at the same step and end. If one
+process fails, all processes end. Run the same command again to continue from the last checkpoint.
 """
 
 import argparse
@@ -29,20 +31,21 @@ from stickjax.parallel.processes import (
     lost,
 )
 
-KILL_AFTER_SECONDS = 5  # seconds between SIGTERM and SIGKILL for the other processes when one has failed
-# Seconds for which stderr is held back. When a process fails, the others write long errors; these are then dropped.
+KILL_AFTER_SECONDS = 5  # when one process has failed: the seconds from SIGTERM to SIGKILL for the other processes
+# Output to stderr is shown this many seconds after it was written. When a process fails, the other processes write long
+# errors because of it. These errors have not been shown yet, so they can be dropped.
 STDERR_DELAY_SECONDS = 0.5
 
 
 class Processes:
-    """The training processes of this machine.
+    """The training processes of this machine. Creating the object starts them.
 
-    Their output to stderr is held for STDERR_DELAY_SECONDS before it is shown. So if a process fails, the errors that
-    the other processes write because of it can be dropped.
+    Their output to stderr is held in a buffer for STDERR_DELAY_SECONDS before it is shown. So if a process fails, the
+    errors that the other processes write because of it can be dropped.
 
     Args:
       commands: the command line of each process.
-      environments: the environment variables that are added for each process.
+      environments: for each process, the environment variables that are added to the variables of this process.
     """
 
     def __init__(self, commands: list[list[str]], environments: list[dict[str, str]]):
@@ -59,7 +62,7 @@ class Processes:
 
     def send(self, number: int) -> None:
         for process in self.all:
-            process.send_signal(number)  # nothing happens to one that has ended
+            process.send_signal(number)  # does nothing if the process has ended
 
     def read(self, timeout: float) -> None:
         """Read new stderr output of the processes into a buffer. Wait at most `timeout` seconds for output."""
@@ -89,11 +92,13 @@ class Processes:
         return words in b"".join(data for _, who, data in self._held if who == index)
 
     def wait(self) -> int | None:
-        """Wait until one process fails, or until all have ended without a failure. Show their output meanwhile.
+        """Wait until one process fails, or until all processes have ended without a failure.
 
-        Return the index of the process that failed first, or None if no process failed. If the first failure is only a
-        lost connection to another process, wait up to KILL_AFTER_SECONDS for a process that fails for another reason,
-        and return the index of that process if there is one.
+        While it waits, this method shows the stderr output of the processes. Return the index of the process that
+        failed, or None if no process failed.
+
+        If a process failed only because it lost another process, this method waits up to KILL_AFTER_SECONDS for a
+        process that fails for another reason. If there is such a process, return its index instead.
         """
         deadline = None  # set when the first process has failed
         while True:
@@ -117,7 +122,10 @@ class Processes:
             process.stderr.close()
 
     def end(self) -> None:
-        """Send SIGTERM to all processes. After KILL_AFTER_SECONDS, send SIGKILL to the processes that still run."""
+        """Send SIGTERM to all processes, and wait until they have ended.
+
+        After KILL_AFTER_SECONDS, send SIGKILL to the processes that still run.
+        """
         deadline = time.monotonic() + KILL_AFTER_SECONDS
         self.send(signal.SIGTERM)
         while any(process.poll() is None for process in self.all):
@@ -128,10 +136,10 @@ class Processes:
 
 @contextlib.contextmanager
 def _forwarded(processes: Processes):
-    """Inside this context, send SIGTERM to the processes when this process receives SIGTERM, SIGINT or SIGHUP.
+    """Return a context in which a SIGTERM, SIGINT or SIGHUP to this process sends SIGTERM to all training processes.
 
-    SIGINT (Ctrl-C) after an earlier signal sends SIGKILL instead. The context yields a list, to which the number of
-    every received signal is added.
+    A SIGINT (Ctrl-C) that follows another signal sends SIGKILL instead. The context yields a list. The number of every
+    received signal is appended to this list.
     """
     got: list[int] = []
 
@@ -140,7 +148,7 @@ def _forwarded(processes: Processes):
         got.append(number)
 
     numbers = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # it is ignored after nohup
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # after nohup, SIGHUP stays ignored
         numbers.append(signal.SIGHUP)
     old = {number: signal.signal(number, handle) for number in numbers}
     try:
@@ -158,8 +166,8 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes on this machine (default 1)")
     parser.add_argument("--hosts", type=int, default=1, metavar="H", help="machines, each with N processes (default 1)")
-    parser.add_argument("--host", type=int, default=0, metavar="I", help="index of this machine, from 0")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="a free port of the first machine; for --hosts")
+    parser.add_argument("--host", type=int, default=0, metavar="I", help="index of this machine, from 0 (default 0)")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="a free port of the machine --host 0; for --hosts")
     parser.add_argument("train", nargs=argparse.REMAINDER, metavar="CONFIG ...", help="as for python -m stickjax.train")
     words = parser.parse_args(argv)
     for name in ("processes", "hosts"):
@@ -168,7 +176,9 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     if not 0 <= words.host < words.hosts:
         raise ValueError(f"--host {words.host} must be at least 0 and below --hosts {words.hosts}")
     if words.hosts > 1 and words.coordinator is None:
-        raise ValueError(f"--hosts {words.hosts} needs --coordinator HOST:PORT, a free port of the machine of --host 0")
+        raise ValueError(
+            f"--hosts {words.hosts} needs --coordinator HOST:PORT: the machine with --host 0, and a free port of it"
+        )
     if words.coordinator is not None:
         check_address(words.coordinator)
     return words, words.train[1:] if words.train[:1] == ["--"] else words.train

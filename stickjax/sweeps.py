@@ -1,9 +1,9 @@
 """Experiments with many short trainings: coordinate checks of muP, learning-rate sweeps, and the fit of a power law.
 
-The power law gamma = a T^b of the Power schedule says how the best learning rate, divided by the batch size, depends on
-the training length T in tokens. Every experiment takes a function that trains, and returns its results as dictionaries,
-ready for JSON. Every plot takes these dictionaries and writes a PNG. `stickjax.training.width` has the functions that
-train the decoder.
+The power law of the Power schedule says how the best learning rate depends on the training length and the batch size
+(see `fit_power_law`). `coordinate_check` and `learning_rate_sweep` take a function that makes or trains a model. They
+return records: dictionaries that can be written as JSON. The plots take records and write a PNG.
+`stickjax.training.width` has the functions that make and train the decoder.
 
 python -m stickjax.sweeps coordinate|learning-rate|power-law [--config FILE] [--out DIR] [--section.field=value ...]
 """
@@ -42,18 +42,18 @@ from stickjax.training import width as models
 
 
 def coordinate_check(widths: Iterable[int], make: Callable, *, steps: int = 4, plot=None) -> Records:
-    """Measure the mean absolute value of every activation before training and after each of a few steps.
+    """Measure the mean absolute value of every activation, before the first training step and after each step.
 
     Models of several widths are compared, to test that they follow muP. Under muP no activation grows or shrinks with
-    the width: the slope of log2 mean |activation| against log2 width is between -0.1 and 0.1. Without muP some slope
-    exceeds 0.3. The logits are an exception if the output matrix does not start at zero: they start in proportion to
-    width^-1/2, and reach their final size only in training.
+    the width: the slope of log2 mean |activation| against log2 width is between -0.1 and 0.1. Without muP at least one
+    slope is above 0.3. The logits are an exception, unless the output matrix starts at zero: before training they are
+    proportional to width^(-1/2), and they reach their final size only during training.
 
     Args:
-      widths: the widths of the models; a slope needs at least two.
+      widths: the widths of the models; `slopes` needs at least two widths.
       make: `make(width)` returns (params, optimizer, forward) for a model of this width. `forward(params)` returns
-        (loss, {name: activation}).
-      steps: the number of optimizer steps. All steps use the same batch, which `forward` contains.
+        (loss, {name: activation}) for a fixed batch.
+      steps: the number of optimizer steps. All steps use the batch of `forward`.
       plot: the path of a PNG to write, which shows the last step; None: no plot.
 
     Returns:
@@ -101,7 +101,7 @@ def slopes(records: Records, step: int | None = None) -> dict[str, float]:
     for name, line in group([r for r in records if r["step"] == step], "name").items():
         width, size = (np.array([r[key] for r in line], float) for key in ("width", "mean_abs"))
         if len(set(width)) < 2:
-            raise ValueError(f"a slope needs at least two widths, not {sorted(set(width))}")
+            raise ValueError(f"a slope needs at least two widths, not {sorted({r['width'] for r in line})}")
         if not (np.isfinite(size) & (size > 0)).all():
             raise ValueError(
                 f"activation {name!r} is zero or not finite at step {step}: mean |activation| {size.tolist()}, "
@@ -114,7 +114,7 @@ def slopes(records: Records, step: int | None = None) -> dict[str, float]:
 def learning_rate_sweep(
     widths: Iterable[int], learning_rates: Iterable[float], run: Callable, *, mup=(True, False), plot=None
 ) -> Records:
-    """Run a short training for every width and learning rate, with muP and without, and return the final losses.
+    """Run a short training for every width and learning rate, with and without muP, and return the final losses.
 
     Under muP the best learning rate is the same at every width, and a wider model is better at every learning rate.
 
@@ -147,10 +147,13 @@ def learning_rate_sweep(
 
 
 class PowerLaw(NamedTuple):
-    """The fitted law gamma = a T^b. gamma: best learning rate / batch size beta. T: training length in tokens.
+    """The result of `fit_power_law`: the law gamma = a T^b.
 
-    `best`: the record of the best run for every pair of T and beta. `residuals`: for each record in `best`, its
-    ln(gamma) minus the ln(gamma) of the law.
+    T is the training length in tokens. gamma is the best learning rate divided by the batch size beta.
+
+    `a`, `b`: the constants of the law.
+    `best`: the record of the best run for every pair of T and beta, with the refined learning rate.
+    `residuals`: the error of the law for each record in `best`: ln(measured gamma) - ln(a T^b).
     """
 
     a: float
@@ -162,9 +165,10 @@ class PowerLaw(NamedTuple):
 def _refined(best: dict, line: Records) -> dict:
     """Return a copy of the record `best` with a more precise best learning rate: the minimum of a parabola.
 
-    `line` has the records of the runs that differ only in their learning rates, and `best` is the one with the smallest
-    loss. The parabola, in ln(learning rate), goes through the losses of `best` and its two neighbours. If `best` has
-    only one neighbour, it is returned unchanged. The loss in the record does not change.
+    The runs in `line` differ only in their learning rates, and `best` is the record with the smallest loss. The
+    parabola is a function of ln(learning rate). It goes through the losses of `best` and of the next smaller and the
+    next larger learning rate. If `line` does not have both, `best` is returned unchanged. The copy keeps the loss of
+    `best`.
     """
     line = sorted(line, key=lambda r: r["learning_rate"])
     at = line.index(best)
@@ -182,10 +186,10 @@ def fit_power_law(records: Records, *, plot=None) -> PowerLaw:
     .. math::
         \gamma = \eta^* / \beta = a T^b
 
-    eta* is the learning rate with the smallest loss, for a training length T in tokens and a batch size beta. It is the
-    minimum of the parabola through the best run and its two neighbours. a and b are the least-squares fit of ln(gamma)
-    against ln(T). If the best learning rate is the smallest or the largest of the sweep, repeat the sweep with a wider
-    range, because the minimum may be outside.
+    eta* is the best learning rate for a training length T in tokens and a batch size beta. It is the minimum of the
+    parabola through three runs: the run with the smallest loss, and the runs with the next smaller and the next larger
+    learning rate. A least-squares fit of ln(gamma) against ln(T) gives a and b. If the best learning rate is the
+    smallest or the largest of the sweep, repeat the sweep with a wider range, because the minimum may be outside.
 
     Args:
       records: dictionaries with "tokens" (T), "batch_size" (beta, in sequences of 4096 tokens), "learning_rate"
@@ -222,8 +226,8 @@ def fit_power_law(records: Records, *, plot=None) -> PowerLaw:
 def plot_coordinate_check(runs: dict[str, Records], path, step: int | None = None) -> None:
     """Plot mean |activation| against width, with a panel per run and the slope of every activation in the legend.
 
-    `runs` is {name of a run: its records of `coordinate_check`}, for example with the names "muP" and "without muP".
-    `step` is the optimizer step to plot; None: the last one.
+    `runs` is {name of a run: the result of `coordinate_check`}, for example with the names "muP" and "without muP".
+    `step` is the optimizer step to plot; None: the last step.
     """
     scales = dict(xscale=("log", dict(base=2)), yscale=("log", dict(base=2)))
     page, panels = figure("width", "mean |activation|", list(runs), **scales)
@@ -290,7 +294,7 @@ _COMMANDS = {"coordinate": _coordinate, "learning-rate": _learning_rate, "power-
 
 def _edge(best: Records, rates) -> str | None:
     at_edge = any(r["learning_rate"] in (min(rates), max(rates)) for r in best)
-    return "a best learning rate is the first or last of --rates: try a wider range" if at_edge else None
+    return "a best learning rate is the smallest or largest of --rates: try a wider range" if at_edge else None
 
 
 def _numbers(name: str, text: str, kind: type) -> list:
@@ -307,11 +311,11 @@ def _numbers(name: str, text: str, kind: type) -> list:
 def main(argv: list[str] | None = None) -> int:
     """Run `python -m stickjax.sweeps` with the arguments `argv`; None: `sys.argv[1:]`. Return the exit code."""
     parser = Parser(prog="python -m stickjax.sweeps")
-    parser.add_argument("command", choices=_COMMANDS, help="power-law trains 1, 2, 4 and 8 times the config's steps")
-    parser.add_argument("--config", help="a name, a .py file, or a run's config.json; by default a small model")
+    parser.add_argument("command", choices=_COMMANDS, help="power-law trains for 1, 2, 4 and 8 times train.steps")
+    parser.add_argument("--config", help="name of a config, .py file, or a run's config.json; default: a small model")
     parser.add_argument("--out", default="runs/sweeps", help="folder for COMMAND.json and COMMAND.png")
-    parser.add_argument("--widths", help="values of D, such as 64,128,256; by default 1, 2 and 4 times the config's D")
-    parser.add_argument("--rates", help="learning rates, such as 1e-3,2e-3; by default 2^-2 ... 2^4 times peak_lr")
+    parser.add_argument("--widths", help="widths D, such as 64,128,256; default: 1, 2 and 4 times the config's D")
+    parser.add_argument("--rates", help="learning rates, such as 1e-3,2e-3; default: peak_lr times 2^-2, 2^-1 ... 2^4")
     words, rest = parser.parse_with_fields(argv)
     console = Console(highlight=False)
     config = with_vocabulary(parse(load_config(words.config) if words.config else models.SMALL, rest))

@@ -16,15 +16,15 @@ __all__ = ["Result", "fit", "main"]
 @command
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m stickjax.train", add_help=False)
-    parser.add_argument("config", metavar="CONFIG", nargs="?", help="a name such as tiny, a .py file, a config.json")
-    parser.add_argument("--run", help="run folder; by default runs/NAME, with the name of the config")
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="a name such as tiny, a .py file, or a config.json")
+    parser.add_argument("--run", help="run folder; default: runs/NAME, where NAME is the name of the config")
     parser.add_argument("--init-from", metavar="RUN", help="begin with the parameters of another run")
     parser.add_argument(
         "--from", dest="branch", metavar="RUN@STEP", help="continue from a checkpoint with a changed config"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the memory and time of a step; write nothing")
     parser.add_argument("--profile", action="store_true", help="write a trace of a few steps to RUN/profile")
-    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("-h", "--help", action="store_true", help="show the options and the config fields")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address at which process 0 listens")
     parser.add_argument("--processes", type=int, metavar="N", help="number of processes; stickjax.launch starts them")
     parser.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")

@@ -99,7 +99,7 @@ X, W, W_IN, W_OUT, G = (jnp.zeros(s) for s in ((6, 4), (3, 4, 5), (3, 4, 10), (3
             lambda: expert_linear(X, W, R, bias=jnp.zeros((3, 4))),
             r"bias must be \[E,F\]=\[3, 5\], got bias.shape=\(3, 4\)",
         ),
-        (lambda: expert_mlp(X[:5], W_IN, W_OUT, R, G), r"x must be \[T,D\] with T=6 as in expert_indices"),
+        (lambda: expert_mlp(X[:5], W_IN, W_OUT, R, G), r"x must be \[T,D\] with T=6 as in routing.expert_indices"),
         (lambda: expert_mlp(X, W, W_OUT, R, G), r"w_in must be \[E,D,2F\]=\[3, 4, 10\], got w_in.shape=\(3, 4, 5\)"),
         (lambda: expert_mlp(X, W_IN, W_OUT, R, G, activation="relu"), r"w_in must be \[E,D,F\]=\[3, 4, 5\]"),
         (lambda: expert_mlp(X, W_IN, W, R, G), r"w_out must be \[E,F,D\] with E=3, D=4, got w_out.shape=\(3, 4, 5\)"),

@@ -162,7 +162,7 @@ def test_short_documents_of_several_runs(runs, capsys, monkeypatch, caplog):
         assert {r["bytes"] for r in of} == {sum(3 + 6 * (i % 6 + 1) for i in range(0, 60, 4))}
         assert {r["tokens"] - r["bytes"] for r in of} == {15}
     assert "34 tokens: contexts of 8 times T=8 tokens are left out" in caplog.text
-    for line in ("x/run: reading the parameters", "half: 2x (8): compiling, then scoring"):
+    for line in ("x/run: reading the parameters", "half: 2x (context 8): compiling, then scoring"):
         assert line in said.err, "progress lines are printed"
     for picture in ("length.png", "training.png"):
         assert (runs / "x/run" / picture).stat().st_size > 10_000
@@ -195,10 +195,10 @@ def test_a_run_that_cannot_be_written_is_evaluated(runs, capsys, monkeypatch, tm
     [
         (["--max-tokens=0"], "max_tokens=0 must be at least 1"),
         (["--max-tokens=-3"], "max_tokens=-3 must be at least 1"),
-        (["--lengths=1,x"], "--lengths=1,x: expected whole numbers"),
-        (["--lengths="], "--lengths=: expected whole numbers"),
-        (["--lengths=0"], "--lengths=0: expected whole numbers"),
-        (["--lengths=2,3"], "the largest length must be a multiple of every length, such as 2, got 3"),
+        (["--lengths=1,x"], "--lengths=1,x must be whole numbers"),
+        (["--lengths="], "--lengths= must be whole numbers"),
+        (["--lengths=0"], "--lengths=0 must be whole numbers"),
+        (["--lengths=2,3"], "every length must be at least 1 and divide the largest length, 3, but 2 does not"),
         (["--plot=no/folder/p.png"], "--plot=no/folder/p.png: no/folder is not a folder"),
     ],
 )

@@ -209,7 +209,7 @@ gpu_stages.Checks._correct = slow
     after = saved(tmp_path / "rows.json")
     assert all(after[row] == before[row] for row in done)
     assert after["exit", "decode, skip"]["extra"] == {"runs": 20, "unlike the first": 0, "passed": "yes"}
-    assert after["summary", "checks"]["extra"] == {"passed": 5, "did not": "none", "left out": 0}
+    assert after["summary", "checks"]["extra"] == {"passed": 5, "failed": "none", "left out": 0}
     assert "passed 5" in out and "decode, skip" not in out, "passed checks are not in the table"
     assert not list(tmp_path.glob("*.new"))
 
@@ -237,4 +237,4 @@ def test_a_check_that_does_not_pass_is_in_the_table_and_in_the_exit_status(monke
     monkeypatch.setattr(gpu_check, "compared", lambda *_: gpu_check.Errors(0.5, None, True))
     path = tmp_path / "rows.json"
     assert cli.main(["--gpu", "--quick", "--json", str(path), "--only", "one token"]) == 1
-    assert "did not correct one token (xla)" in capsys.readouterr().out
+    assert "failed correct one token (xla)" in capsys.readouterr().out

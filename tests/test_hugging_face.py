@@ -132,7 +132,7 @@ def test_a_row_whose_axes_do_not_fit_is_refused(monkeypatch):
     for change, message in (
         (
             dict(axes="K D"),
-            "the row of .* has the axes 'K D', but the parameter blocks/attention/query has the axes 'D N H'",
+            "the table row for .* has the axes 'K D', but the parameter blocks/attention/query has the axes 'D N H'",
         ),
         (dict(ours="blocks/attention/qery"), "has an unknown parameter .* .did you mean 'blocks/attention/query'"),
     ):

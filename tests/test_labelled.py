@@ -147,7 +147,7 @@ def test_a_tokenizer_of_words_is_its_file(tmp_path):
     for content, message in (
         ("{", "is not a words.json: "),
         ("[]", "it has no list of words"),
-        ('{"format": "stickjax-words", "words": ["a", "a"]}', "a word occurs twice"),
+        ('{"format": "stickjax-words", "words": ["a", "a"]}', "the word 'a' occurs more than once"),
     ):
         (tmp_path / "words.json").write_text(content)
         with pytest.raises(ValueError, match=message):
@@ -243,7 +243,7 @@ def without(index: int, field: str):
         (without(4, "label"), {}, r"x.jsonl:5: no field data.label_field='label'; the fields are 'sentence1',"),
         (without(4, "sentence2"), {}, r"x.jsonl:5: no field data.right_field='sentence2' .did you mean 'sentence1'"),
         (changed(4, sentence1="a " * 17), {}, r"x.jsonl:5: a text of 17 tokens is longer than T=16; the longest .* 17"),
-        (changed(0, label="other"), {}, r"x.jsonl:1: the label 'other' is not in the training rows; their .* 'contr"),
+        (changed(0, label="other"), {}, r"x.jsonl:1: the label 'other' is not one of 'contr.* of the train"),
         (changed(4, sentence1="half \ud800"), {}, r"x.jsonl:5: the field 'sentence1' has half a surrogate pair"),
         (lambda found: found.clear(), {}, r"x.jsonl' has no labelled rows"),
         (
@@ -288,10 +288,10 @@ HEADER = "sentence1\tsentence2\tlabel\n"
         ("x.tsv", "premise\tsentence2\tlabel\n", r"x.tsv:1: no field data.left_field='sentence1' .did you mean 'sent"),
         ("x.tsv", HEADER + "a\t\tyes\n", r"x.tsv:2: the field 'sentence2' is empty"),
         ("x.tsv", HEADER + "a\tb\t\n", r"x.tsv:2: the row has no label"),
-        ("x.tsv", (HEADER + "a\tb\tyes\n").encode() + b"\xff\tb\tyes\n", r"x.tsv:3: not UTF-8 text"),
+        ("x.tsv", (HEADER + "a\tb\tyes\n").encode() + b"\xff\tb\tyes\n", r"x.tsv:3: this line is not UTF-8 text"),
         ("x.csv", 'sentence1,sentence2,label\na,"b,yes\n', r"x.csv:2: not a row of a table: unexpected end of data"),
-        ("x.jsonl", "{", r"x.jsonl:1: not a line of JSON"),
-        ("x.jsonl", "[1]", r"x.jsonl:1: a list, not a JSON object"),
+        ("x.jsonl", "{", r"x.jsonl:1: this line is not JSON"),
+        ("x.jsonl", "[1]", r"x.jsonl:1: this line must be a JSON object, not a list"),
         ("x.txt", "a", r"x.txt': labelled rows are read from files that end with .jsonl, .ndjson, .tsv, .csv"),
         ("x.tsv", "a".encode("utf-16"), r"x.tsv' is UTF-16 or UTF-32, not UTF-8 text: convert it"),
     ],
@@ -331,7 +331,7 @@ def test_fields_that_do_not_go_together(options, message):
 
 
 def test_pairs_by_operators_are_pairs_of_logic(run):
-    with pytest.raises(ValueError, match="pairs by their number of operators need source='logic', not 'labelled'"):
+    with pytest.raises(ValueError, match="buckets of pairs need data.source='logic', not 'labelled'"):
         pair_examples(read_config(run), "test", buckets=[1])
     assert len(pair_examples(read_config(run), "test")) == 6
 

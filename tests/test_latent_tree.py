@@ -419,6 +419,6 @@ def test_the_picture_of_a_tree(tmp_path):
     for more in ({}, dict(source=["walk", "_left$", "twice"], attention=attention)):
         plot_derivation([7, 8, 4, 2], ["a", "$b", "_c", "d$"], tmp_path / "tree.png", **more)
         assert (tmp_path / "tree.png").stat().st_size > 5000
-    with pytest.raises(ValueError, match="2 leaves must have as many words, not 1"):
+    with pytest.raises(ValueError, match="there are 2 leaves but 1 words"):
         plot_derivation([1, 2], ["a"], tmp_path / "other.png")
     assert not (tmp_path / "other.png").exists()

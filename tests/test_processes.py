@@ -140,8 +140,8 @@ def test_when_one_is_lost_all_end_and_the_same_command_goes_on(eight, two, confi
         os.kill(pids[lost], signal.SIGKILL)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 128 + signal.SIGKILL
-        line = f"error: process {lost} of 2 was ended by SIGKILL; the same command goes on from the last checkpoint\n"
-        assert err == line
+        hint = "run the same command again to continue from the last checkpoint"
+        assert err == f"error: process {lost} of 2 was ended by SIGKILL; {hint}\n"
         assert not any(map(is_running, pids))
         assert Checkpoints(run).steps()
     process = start(command)

@@ -138,8 +138,8 @@ def test_the_end_of_text_is_what_the_folder_says(folder, files, eot, ends):
 @pytest.mark.parametrize(
     "files, eot, message",
     [
-        (dict(generation_config={"eos_token_id": 2}), None, r"eos_token_id=2, which is no added token .* data\.eot"),
-        (dict(tokenizer_config={"eos_token": "</s>"}), None, r"eos_token='</s>', which is no added token"),
+        (dict(generation_config={"eos_token_id": 2}), None, r"eos_token_id=2, which is not an added .* data\.eot"),
+        (dict(tokenizer_config={"eos_token": "</s>"}), None, r"eos_token='</s>', which is not an added token"),
         (dict(generation_config={"eos_token_id": "258"}), None, r"config.json: eos_token_id='258' is not a token id"),
         (dict(generation_config={"eos_token_id": [True]}), None, "eos_token_id=True is not a token id"),
         (dict(generation_config="{"), None, "generation_config.json is not JSON"),

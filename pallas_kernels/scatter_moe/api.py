@@ -1,7 +1,7 @@
 """The public functions `expert_linear` and `expert_mlp` for sparse experts, and the checks of their arguments.
 
-Both functions compute grouped matrix products (grouped GEMMs): every row of x is multiplied by the weight matrix of its
-own expert.
+Both functions compute grouped matrix products (grouped GEMMs): every row of x is multiplied by the weight matrix of the
+expert to which the row is routed.
 """
 
 from collections.abc import Sequence
@@ -27,17 +27,17 @@ def expert_linear(
 ) -> Float[Array, "Q F"]:
     r"""Multiply every row of x by the weight of the expert to which the row is routed: a grouped matrix product.
 
-    For choice s of token t, whose expert is e = expert_indices[t,s]:
+    Let e = expert_indices[t,s] be the expert of choice s of token t. Then
 
       y[t,s] = x[t,s] weight[e] + bias[e],   and with gates   out[t] = sum_s gates[t,s] y[t,s]   (in fp32).
 
     If expert_indices[t,s] is E, the number of experts, then choice s of token t has no expert: y[t,s] is exactly zero,
-    and no bias is added. No rows are padded, and no array has a copy of x for every expert.
+    and no bias is added. The memory grows with T * k, not with T * E.
 
     Args:
       x: [T, D], where row t is the input of all k choices of token t, or [T*k, D], where row t * k + s is the input of
         choice s of token t. With `grouped_in`, x is [T*k, D] and its rows are sorted by expert: row i is the input of
-        the choice with the number t * k + s = routing.order[i].
+        the (token, choice) pair with t * k + s = routing.order[i].
       weight: [E, D, F], one matrix for each expert.
       routing: a result of `route`, which has the expert of every (token, choice) pair.
       grouped_in: whether the rows of x are sorted by expert.
@@ -45,16 +45,16 @@ def expert_linear(
         t * k + s of the result is y[t,s].
       gates: [T, k], the weights for the sum of the k outputs of a token. Without gates, the outputs are not summed.
       bias: [E, F], one vector for each expert.
-      implementation: "mosaic", "triton", "xla", "reference", a sequence of them in order of preference, or None for
-        the best one that can run this call (see `explain`).
+      implementation: "mosaic", "triton", "xla", "reference", a sequence of these names in order of preference, or None
+        for the best implementation that can run this call (see `explain`).
 
     Returns:
       y [T*k, F], or out [T, F] with gates, in the dtype of x.
 
     Raises:
       ValueError: the shape or the dtype of an array does not fit the other arguments; gates are given and `grouped_out`
-        is True; an array is sharded over mesh axes along an axis other than T and F, or along T although the rows of x
-        or of the result are sorted by expert (docs/reference/transformations.md).
+        is True; an array is sharded along an axis other than T and F, or along T although the rows of x or of the
+        result are sorted by expert (docs/reference/transformations.md).
       NotImplementedError: none of the implementations named in `implementation` can run this call.
       TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" supports it.
 
@@ -84,28 +84,30 @@ def expert_mlp(
 ) -> Float[Array, "T D"]:
     r"""Apply to every token the feed-forward networks of its k experts, and sum their outputs, weighted by the gates.
 
-      out[t] = sum_s gates[t,s] (act(x[t] w_in[e] + b_in[e]) w_out[e] + b_out[e]),   e = expert_indices[t,s].
+    Let e = expert_indices[t,s] be the expert of choice s of token t. Then
+
+      out[t] = sum_s gates[t,s] (act(x[t] w_in[e] + b_in[e]) w_out[e] + b_out[e]).
 
     Args:
       x: [T, D], one row for each token.
-      w_in: [E, D, F], or [E, D, 2F] for swiglu, geglu and reglu, where the hidden layer has two halves: the first F
-        columns compute the half a, and the last F columns compute the half b.
+      w_in: [E, D, F], or [E, D, 2F] for the gated activations "swiglu", "geglu" and "reglu". There, the first F columns
+        compute a, and the last F columns compute b; `activation` explains a and b.
       w_out: [E, F, D].
       routing: a result of `route`, which has the expert of every (token, choice) pair.
       gates: [T, k], the weights for the sum of the k outputs of a token.
-      b_in: [E, F], or [E, 2F] if w_in is [E, D, 2F].
+      b_in: [E, F], or [E, 2F] for a gated activation.
       b_out: [E, D].
       activation: the name of act: "swiglu" (silu(a) * b), "geglu" (gelu_tanh(a) * b), "reglu" (relu(a) * b), "gelu"
         (exact), "gelu_tanh" (the tanh form of gelu), "relu", "relu2" (relu squared) or "silu".
-      implementation: "mosaic", "triton", "xla", "reference", a sequence of them in order of preference, or None for
-        the best one that can run this call (see `explain`).
+      implementation: "mosaic", "triton", "xla", "reference", a sequence of these names in order of preference, or None
+        for the best implementation that can run this call (see `explain`).
 
     Returns:
       out [T, D], in the dtype of x. The output of a token without experts (all its expert indices are E) is exactly 0.
 
     Raises:
       ValueError: the shape or the dtype of an array does not fit the other arguments; the activation is unknown; an
-        array is sharded over mesh axes along an axis other than T (docs/reference/transformations.md).
+        array is sharded along an axis other than T (docs/reference/transformations.md).
       NotImplementedError: none of the implementations named in `implementation` can run this call.
       TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" supports it.
 
@@ -125,7 +127,7 @@ def expert_mlp(
 def _check_one_dtype(**arrays):
     """Raise ValueError if the arrays do not all have the same dtype.
 
-    The name of each keyword argument is the name of its array in the message.
+    Each array is passed as a keyword argument. Its keyword is its name in the message.
     """
     dtypes = [str(a.dtype) for a in arrays.values()]
     if len(set(dtypes)) > 1:
@@ -133,10 +135,10 @@ def _check_one_dtype(**arrays):
 
 
 def _floats(name, a, shape, letters):
-    """Return the array `a` if it has a floating-point dtype and the shape `shape`, or None if `a` is None.
+    """Check that the array `a` has a floating-point dtype and the shape `shape`. Return it. If it is None, return None.
 
-    Otherwise raise ValueError. In its message, `name` is the name of the argument, and `letters`, such as "T,k", are
-    the letters of its axes.
+    Raise ValueError if the dtype or the shape is wrong. For the message, `name` is the name of the argument, and
+    `letters`, such as "T,k", are the letters of its axes.
     """
     if a is None:
         return None
@@ -147,7 +149,7 @@ def _floats(name, a, shape, letters):
 
 
 def _sizes(routing):
-    """Return (T, k, E): the numbers of tokens, of choices per token and of experts in `routing`.
+    """Return (T, k, E) of `routing`: the number of tokens, of choices per token, and of experts.
 
     Raise ValueError if `routing` is not a `Routing`, the result of `route`.
     """
@@ -170,7 +172,7 @@ def _prepare_linear(x, weight, routing, *, grouped_in=False, grouped_out=False, 
         names = "T*k rows (because grouped_in=True)" if grouped_in else "T or T*k rows"
         raise ValueError(f"x must have {names} with T={T}, k={k}, got x.shape={x.shape}")
     if gates is not None and grouped_out:
-        raise ValueError("with gates, which sum the k outputs of each token, grouped_out must be False, got True")
+        raise ValueError("with gates, the k outputs of each token are summed, so grouped_out must be False, got True")
     gates, bias = _floats("gates", gates, (T, k), "T,k"), _floats("bias", bias, (E, weight.shape[2]), "E,F")
     x_rows = "sorted" if grouped_in else "token" if x.shape[0] == T else "pair"
     out_rows = "token" if gates is not None else "sorted" if grouped_out else "pair"
@@ -187,7 +189,7 @@ def _prepare_mlp(x, w_in, w_out, routing, gates, *, b_in=None, b_out=None, activ
     w_out = arguments.floats("w_out", w_out, "E,F,D")
     _check_one_dtype(x=x, w_in=w_in, w_out=w_out)
     if x.shape[0] != T:
-        raise ValueError(f"x must be [T,D] with T={T} as in expert_indices, got x.shape={x.shape}")
+        raise ValueError(f"x must be [T,D] with T={T} as in routing.expert_indices, got x.shape={x.shape}")
     D = x.shape[1]
     if w_out.shape[0] != E or w_out.shape[2] != D:
         raise ValueError(f"w_out must be [E,F,D] with E={E}, D={D}, got w_out.shape={w_out.shape}")
@@ -205,8 +207,9 @@ def _refuses_nothing(call) -> None:
 def _register(name, prepare, letters, mosaic_run, triton_run, xla_run, reference_run):
     """Register `expert_linear` or `expert_mlp` with its four implementations in `dispatch`, and return the op.
 
-    A `call` is the checked arguments of the op, a `LinearCall` or an `MlpCall`.
+    A call is a `LinearCall` or an `MlpCall`: the checked arguments of the op.
 
+    `name`: the name of the public function.
     `prepare`: takes the arguments of the public function, checks them, and returns them as a call.
     `letters`: takes a call, and returns a `partition.Letters`: the letters of the axes of every array, such as "T D"
       for x, and which of these axes may be sharded over a mesh.

@@ -11,18 +11,18 @@ from jax import lax
 from ..partition import RECOMPUTED, STATIC, Letters
 from .routing import Routing, route
 
-# The order of the rows of an array. "token": one row per token. "pair": one row per (token, choice) pair, in the order
-# of the numbers token * k + choice. "sorted": one row per pair, sorted by expert.
+# The order of the rows of an array. "token": one row per token. "pair": one row per (token, choice) pair; the row of
+# choice s of token t is row t * k + s. "sorted": one row per pair, sorted by expert.
 Rows = Literal["token", "pair", "sorted"]
 
 
 class LinearCall(NamedTuple):
     """The checked arguments of a call of `expert_linear`.
 
-    For every (token, choice) pair, the op multiplies the row of x by the weight matrix of the expert e of the pair, and
-    adds the bias of e. If gates are given, it multiplies every result row by its gate, and sums the k result rows of a
-    token. `x_rows` and `out_rows` say which rows x and the result have: "token" (one per token), "pair" (one per pair)
-    or "sorted" (one per pair, sorted by expert).
+    For every (token, choice) pair with expert e, the op multiplies the row of x by weight[e], and adds bias[e]. If
+    gates are given, the op multiplies every result row by its gate, and sums the k result rows of a token. `x_rows`
+    and `out_rows` say which rows x and the result have: "token" (one row per token), "pair" (one row per pair) or
+    "sorted" (one row per pair, sorted by expert).
     """
 
     x: jax.Array  # [T, D] or [T*k, D]
@@ -38,13 +38,13 @@ class MlpCall(NamedTuple):
     """The checked arguments of a call of `expert_mlp`.
 
     The output of a token is the sum over its k choices of gate * (act(x @ w_in[e] + b_in[e]) @ w_out[e] + b_out[e]),
-    where x is the row of the token, e is the expert of the choice, and act is the function named by `activation`.
+    where x is the row of the token, e is the expert of the choice, and act is the function with the name `activation`.
     """
 
     x: jax.Array  # [T, D]
-    w_in: jax.Array  # [E, D, F], or [E, D, 2F] for a gated activation: first the columns of `gate`, then of `up`
+    w_in: jax.Array  # [E, D, F]; gated: [E, D, 2F], the columns for the arguments `gate` and then `up` of `activate`
     w_out: jax.Array  # [E, F, D]
-    b_in: jax.Array | None  # [E, F] or [E, 2F]
+    b_in: jax.Array | None  # [E, F]; gated: [E, 2F]
     b_out: jax.Array | None  # [E, D]
     gates: jax.Array  # [T, k]
     routing: Routing
@@ -57,9 +57,9 @@ _ROUTING = Routing(order=RECOMPUTED, inverse=RECOMPUTED, offsets=RECOMPUTED, exp
 def linear_letters(call: LinearCall) -> Letters:
     """Return the letters of the axes of all arrays of `expert_linear`, and which of these axes may be sharded.
 
-    The letters of x are "T D", for example. Arrays may be sharded over mesh axes along the tokens T and along the
-    columns F of the result. But if the rows of x or of the result are sorted by expert, arrays may be sharded only
-    along F, because the sort mixes the tokens of all devices.
+    The letters of x are "T D", for example. Arrays may be sharded along the axis T of tokens, and along the axis F, the
+    columns of the result. But if the rows of x or of the result are sorted by expert, arrays may be sharded only along
+    F, because the sort mixes the tokens of all devices.
     """
     arrays = LinearCall("T D", "E D F", "E F", "T k", _ROUTING, x_rows=STATIC, out_rows=STATIC)
     if "sorted" in (call.x_rows, call.out_rows):
@@ -70,7 +70,7 @@ def linear_letters(call: LinearCall) -> Letters:
 def mlp_letters(call: MlpCall) -> Letters:
     """Return the letters of the axes of all arrays of `expert_mlp`, and which of these axes may be sharded.
 
-    The letters of x are "T D", for example. Arrays may be sharded over mesh axes only along the tokens T.
+    The letters of x are "T D", for example. Arrays may be sharded only along the axis T of tokens.
     """
     hidden = "2F" if call.activation in GATED else "F"
     arrays = MlpCall("T D", f"E D {hidden}", "E F D", f"E {hidden}", "E D", "T k", _ROUTING, activation=STATIC)
@@ -78,10 +78,10 @@ def mlp_letters(call: MlpCall) -> Letters:
 
 
 def _routed(call):
-    """Return `call` with a new `routing`, which sorts the (token, choice) pairs of one device of a mesh by expert.
+    """Return `call` with a new `routing`, which sorts only the (token, choice) pairs of this device by expert.
 
-    `call`, a `LinearCall` or an `MlpCall`, has the part of the arrays that is on this device. Its routing was made from
-    the pairs of all devices, so it does not fit this part.
+    `call`, a `LinearCall` or an `MlpCall`, has the shards of the arrays on this device of a mesh. The caller made its
+    routing from the pairs of all devices, so `order`, `inverse` and `offsets` do not fit these shards.
     """
     weight = call.weight if isinstance(call, LinearCall) else call.w_out
     return call._replace(routing=route(call.routing.expert_indices, weight.shape[0]))
@@ -107,8 +107,8 @@ def activate(name: str, gate, up=None):
     """Apply the activation `name`, such as "swiglu", to a pre-activation, element by element. Return an array [.., F].
 
     The gated activations "swiglu", "geglu" and "reglu" take the two halves of the pre-activation, `gate` [.., F] and
-    `up` [.., F], and return f(gate) * up, where f is silu for "swiglu". Any other activation takes the complete
-    pre-activation [.., F] as `gate`, and no `up`.
+    `up` [.., F], and return f(gate) * up. Here, f is silu for "swiglu", gelu_tanh for "geglu" and relu for "reglu". Any
+    other activation takes the complete pre-activation [.., F] as `gate`, and no `up`.
     """
     return _POINTWISE[name](gate) if up is None else _POINTWISE[name](gate) * up
 
@@ -146,10 +146,10 @@ _SLOPES = {
 
 
 def d_activate(name: str, d, gate, up=None) -> Iterator:
-    """Yield the gradients of the arguments of `activate(name, gate, up)`: of `gate`, and then of `up` if it is given.
+    """Yield the gradient of `gate`, and then of `up` if it is given: the backward pass of `activate(name, gate, up)`.
 
-    `d` [.., F] is the cotangent of the result of `activate`. All arrays have the same shape. A kernel can store the
-    first gradient before it computes the second one, which saves registers.
+    `d` [.., F] is the cotangent of the result of `activate`. All arrays have the same shape. This is a generator, so
+    that a kernel can store the first gradient before it computes the second one, which saves registers.
     """
     slope = d * _SLOPES[name](gate)
     yield slope if up is None else slope * up
@@ -158,9 +158,10 @@ def d_activate(name: str, d, gate, up=None) -> Iterator:
 
 
 def _activation(name: str):
-    """Return the activation `name`, such as "swiglu", as a function of one array, the pre-activation.
+    """Return the activation `name`, such as "swiglu", as a function of one array, the complete pre-activation.
 
-    The function takes [.., F], or [.., 2F] for the gated activations "swiglu", "geglu" and "reglu". It returns [.., F].
+    The function takes an array [.., F], or [.., 2F] for the gated activations "swiglu", "geglu" and "reglu". It returns
+    an array [.., F].
     """
     parts = 2 if name in GATED else 1
 

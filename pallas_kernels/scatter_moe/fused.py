@@ -1,12 +1,13 @@
-"""`expert_linear` and `expert_mlp` by GPU kernels, of Mosaic or of Triton: the forward and the backward passes.
+"""`expert_linear` and `expert_mlp` by GPU kernels, written in Mosaic or in Triton: the forward and backward passes.
 
 The functions call the kernels by the interface `kernels.Kernels`. The forward pass of `mlp` saves its arguments and the
-pre-activation h = x w_in + b_in. The backward pass does not need y = act(h) w_out: if d_out is the cotangent of the
-output, and dy = d_out w_out^T, then the gradient of a gate is the dot product <y, d_out> = <act(h), dy>.
+pre-activation h = x w_in + b_in. The backward pass does not need y = act(h) w_out, for the following reason. Let d_out
+be the cotangent of the output, and dy = d_out w_out^T. Without a bias, the gradient of a gate is the dot product
+<y, d_out>, and this is equal to <act(h), dy>.
 
-The kernels gather the rows of x and d_out when they load them, so no array with k copies of these rows is made. XLA,
-and not a kernel, sums the k rows of every token in the output and in the gradient of x. It computes these sums as
-gathers, which it fuses.
+The kernels gather the rows of x and d_out when they load them, so the forward pass makes no array with k copies of each
+row of x. XLA, and not a kernel, sums the k rows of every token, both in the output and in the gradient of x. If these
+rows are sorted by expert, a gather reads them, and XLA fuses the gather into the sum.
 """
 
 from functools import partial
@@ -20,15 +21,15 @@ from .call import PRE_ACTIVATION, LinearCall, MlpCall
 from .kernels import Kernels
 from .tasks import Tasks, row_numbers
 
-UNCOMBINED = 2**30  # bytes; if the outputs of all (token, choice) pairs take more, columns are computed in groups
+UNCOMBINED = 2**30  # bytes; if the outputs of all (token, choice) pairs take more, `_combined` uses groups of columns
 STEP = 256  # the number of columns of a group is a multiple of this
 
 
 def by_tile(gates, tasks: Tasks):
-    """Return the gates in the order in which the kernels compute the rows: fp32 [tiles * M], from gates [T, k].
+    """Return the gate of every row of the tiles in `tasks`, fp32 [tiles * M]. The argument `gates` is [T, k].
 
-    `tasks` cuts the (token, choice) pairs, sorted by expert, into tiles of M rows. A row of a tile gets the gate of its
-    pair. An empty row gets 0.
+    `tasks` has the (token, choice) pairs, sorted by expert and cut into tiles of M rows. A row of a tile gets the gate
+    of its pair. An empty row gets 0.
     """
     return jnp.where(tasks.pairs < 0, 0, gates.astype(jnp.float32).reshape(-1)[jnp.maximum(tasks.pairs, 0)])
 
@@ -46,10 +47,14 @@ def _combine(y, routing, gates=None):
 def _combined(kernels: Kernels, x, weight, routing, tasks, gates=None, bias=None, *, dtype, transposed=False):
     """Multiply rows by the weights of their experts, and sum the k results of each token. Return [T, F] in `dtype`.
 
-    The result for a token is the sum over its choices of gate * (row of x @ weight[e] + bias[e]), where e is the expert
-    of the choice. Without gates, every gate is 1. x has one row for every (token, choice) pair, sorted by expert. The
-    weight is [E, D, F], or [E, F, D] if `transposed`. The columns of the result are computed in groups, so that the
-    terms of the sum, [T*k, columns of a group], take about 1 GiB or less.
+    x has one row for every (token, choice) pair, sorted by expert. Let x_s be the row of x for choice s of token t, and
+    e the expert of this choice. Then
+
+      out[t] = sum_s gates[t,s] (x_s @ weight[e] + bias[e]).
+
+    Without gates, every gate is 1. The weight is [E, D, F], or [E, F, D] if `transposed`. The columns of the result are
+    computed in groups, so that the terms of the sum, [T*k, columns of a group], usually take 1 GiB or less. A group has
+    at least 256 columns, or all columns if there are fewer.
     """
     columns = weight.shape[1 if transposed else 2]
     at_once = max(1, UNCOMBINED // (routing.order.shape[0] * dtype.itemsize) // STEP) * STEP
@@ -65,11 +70,15 @@ def _combined(kernels: Kernels, x, weight, routing, tasks, gates=None, bias=None
 
 
 def _d_gates(gates, d_gate, bias, d_out, routing):
-    """Return the gradient of the gates, [T, k]: <y, d_out[t]> + <bias[e], d_out[t]> for every choice of token t.
+    """Return the gradient of the gates, [T, k].
 
-    The output of token t is the sum over its choices of gate * (y + bias[e]), where y is the row of the choice times
-    the weight of its expert e. d_out [T, F] is the cotangent of the output. `d_gate` [T*k] has the dot products
-    <y, d_out[t]>. `bias` is [E, F], or None for zero.
+    For choice s of token t with expert e, let y be the product of the input row and the weight of e. Then the output of
+    token t is the sum over its choices of gates[t,s] (y + bias[e]). With d_out [T, F], the cotangent of the output, the
+    gradient of gates[t,s] is
+
+      <y, d_out[t]> + <bias[e], d_out[t]>.
+
+    `d_gate` [T*k] has the first term for every (token, choice) pair. `bias` is [E, F], or None for zero.
     """
     d_gates = d_gate.reshape(gates.shape)
     if bias is not None:

@@ -1,6 +1,7 @@
 """The implementation "mosaic" of `expert_linear` and `expert_mlp`: Pallas Mosaic kernels for Hopper GPUs.
 
-This file says which calls the kernels can run. It pads the arrays, and launches the kernels.
+This module checks whether the kernels can run a call, pads the arrays, and launches the kernels. A call is a
+`LinearCall` or an `MlpCall`: the checked arguments of `expert_linear` or `expert_mlp`.
 """
 
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ from .kernels import Kernels
 from .mosaic_float32 import d_weights, product
 from .mosaic_product import COLUMNS, ROWS, Plan, activated, d_activated
 
-WIDTH = 64  # columns of a tile in shared memory; D and F are padded to multiples, for the copy engine
-ONES = 8  # columns of the array of ones in `_d_bias`: one would do, but a copy takes at least 16 bytes
+WIDTH = 64  # columns of a tile in shared memory; D and F are padded to multiples of it, for the copy engine
+ONES = 8  # columns of the array `left` in `_d_bias`: one column is enough, but a copy takes at least 16 bytes of a row
 
 
 def refuses(call: LinearCall | MlpCall) -> str | None:
@@ -37,15 +38,15 @@ def detail(call: LinearCall | MlpCall) -> str:
 
 
 def _widths(call) -> tuple[int, ...]:
-    """Return the shape of the weight matrix of one expert: (D, F), or (F, D) of `w_out` for `expert_mlp`."""
+    """Return the shape of the weight matrix of one expert: (D, F), or (F, D) for `w_out` of `expert_mlp`."""
     return call.weight.shape[1:] if isinstance(call, LinearCall) else call.w_out.shape[1:]
 
 
 def _warpgroups(rows: int, experts: int) -> int:
-    """Return how many warpgroups of a thread block run matrix products, if `rows` rows are routed to `experts` experts.
+    """Return how many warpgroups of a thread block multiply, if `rows` rows in total are routed to `experts` experts.
 
     Each of these warpgroups multiplies 64 rows of a tile. The number is 2 if an expert has 128 rows or more on average.
-    With fewer rows, as in decoding, most tiles of 128 rows would have many empty rows, so the number is 1.
+    With fewer rows, as in decoding, many rows of a tile of 128 rows would be empty, so the number is 1.
     """
     return 2 if rows >= 2 * ROWS * experts else 1
 
@@ -59,9 +60,10 @@ def _padded(x, *axes: int):
 
 
 def mlp(call: MlpCall):
-    """Return the result of `expert_mlp`, [T, D], by Mosaic kernels. If an array is empty, plain JAX computes it.
+    """Return the result of `expert_mlp`, [T, D], computed by Mosaic kernels.
 
-    D and F are padded with zeros to multiples of 64, because the copy engine copies complete tiles.
+    D and F are padded with zeros to multiples of 64, because the copy engine copies complete tiles. If an array is
+    empty, plain JAX computes the result.
     """
     if 0 in call.x.shape + call.w_out.shape:
         return xla.mlp(call)
@@ -70,7 +72,7 @@ def mlp(call: MlpCall):
     D, F = call.w_out.shape[2], call.w_out.shape[1]
     parts = 2 if call.activation in GATED else 1
 
-    def halves(x):  # x [.., parts * F]; each part is padded to a multiple of 64
+    def halves(x):  # x [.., parts * F]; each part of F columns is padded to a multiple of 64 columns
         x = _padded(x.reshape(*x.shape[:-1], parts, F), x.ndim)
         return x.reshape(*x.shape[:-2], -1)
 
@@ -84,24 +86,24 @@ def mlp(call: MlpCall):
 def _is_unfused(call: LinearCall | MlpCall) -> bool:
     """Return whether this is a call of `expert_mlp` in which XLA computes the activation, and not a kernel.
 
-    XLA computes it for "gelu", because Mosaic kernels have no error function. XLA also computes it for float32, which
-    is only for checks and small models: there the only kernel is a matrix product without activation.
+    XLA computes it for "gelu", because Mosaic kernels have no error function. XLA also computes it for float32, because
+    the float32 kernels compute only matrix products. (Float32 is meant for checks and small models.)
     """
     return isinstance(call, MlpCall) and (call.activation == "gelu" or call.x.dtype == jnp.float32)
 
 
 def _mlp_of_linears(call: MlpCall):
-    """Return the result of `expert_mlp`, [T, D], by two calls of `linear`. XLA computes the activation between them."""
+    """Return the result of `expert_mlp`, [T, D]: two calls of `linear`, and between them the activation by XLA."""
     up = LinearCall(call.x, call.w_in, call.b_in, None, call.routing, "token", "sorted")
     hidden = ACTIVATIONS[call.activation](checkpoint_name(linear(up), PRE_ACTIVATION))
     return linear(LinearCall(hidden, call.w_out, call.b_out, call.gates, call.routing, "sorted", "token"))
 
 
 def linear(call: LinearCall):
-    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates, by Mosaic kernels.
+    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates, computed by Mosaic kernels.
 
-    If an array is empty, plain JAX computes the result. D and F are padded with zeros to multiples of 64, because the
-    copy engine copies complete tiles.
+    D and F are padded with zeros to multiples of 64, because the copy engine copies complete tiles. If an array is
+    empty, plain JAX computes the result.
     """
     if 0 in call.x.shape + call.weight.shape:
         return xla.linear(call)
@@ -110,7 +112,8 @@ def linear(call: LinearCall):
     return fused.linear(KERNELS, padded)[:, : call.weight.shape[2]]
 
 
-# The methods of `Kernels`. The pre-activation h is [parts, R, F]. A gated activation has two parts, the halves of h.
+# The methods of `Kernels`, which explains them and their arguments. Here, the pre-activation h is [parts, R, F]: two
+# parts, the halves of the hidden layer, for a gated activation, else one part.
 
 
 def _rows_of_tile(routing, x) -> int:
@@ -120,28 +123,27 @@ def _rows_of_tile(routing, x) -> int:
 def _parts(x):
     """Return x as an array [parts, rows, width].
 
-    An array [rows, width] becomes [1, rows, width]. An array [parts, rows, width] is returned unchanged. It has two
-    parts, the halves of the hidden layer, for a gated activation, else one.
+    An array [rows, width] becomes [1, rows, width]. An array [parts, rows, width] is returned unchanged: this is the
+    pre-activation or its gradient.
     """
     return x if x.ndim == 3 else x[None]
 
 
 def _plan(tasks, x, columns: int, *, parts: int = 1, **options) -> Plan:
-    """Return the static sizes of a kernel launch: x [parts of x, rows, width] gives a result [parts, rows, columns].
+    """Return the static sizes of a kernel launch, for x [parts of x, rows, width] and a result [parts, rows, columns].
 
-    The number of multiplying warpgroups follows from the tiles in `tasks`: each one has 64 rows of a tile. `options`
-    are other fields of `Plan`.
+    The number of multiplying warpgroups follows from the tiles in `tasks`, since a warpgroup multiplies 64 rows of a
+    tile. `options` are other fields of `Plan`.
     """
     warpgroups = tasks.rows_of_tile // ROWS
     return Plan(x.shape[0], x.shape[2], columns, parts, x.dtype, warpgroups, **options)
 
 
 def _bias(bias, parts: int = 1):
-    """Return the biases of all experts in the form that the kernels read: fp32 [E + 1, parts, F padded].
+    """Return the biases of all experts as the kernels read them: fp32 [E + 1, parts, F padded to a multiple of 256].
 
-    F is padded to a multiple of 256. `bias` is [E, parts * F], or None, which is returned unchanged. There are two
-    parts for the halves of the hidden layer of a gated activation, else one. Entry E of the result is zero: it is the
-    bias of rows without an expert.
+    `bias` is [E, parts * F]. There are two parts, the halves of the hidden layer, for a gated activation, else one
+    part. Entry E of the result is zero: it is the bias of rows without an expert. If `bias` is None, return None.
     """
     if bias is None:
         return None
@@ -171,9 +173,9 @@ def _d_activated(activation, d_out, source, weight, tasks, h, gates):
 def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
     """Compute the backward pass of gate * (x @ weight[e]), the output of one expert in `expert_linear` with gates.
 
-    A Mosaic kernel computes dy = d_out[source] @ weight[e]^T, with one row per (token, choice) pair. XLA computes from
-    dy the four results, which `Kernels.d_gated` explains: the gradient of x, gate * x with the indices of its rows, and
-    the gradient of the gates.
+    A Mosaic kernel computes dy = d_out[source] @ weight[e]^T, with one row per (token, choice) pair. From dy, XLA
+    computes the four results: the gradient of x, the array gate * x, the indices of its rows, and the gradient of the
+    gates without the term of the bias. `Kernels.d_gated` explains them.
     """
     k = gates.shape[1]
     dy = _product(d_out, source, weight, tasks, tasks.pairs, transposed=True).astype(jnp.float32)
@@ -191,11 +193,11 @@ def _d_weights(left, left_numbers, right, right_numbers, tasks):
 
 
 def _d_bias(bias, right, numbers, tasks, gates=None):
-    """Return the gradient of `bias`, with its shape: for every expert, the sum of the cotangents of its outputs.
+    """Return the gradient of `bias`, with the same shape: for every expert, the sum of the cotangents of its outputs.
 
     The cotangents of an expert are the rows right[numbers[i]], for every row i of its tiles in `tasks`. With gates,
-    each of them is multiplied by its gate. A Mosaic kernel computes the sums as a matrix product with ones, or with the
-    gates.
+    each cotangent is first multiplied by its gate. A Mosaic kernel computes the sums as a matrix product left^T right,
+    where `left` has ones, or the gates.
     """
     gate_of_pair = jnp.ones((1, 1)) if gates is None else gates.reshape(-1, 1)
     left = jnp.broadcast_to(gate_of_pair.astype(right.dtype), (tasks.num_pairs, ONES))

@@ -1,10 +1,21 @@
 """The kernels that multiply rows by the weights of their experts on Hopper GPUs (Pallas Mosaic GPU).
 
-The rows are sorted by expert and cut into tiles (`Tasks`). For row i of the tiles, whose expert is e, the kernels
-compute out[target[i]] = x[source[i]] @ weight[e]. So they can read and write rows in any order: by token, by pair or
-sorted by expert. A block computes tile after tile. One or two warpgroups each multiply 64 rows of a tile, with one or
-two accumulators [64, 128] in registers. Another warpgroup copies rows of x to shared memory, and the copy engine copies
-weights. Then an activation or its derivative is applied. docs/design/expert_kernels.md explains the barriers.
+The (token, choice) pairs are sorted by expert and cut into tiles of rows (`Tasks`). All rows of a tile belong to one
+expert. For row i of the tiles, whose expert is e, a kernel computes out[target[i]] = x[source[i]] @ weight[e]. So the
+rows of x and of the result can be in any order: by token, by pair or sorted by expert. There are three kernels:
+`product`, `activated`, which also applies the activation, and `d_activated`, which also applies the derivative of the
+activation.
+
+A tile of the result is a tile of rows times a range of 128 or 256 columns. A block computes tile after tile of the
+result. The matrix product of a tile runs in steps. Each step multiplies 64 columns of x by 64 rows of the weight. The
+operands of a step are in one of STAGES pipeline stages in shared memory (`mosaic_row_pipeline`).
+
+A block has W multiplying warpgroups (one or two) and one copying warpgroup. Each multiplying warpgroup computes 64 rows
+of a tile, with one or two accumulators [64, 128] in registers. The copying warpgroup copies rows of x to shared memory,
+and starts the copy engine, which copies weights. docs/design/expert_kernels.md explains the barriers.
+
+For a gated activation, a row of the pre-activation h has two parts, the two halves of the hidden layer. For any other
+activation, it has one part. R is the number of (token, choice) pairs.
 """
 
 from collections.abc import Callable
@@ -29,45 +40,49 @@ from .tasks import Tasks
 ROWS = 64  # rows of a tile that one warpgroup multiplies
 COLUMNS = 128  # columns of an accumulator
 HALF = COLUMNS // 2
-DEPTH = 64  # the size of a step along the dimension that is summed
+DEPTH = 64  # elements along the summed axis in one step: columns of x, and rows of the weight
 
 
 class Plan(NamedTuple):
     """The static sizes of one launch of a kernel, for x [x_parts, rows, width] and a result [parts, rows, columns].
 
-    A row of x or of the result has two parts for the halves of a gated hidden layer, else one. In x, it has six parts
-    for the six bfloat16 products that a float32 product is made of.
+    A row of x or of the result has two parts if it has the two halves of a gated hidden layer, else one part. In a
+    float32 product, which is the sum of six bfloat16 products, a row of x has one part for each of the six products.
     """
 
-    x_parts: int
+    x_parts: int  # the number of parts of a row of x
     width: int  # columns of a part of x
     columns: int  # columns of a part of the result
-    parts: int  # the number of parts of the result
+    parts: int  # the number of parts of a row of the result
     dtype: jnp.dtype
-    warpgroups: int  # the number of warpgroups of a block that multiply
-    transposed: bool = False  # weight [E, columns, width]
-    first: int = 0  # the column of the weight for the first column of the result
+    warpgroups: int  # W, the number of multiplying warpgroups of a block
+    transposed: bool = False  # whether the weight is [E, F, x_parts * width], and not [E, x_parts * width, F]
+    first: int = 0  # the result of `product` has columns first, first + 1, .. of x @ weight[e]
     out_dtype: jnp.dtype | None = None  # the type of the result of `product`; None: dtype
 
     @property
     def rows(self) -> int:
-        """The number of rows of one tile of the result: 64 for each multiplying warpgroup."""
+        """The number of rows of a tile: 64 for each multiplying warpgroup."""
         return ROWS * self.warpgroups
 
     @property
     def steps_of_part(self) -> int:
-        """The number of steps of the matrix product for one part of x. A step multiplies 64 columns of x."""
+        """The number of steps of the matrix product for one part of x. A step multiplies 64 columns of this part."""
         return -(-self.width // DEPTH)
 
 
 class Kind(NamedTuple):
-    """One of the kernels `product`, `activated` and `d_activated`, which differ in what follows the matrix product.
+    """One of the kernels `product`, `activated` and `d_activated`. They differ in what follows the matrix product.
 
-    `finish`: `finish(at, accumulators, inputs, outputs, scratch)` runs in every multiplying warpgroup after the product
-      of a tile. It reads the sums in `accumulators` and the arrays `inputs`, and writes `outputs` in global memory.
-    `per_tile`: how many accumulators [64, 128] a warpgroup has. Accumulator p begins at column at.column + p * apart.
-    `prefetch`: `prefetch(tile, inputs, scratch)` runs in the copying warpgroup. It starts to copy rows of `inputs` to
-      shared memory for `finish`, and returns the barrier at which the warpgroup arrives when they are there.
+    `finish`: `finish(at, accumulators, inputs, outputs, scratch)` runs in every multiplying warpgroup, after the matrix
+      product of a tile. It reads the sums `accumulators` and the arrays `inputs`, and writes the results `outputs` in
+      global memory. `at` says which rows and columns of the result the warpgroup has.
+    `per_tile`: how many accumulators [64, 128] a warpgroup has.
+    `apart`: the distance between the accumulators in columns of the weight. If accumulator 0 has the columns of the
+      weight from c on, then accumulator p has the columns from c + p * apart on.
+    `prefetch`: `prefetch(tile, inputs, scratch)` runs in the copying warpgroup, or is None. It starts to copy rows of
+      `inputs` to shared memory, where `finish` reads them. It returns the barrier at which the copying warpgroup must
+      arrive when these rows are in shared memory.
     """
 
     name: str
@@ -77,53 +92,53 @@ class Kind(NamedTuple):
     prefetch: Callable | None = None
 
     @property
-    def step(self) -> int:
+    def columns_of_tile(self) -> int:
         """The number of columns of a tile of the result: 256 in `product`, and 128 in the other kernels."""
         return self.per_tile * COLUMNS if self.apart == COLUMNS else COLUMNS
 
 
 class Operands(NamedTuple):
-    """References to the arrays in global memory that every kernel reads: x, the weights and the list of tiles."""
+    """References to the arrays in global memory that a kernel reads."""
 
-    x: Any  # [parts, rows, width]
-    source: Any  # [tiles * rows]: for every row of the tiles, the index of its row in x
+    x: Any  # [x_parts, rows of x, width]
+    source: Any  # [tiles * rows of a tile]: for every row of the tiles, the index of its row in x, or -1 if it is empty
     expert: Any  # [tiles]: the expert of every tile of rows
-    count: Any  # [1]: the number of tiles in use
-    weight: Any  # [E, parts * width, F] or transposed
-    inputs: Any  # the arrays that `finish` reads
+    count: Any  # [1]: the number of tiles of rows in use
+    weight: Any  # [E, x_parts * width, F], or [E, F, x_parts * width] if `Plan.transposed`
+    inputs: Any  # a `Finish` or a `Derivative`: the arrays that `Kind.finish` reads
 
 
 class Tile(NamedTuple):
-    """One tile of the result, which a block computes: a tile of rows, all of one expert, and a range of columns."""
+    """A tile of the result that a block computes: a tile of rows, all of one expert, times a range of columns."""
 
-    i: jax.Array  # the index of this piece among the pieces of the block
-    number: jax.Array  # the index of the tile of rows
-    column: jax.Array  # the first column of the result
+    i: jax.Array  # the index of this tile of the result among the tiles that the block computes
+    number: jax.Array  # the index of the tile of rows in `Tasks`
+    column: jax.Array  # the first column of the range
     expert: jax.Array
     steps: jax.Array  # the number of steps of the matrix product
 
 
 class At(NamedTuple):
-    """The part of the result in the accumulators of one warpgroup: 64 rows of one expert, from column `column` on."""
+    """The rows and columns of the result that one warpgroup computes: 64 rows, and the columns from `column` on."""
 
     wg: jax.Array  # the index of the warpgroup
-    rows: pl.Slice  # the indices of the 64 rows, counted over the rows of all tiles
+    rows: pl.Slice  # the numbers of the 64 rows, if the rows of all tiles are numbered 0, 1, and so on
     expert: jax.Array
-    column: jax.Array  # the first column of the result
+    column: jax.Array
 
 
 class Steps(NamedTuple):
-    """Shared memory of a block for rows of x and weights of STAGES steps of the matrix product, and its barriers."""
+    """Shared memory for the operands of STAGES steps of the matrix product, and the barriers of the stages."""
 
-    x: Any  # [STAGES, W, ROWS, DEPTH]
-    weights: tuple  # for every accumulator: [STAGES, DEPTH, COLUMNS] or transposed
+    x: Any  # [STAGES, W, ROWS, DEPTH]: for every multiplying warpgroup, 64 columns of its 64 rows of x
+    weights: tuple  # for every accumulator: [STAGES, DEPTH, COLUMNS], or [STAGES, COLUMNS, DEPTH] if `Plan.transposed`
     ring: Ring
 
 
 class Finish(NamedTuple):
     """Arrays in global memory that the kernels `product` and `activated` read after the matrix product of a tile."""
 
-    rows: Any  # [tiles * rows]: for every row of the tiles, the index of its row in the result
+    rows: Any  # [tiles * rows of a tile]: for every row of the tiles, the index of its row in the result, or -1
     bias: Any  # [E + 1, parts, columns padded to a multiple of 256], or None; bias[E] is 0, for rows without an expert
 
 
@@ -137,37 +152,41 @@ class Activated(NamedTuple):
 class Derivative(NamedTuple):
     """Arrays in global memory that the kernel `d_activated` reads after the matrix product. h is the pre-activation."""
 
-    rows: Any  # [tiles * rows]: for every row of the tiles, the index of its row in h and in the results
+    rows: Any  # [tiles * rows of a tile]: for every row of the tiles, the index of its row in h and in dh, or -1
     hidden: Any  # [parts, R, F]: h
-    gates: Any  # [tiles * rows]: the gate of every row of the tiles
+    gates: Any  # [tiles * rows of a tile]: the gate of every row of the tiles
 
 
 class Derivatives(NamedTuple):
-    """The results of the kernel `d_activated`. `gate` is the router's weight of a row, and h is its pre-activation."""
+    """The results of the kernel `d_activated`, for the output gate * act(h) @ weight[e] of a row with expert e.
 
-    d_hidden: Any  # [parts, R, F]: the gradient of h
+    The gate of a row is the router's weight for it, and h is the pre-activation of the row.
+    """
+
+    d_hidden: Any  # [parts, R, F]: dh, the gradient of h
     gated: Any  # [R, F]: gate * act(h)
-    d_gate: Any  # [tiles of columns, tiles * rows]: its sum over the first axis is the gradient of the gates
+    d_gate: Any  # [ranges of 128 columns, tiles * rows of a tile]: their sum over axis 0 is the gradient of the gates
 
 
 class DerivativeScratch(NamedTuple):
     """Shared memory of `d_activated` for rows of the pre-activation h and of gate * act(h), and two barriers."""
 
-    hidden: Any  # [parts, W, ROWS, COLUMNS]: h, which is then overwritten by its gradient
+    hidden: Any  # [parts, W, ROWS, COLUMNS]: h, which the kernel then overwrites with the gradient of h
     gated: Any  # [W, ROWS, COLUMNS]: gate * act(h), before it is copied to global memory
-    arrived: Any  # barrier: the rows of h for this tile have arrived in `hidden`
-    free: Any  # barrier: every multiplying warpgroup is done with `hidden`
+    arrived: Any  # barrier that completes when the rows of h of a tile are in `hidden`
+    free: Any  # barrier that completes when every multiplying warpgroup is done with `hidden`
 
 
 def _product(plan: Plan, kind: Kind, x, source, weight, tasks: Tasks, inputs, out_type, scratch):
     """Launch the kernel `kind` and return its results, a pytree of arrays like `out_type`.
 
     For row i of the tiles in `tasks`, whose expert is e, the kernel multiplies row source[i] of x by weight[e]. From
-    this and from `inputs`, `kind.finish` computes the results, with the memory and barriers of `scratch`. x is
-    [parts, rows, width]. The weight is [E, parts * width, F], or [E, F, parts * width] if `plan.transposed`.
+    these products and from the arrays `inputs`, `kind.finish` computes the results. `scratch` declares the shared
+    memory and the barriers for `kind.finish` and `kind.prefetch`; in the kernel they are called `own`. x is
+    [x_parts, rows of x, width]. The weight is [E, x_parts * width, F], or [E, F, x_parts * width] if `plan.transposed`.
     """
     W, E = plan.warpgroups, weight.shape[0]
-    across = -(-plan.columns // kind.step)
+    across = -(-plan.columns // kind.columns_of_tile)
     blocks = pipeline.blocks(tasks.expert.shape[0] * across)
 
     def kernel(operands: Operands, outputs, steps_mem: Steps, own):
@@ -175,7 +194,7 @@ def _product(plan: Plan, kind: Kind, x, source, weight, tasks: Tasks, inputs, ou
 
         def for_each_tile(body, state):
             def one(i, number, state):
-                tile, column = number // across, number % across * kind.step
+                tile, column = number // across, number % across * kind.columns_of_tile
                 e = operands.expert[tile]
                 steps = jnp.where(e < E, plan.x_parts * plan.steps_of_part, 0)  # none for rows without an expert
                 return body(Tile(i, tile, column, e, steps), state)
@@ -191,7 +210,7 @@ def _product(plan: Plan, kind: Kind, x, source, weight, tasks: Tasks, inputs, ou
         weights=(memory(w_shape, plan.dtype),) * kind.per_tile,
         ring=pipeline.ring(warpgroups=W, copies=kind.per_tile),
     )
-    products = 1 if plan.transposed else plan.parts  # each one is [rows, columns]
+    products = 1 if plan.transposed else plan.parts  # `d_activated` computes one product for all parts of its result
     run = mosaic_pipeline.run(
         kernel,
         name=kind.name,
@@ -205,10 +224,11 @@ def _product(plan: Plan, kind: Kind, x, source, weight, tasks: Tasks, inputs, ou
 
 
 def _copy(plan: Plan, kind: Kind, operands: Operands, steps_mem: Steps, own, for_each_tile: Callable) -> None:
-    """In the copying warpgroup, copy rows of x and weights from global to shared memory, 64 columns of x per step.
+    """Copy weights and rows of x from global to shared memory. The copying warpgroup runs this.
 
-    `for_each_tile(body, state)` calls `state = body(tile, state)` for each tile of the block. `steps_mem` is the
-    target. `own` has the shared memory and the barriers for `kind.prefetch`.
+    Each step copies 64 columns of x and 64 rows of the weight to a stage of `steps_mem`. `own` has the shared memory
+    and the barriers for `kind.prefetch`. `for_each_tile(body, state)` calls `state = body(tile, state)` for each `Tile`
+    that this block computes.
     """
     ring, per_part = steps_mem.ring, plan.steps_of_part
 
@@ -226,7 +246,8 @@ def _copy(plan: Plan, kind: Kind, operands: Operands, steps_mem: Steps, own, for
 
         sent = pipeline.send(ring, tile.steps, load, before)
         if kind.prefetch is not None:
-            # `prefetch` waits until the previous tile is finished. So first hand over all steps of the previous tile.
+            # `prefetch` waits until the multiplying warpgroups have finished the previous tile. They need all steps of
+            # that tile, so hand these steps over first.
             sent = pipeline.hand_over(ring, sent, before=before.started)
             arrived = kind.prefetch(tile, operands.inputs, own)
             sent = pipeline.hand_over(ring, sent)
@@ -239,7 +260,12 @@ def _copy(plan: Plan, kind: Kind, operands: Operands, steps_mem: Steps, own, for
 
 def _multiply(plan: Plan, kind: Kind, wg, operands: Operands, outputs, steps_mem: Steps, own,
               for_each_tile: Callable) -> None:  # fmt: skip
-    """In multiplying warpgroup `wg`, multiply 64 rows of each tile by weights, and pass the sums to `kind.finish`."""
+    """Multiply 64 rows of each tile by weights, and call `kind.finish`. The multiplying warpgroup `wg` runs this.
+
+    The operands of each step are in a stage of `steps_mem`. The sums are in registers. `own` has the shared memory and
+    the barriers for `kind.finish`. `for_each_tile(body, state)` calls `state = body(tile, state)` for each `Tile` that
+    this block computes.
+    """
 
     def multiply_tile(tile: Tile, step):
         def multiply(stage, accumulators):
@@ -259,9 +285,11 @@ def _multiply(plan: Plan, kind: Kind, wg, operands: Operands, outputs, steps_mem
 
 
 def _store(values, numbers, memory, column, out_ref) -> None:
-    """Write `values` [64, 128] from registers to the rows `numbers` [64] of `out_ref` [R, F], from column `column` on.
+    """Write row r of `values` [64, 128] to row numbers[r] of `out_ref` [R, F], from column `column` on.
 
-    `out_ref` is in global memory. The values pass through `memory`, shared memory for 64 rows and 128 or 64 columns.
+    `values` is in registers. `numbers`, int32 [64], and `out_ref` are references to global memory. If numbers[r] is
+    negative, row r is not written. The values pass through `memory`, shared memory of this warpgroup for 64 rows and
+    128 or 64 columns.
     """
     at_once = memory.shape[1]
     for first in range(0, COLUMNS, at_once):
@@ -272,7 +300,10 @@ def _store(values, numbers, memory, column, out_ref) -> None:
 
 
 def _biased(accumulator, bias_ref, part, at):
-    """Return the accumulator [64, 128] in registers plus 128 columns of bias_ref[at.expert, part] from at.column on."""
+    """Return `accumulator` [64, 128], which is in registers, plus the bias of its 128 columns.
+
+    The bias is bias_ref[at.expert, part, at.column : at.column + 128]. `bias_ref` is in global memory.
+    """
     bias = plgpu.load(bias_ref.at[at.expert, part, pl.ds(at.column, COLUMNS)], layout=shims.COLUMN, optimized=False)
     return accumulator + lax.broadcast_in_dim(bias, accumulator.shape, [1])
 
@@ -280,10 +311,16 @@ def _biased(accumulator, bias_ref, part, at):
 def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias=None):
     """Multiply rows of x by the weights of their experts. Return `out` [rows, columns].
 
-    For row i of the tiles in `tasks`, whose expert is e, out[target[i]] = (row source[i] of x) @ weight[e] + bias[e].
-    Other rows of `out` are not written. x is [parts, rows of x, width]: row r of x is the parts x[:, r], joined to one
-    row. The weight is [E, parts * width, F], or [E, F, parts * width] if `plan.transposed`. The bias is [E + 1, 1, C]:
-    the columns are padded to C, a multiple of 256. bias[E] is zero, for rows without an expert, for which e is E.
+    For row i of the tiles in `tasks`, whose expert is e,
+
+      out[target[i]] = (row source[i] of x) @ weight[e] + bias[e].
+
+    Rows of `out` that are not in `target` are not written. If row i is empty, source[i] and target[i] are -1.
+
+    x is [parts, rows of x, width]: row r of x is the concatenation of its parts, x[0, r], x[1, r], and so on. The
+    weight is [E, parts * width, F], or [E, F, parts * width] if `plan.transposed`. `out` has `plan.columns` columns of
+    the product, from column `plan.first` on. The bias is None or [E + 1, 1, C], where C is `plan.columns` rounded up to
+    a multiple of 256. A row without an expert has e = E. Its product is zero, and bias[E] must be zero.
     """
 
     def finish(at, accumulators, inputs: Finish, out_ref, out_mem):
@@ -300,10 +337,16 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
 
 
 def activated(plan: Plan, activation: str, x, source, weight, tasks: Tasks, bias=None, *, keep: bool):
-    """Compute the hidden layer of `expert_mlp`. Return (act(h) [R, F],), or (act(h), h [parts, R, F]) if `keep`.
+    """Compute the hidden layer of `expert_mlp`. Return (act(h),), or (act(h), h) if `keep`.
 
-    For row i of the tiles in `tasks`, whose expert is e, h = x[source[i]] @ weight[e] + bias[e]. The rows of both
-    results are sorted by expert. For a gated activation, the two parts of h are its two halves.
+    The row of the pre-activation h for row i of the tiles in `tasks`, whose expert is e, is
+
+      x[0, source[i]] @ weight[e] + bias[e].
+
+    x is [1, rows of x, D], and the weight is [E, D, parts * F]. For a gated activation, there are two parts, the halves
+    of the hidden layer, else one part. The bias is None or [E + 1, parts, F padded to a multiple of 256]. act(h) is
+    [R, F], and h is [parts, R, F], where R is the number of (token, choice) pairs. The rows of both are sorted by
+    expert. `activation` is the name of act, such as "swiglu".
     """
     R, P = tasks.num_pairs, plan.parts
 
@@ -332,12 +375,19 @@ def activated(plan: Plan, activation: str, x, source, weight, tasks: Tasks, bias
 def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks, hidden, gates):
     """Compute the backward pass of gate * act(h) @ weight[e], the output of one expert in `expert_mlp`.
 
-    `hidden` is the pre-activation h, sorted by expert. For row i of the tiles in `tasks`, of token source[i], the
-    cotangent of gates[i] * act(h) is dy = d_out[source[i]] @ weight[e]^T. Return (dh, gated, d_gate):
+    `hidden` [parts, R, F] is the pre-activation h, with rows sorted by expert. d_out [1, T, D] is the cotangent of the
+    output of `expert_mlp`, and the weight is [E, F, D]. Row i of the tiles in `tasks` belongs to token source[i] and
+    expert e, and its gate is gates[i]. For this row, the cotangent of gate * act(h) is
 
-    `dh` [parts, R, F]: the gradient of h, gate * dy times the derivative of act.
-    `gated` [R, F]: gate * act(h), which the caller multiplies by d_out for the gradient of the weight.
-    `d_gate`: [tiles of columns, tiles * rows]. Its sum over the first axis is <act(h), dy>, the gradient of the gates.
+      dy = d_out[0, source[i]] @ weight[e]^T.
+
+    Return (dh, gated, d_gate):
+
+    `dh` [parts, R, F]: the gradient of h, gate * dy * act'(h), with rows sorted by expert.
+    `gated` [R, F]: gate * act(h), with rows sorted by expert. The caller multiplies it by d_out for the gradient of the
+      weight.
+    `d_gate` [ranges of 128 columns, rows of all tiles]: for every row of the tiles, the sum of act(h) * dy over the
+      columns of each range. The sum over the first axis is <act(h), dy>, the gradient of the gate without a bias.
     """
     R, (P, _, F) = tasks.num_pairs, hidden.shape
     W, dtype = plan.warpgroups, plan.dtype
@@ -361,11 +411,11 @@ def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks
         plgpu.barrier_wait(own.arrived)
         d_gate = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW)
 
-        def halves():  # one half of the columns after the other: both at once would not fit into the registers
+        def halves():  # first 64 columns of h, then the other 64: all 128 columns do not fit into the registers
             for first in range(0, COLUMNS, HALF):
                 parts = [own.hidden.at[p, at.wg, :, pl.ds(first, HALF)] for p in range(P)]
                 h = [plgpu.load(x, layout=shims.TILE) for x in parts]
-                plgpu.commit_smem()  # all threads have read the values that are overwritten next
+                plgpu.commit_smem()  # a barrier: all threads have read these values before a thread overwrites them
                 yield slice(first, first + HALF), parts, [x.astype(jnp.float32) for x in h]
 
         for columns, _, h in halves():

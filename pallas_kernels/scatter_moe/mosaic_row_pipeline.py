@@ -1,10 +1,13 @@
 """The pipeline of the Mosaic expert kernels: one warpgroup copies rows and weights, the other warpgroups multiply them.
 
-A step is a part of a matrix product: the products and sums over 64 elements of the axis that is summed. Shared memory
-has a ring of STAGES stages. A stage has room for the operands of one step, and step s uses stage s % STAGES. The
-copying warpgroup starts to copy the rows of a step (`row_copies.gather`) and goes on to the next step. AHEAD steps
-later, it waits until the rows have arrived, and then it arrives at the barrier `full` of the stage: it hands the step
-over to the multiplying warpgroups. The copy engine copies the weights, and it arrives at `full` itself.
+A matrix product runs in steps. One step multiplies and adds 64 elements along the summed axis. The steps of a block are
+numbered from the start of the kernel, over all its tiles. Shared memory has a ring of STAGES stages. A stage has room
+for the operands of one step, and step s uses stage s % STAGES.
+
+The copying warpgroup starts to copy the rows of a step (`row_copies.gather`) and goes on to the next step. AHEAD steps
+later, it hands the step over to the multiplying warpgroups: it waits until the rows are in shared memory, and then it
+arrives at the barrier `full` of the stage. If a step needs weights, the copy engine copies them and arrives at `full`
+itself. The multiplying warpgroups arrive at the barrier `used` of the stage when the products of the step are done.
 docs/design/expert_kernels.md explains the barriers.
 """
 
@@ -22,27 +25,27 @@ from .. import mosaic_row_copies as row_copies
 from ..mosaic_pipeline import Ring
 
 STAGES = 4
-# The number of steps whose rows are being copied. Of the other two stages, one is being multiplied. The other one is
-# free as soon as the products of its step are done.
+# The number of steps whose rows are being copied at the same time. They use two of the four stages. The third stage is
+# being multiplied. The fourth stage is free as soon as the products of its step are done.
 AHEAD = 2
 
 
 def ring(*, warpgroups: int, copies: int = 0) -> Ring:
     """Declare the barriers of the ring of stages: one barrier `full` and one barrier `used` for every stage.
 
-    `full` completes when the operands of a step are in the stage, and `used` when they have been multiplied.
-    `warpgroups` is the number of warpgroups that read every stage. `copies` is how many times the copy engine copies
-    something into a stage, in addition to the rows that the copying warpgroup copies.
+    `full` completes when the operands of a step are in the stage, and `used` completes when they have been multiplied.
+    `warpgroups` is the number of multiplying warpgroups, which all read every stage. `copies` is the number of weight
+    tiles that the copy engine copies into the stage in each step.
     """
     return mosaic_pipeline.ring(STAGES, arrivals=1 + copies, readers=warpgroups)
 
 
 class Sent(NamedTuple):
-    """The progress of the copying warpgroup, as two numbers of steps since the start of the kernel.
+    """The progress of the copying warpgroup: two numbers of steps, counted from the start of the kernel.
 
-    `started`: the number of steps whose copies to shared memory the warpgroup has started.
-    `handed_over`: the number of steps whose copies have arrived, and which the multiplying warpgroups may therefore
-      read.
+    `started`: the number of steps for which the warpgroup has started the copies to shared memory.
+    `handed_over`: the number of steps for which it has also arrived at the barrier `full`, so that the multiplying
+      warpgroups may read the rows.
     """
 
     started: jax.Array
@@ -50,16 +53,18 @@ class Sent(NamedTuple):
 
 
 def nothing_sent() -> Sent:
-    """Return the progress of the copying warpgroup at the start of a kernel: no copies started, none arrived."""
+    """Return the progress of the copying warpgroup at the start of a kernel: no step started, none handed over."""
     return Sent(jnp.int32(0), jnp.int32(0))
 
 
 def send(ring: Ring, steps, copy: Callable, sent: Sent) -> Sent:
-    """Copy the rows and weights of the next `steps` steps to shared memory. The copying warpgroup calls this.
+    """Copy the operands of the next `steps` steps to shared memory. The copying warpgroup calls this.
 
-    For each s from 0 to `steps` - 1, wait until the next stage of the ring is free, and call `copy(s, stage)`, which
-    starts the copies. Then let the multiplying warpgroups read all started steps, except the newest AHEAD steps, after
-    their rows have arrived. `sent` is the progress before, and the returned `Sent` is the progress after these steps.
+    For each s from 0 to `steps` - 1, wait until the stage of the step is free, and call `copy(s, stage)`, which starts
+    the copies. Then hand over all started steps to the multiplying warpgroups, except the newest AHEAD steps. Later
+    calls of `send` or `hand_over` hand over these newest steps.
+
+    `sent` is the progress of the copying warpgroup at the call. Return its progress at the end.
     """
 
     def one(s, sent):
@@ -71,11 +76,14 @@ def send(ring: Ring, steps, copy: Callable, sent: Sent) -> Sent:
 
 
 def hand_over(ring: Ring, sent: Sent, *, leave: int = 0, before=None) -> Sent:
-    """Let the multiplying warpgroups read the steps that are being copied, except the newest `leave` of them.
+    """Hand over to the multiplying warpgroups all started steps, except the newest `leave` steps.
 
-    For each of these steps, the oldest first, wait until its rows are in shared memory, and then arrive at the barrier
-    `full` of its stage. If `before` is given, do this only for steps with a number below `before`. `sent` is the
-    progress of the copying warpgroup, and the returned `Sent` is its progress after this.
+    To hand over a step, the copying warpgroup waits until the rows of the step are in shared memory. Then it arrives at
+    the barrier `full` of the stage, so that the multiplying warpgroups may read the stage. The oldest step comes first.
+    If `before` is given, only steps with a number below `before` are handed over. When this function is called, there
+    may be at most AHEAD + 1 steps that are started and not handed over.
+
+    `sent` is the progress of the copying warpgroup at the call. Return its progress at the end.
     """
     for others in range(AHEAD, leave - 1, -1):
         go = sent.started - sent.handed_over > others
@@ -94,9 +102,10 @@ def hand_over(ring: Ring, sent: Sent, *, leave: int = 0, before=None) -> Sent:
 def receive(ring: Ring, steps, multiply: Callable, products: int, step):
     """Multiply the operands of `steps` steps, from step number `step` on. A multiplying warpgroup calls this.
 
-    For each step, wait until its stage can be read, and call `multiply(stage)`, which starts `products` products on the
-    tensor cores. One step later these products are done, and the copying warpgroup may overwrite the stage. Return the
-    number of the next step.
+    For each step, wait until its stage can be read, and call `multiply(stage)`, which starts `products` matrix products
+    on the tensor cores. After the products of the next step have been started, wait until the products of this step
+    are done, and arrive at the barrier `used` of its stage. Then the copying warpgroup may overwrite the stage. All
+    products are done when this function returns. Return the number of the next step, `step` + `steps`.
     """
 
     def one(s, step):
@@ -120,11 +129,13 @@ def receive(ring: Ring, steps, multiply: Callable, products: int, step):
 
 
 def accumulate(ring: Ring, steps, multiply: Callable, shape: tuple[int, int], count: int, step):
-    """Multiply the operands of `steps` steps, from step number `step` on, and sum the products.
+    """Multiply the operands of `steps` steps, from step number `step` on, and sum the products over the steps.
 
-    A multiplying warpgroup calls this. For each step, `multiply(stage, accumulators)` starts one product on the tensor
-    cores for each accumulator. Return (the number of the next step, sums): the sums are `count` arrays of the shape
-    `shape`, in fp32, in registers.
+    A multiplying warpgroup calls this. It has `count` accumulators of shape `shape`. For each step, it waits until the
+    operands are in shared memory, and calls `multiply(stage, accumulators)`. `multiply` starts one matrix product for
+    each accumulator on the tensor cores, and the tensor cores add the product to the accumulator.
+
+    Return (number of the next step, sums). `sums` is a list of the `count` accumulators, fp32 arrays in registers.
     """
 
     def run(*accumulators):
@@ -146,8 +157,9 @@ def blocks(most: int) -> int:
 def every(blocks: int, total, body: Callable, state):
     """Call `state = body(i, number, state)` for every tile that this block computes, and return the last state.
 
-    The `blocks` blocks take `total` tiles in turn: block b takes the tiles b, b + blocks, and so on. `number` is the
-    index of the tile among all tiles, and i is its index among the tiles of this block.
+    The kernel has `blocks` blocks, which share `total` tiles of the result: block b computes the tiles b, b + blocks,
+    b + 2 * blocks, and so on. `number` is the index of the tile among all tiles. `i` is its index among the tiles of
+    this block: 0, 1, 2, and so on.
     """
     block = lax.axis_index("block")
     count = (total - block + blocks - 1) // blocks
@@ -155,8 +167,8 @@ def every(blocks: int, total, body: Callable, state):
 
 
 def memory(shape, dtype):
-    """Declare shared memory of shape `shape`, [.., rows, columns], for tiles [rows, columns].
+    """Declare an array of shape `shape` in shared memory. Its last two axes are the axes of a tile, [rows, columns].
 
-    The elements of a tile are in the order in which `row_copies.gather` writes them and tensor cores read them.
+    The elements of a tile have the order in which `row_copies.gather` writes them and tensor cores read them.
     """
     return plgpu.SMEM(shape, dtype, transforms=row_copies.atoms(dtype))

@@ -3,9 +3,16 @@
 The gradient of the weight of expert e is the sum of left[r]^T right[r] over the rows r of the expert: `left` has the
 inputs of the matrix product, and `right` has the cotangents of its results. The kernel copies the rows of `left` and
 `right` by their row numbers, so neither array is transposed or padded in memory. Empty rows are copied as zeros. The
-gradient of an expert without rows is zero. Each multiplying warpgroup computes 64 x 256 elements of a gradient at a
-time. The experts with the most rows come first, which balances the work of the blocks. docs/design/expert_kernels.md
-explains the barriers.
+gradient of an expert without rows is zero.
+
+The gradients are cut into pieces of 128 x 256 elements. A block computes one piece after the other. Each of the two
+multiplying warpgroups computes 64 x 256 elements of a piece. One step of a piece multiplies 64 rows of `left` and
+`right`. The operands of a step are in one of STAGES pipeline stages in shared memory (`mosaic_row_pipeline`). A third
+warpgroup copies them. The pieces of the experts with the most rows are computed first, which balances the work of the
+blocks. docs/design/expert_kernels.md explains the barriers.
+
+`right` is [parts, rows, F], and the result is [E, D, parts, F]. There are two parts if `right` has the two halves of a
+gated hidden layer, else one part.
 """
 
 from collections.abc import Callable
@@ -25,23 +32,23 @@ from . import mosaic_row_pipeline as pipeline
 from .mosaic_row_pipeline import STAGES, memory
 from .tasks import Tasks
 
-ROWS = 64  # rows of a step
-WARPGROUPS = 2  # warpgroups of a block that multiply
-LEFT = 64  # columns of `left` that a warpgroup multiplies
+ROWS = 64  # rows of `left` and `right` in one step
+WARPGROUPS = 2  # multiplying warpgroups of a block
+LEFT = 64  # columns of `left` that one warpgroup multiplies
 RIGHT = 128  # columns of `right` for one accumulator
-ACCUMULATORS = 2  # accumulators of a warpgroup
+ACCUMULATORS = 2  # accumulators of a multiplying warpgroup
 
 
 class Scratch(NamedTuple):
-    """Shared memory of a block, and its barriers.
+    """The shared memory and the barriers of a block.
 
-    `left` and `right` have the operands of STAGES steps. Each multiplying warpgroup writes a part of the gradient to
-    `out`, from where the copy engine copies it to global memory.
+    `left` and `right` have the operands of STAGES steps. Each multiplying warpgroup writes columns of the gradient to
+    `out`, and the copy engine copies them from there to global memory.
     """
 
     left: Any  # [STAGES, WARPGROUPS, ROWS, LEFT]
     right: Any  # [STAGES, ACCUMULATORS, ROWS, RIGHT]
-    out: Any  # [WARPGROUPS, LEFT, columns at once], before they are copied to global memory
+    out: Any  # [WARPGROUPS, LEFT, columns of the gradient that are copied at the same time: 128, or 64 in fp32]
     ring: Ring
 
 
@@ -49,7 +56,7 @@ class Operands(NamedTuple):
     """References to the arrays in global memory that the kernel reads.
 
     The rows of every expert are cut into tiles of M rows. For every row of the tiles, `left_numbers` has the index of
-    its row in `left`, and `right_numbers` has the index of its row in `right`, or -1 for an empty row.
+    its row in `left`, and `right_numbers` has the index of its row in `right`. For an empty row, both are -1.
     """
 
     left: Any  # [rows of left, D]
@@ -62,22 +69,26 @@ class Operands(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What a block computes at a time: 128 x 256 elements of the gradient of the weight of one expert."""
+    """128 x 256 elements of the gradient of one expert's weight. A block computes one such piece after the other."""
 
     expert: jax.Array
-    row: jax.Array  # the first row of the gradient
+    row: jax.Array  # the first row of the piece, counted over the D rows of the gradient
     part: jax.Array  # the part of `right`
-    column: jax.Array  # the first column of the gradient
-    steps: jax.Array  # the number of steps, of 64 rows of the expert each
+    column: jax.Array  # the first column of the piece, counted over the F columns of the part
+    steps: jax.Array  # the number of steps; each step multiplies 64 rows of the expert
 
 
 def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=None):
-    """Compute the gradients of the weights of all experts, [E, D, parts, F], as sums of products of rows, left^T right.
+    """Compute the gradients of the weights of all experts. Return an array [E, D, parts, F].
 
-    The gradient for expert e is the sum of left[left_numbers[i]]^T right[:, right_numbers[i]] over every row i of its
-    tiles in `tasks`. `left` is [rows, D], and `right` is [parts, rows, F], with two parts for the halves of a gated
-    hidden layer, else one. `left_numbers` and `right_numbers` have a row index for every row of the tiles, or -1 for an
-    empty row. The dtype of the result is `out_dtype`, or the dtype of `left` if `out_dtype` is None.
+    For expert e and part p, the gradient [D, F] is
+
+      sum_i left[left_numbers[i]]^T right[p, right_numbers[i]],
+
+    where i runs over the rows of the tiles of expert e in `tasks`. `left` is [rows of left, D], and `right` is
+    [parts, rows of right, F]. There are two parts if `right` has the halves of a gated hidden layer, else one part.
+    `left_numbers` and `right_numbers` have a row index for every row of the tiles, or -1 for an empty row. The dtype of
+    the result is `out_dtype`, or the dtype of `left` if `out_dtype` is None.
     """
     (_, D), (P, _, F), E = left.shape, right.shape, tasks.rows.shape[0]
     dtype, out_dtype = left.dtype, jnp.dtype(out_dtype or left.dtype)
@@ -121,10 +132,10 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
 
 
 def _copy(rows_of_tile: int, operands: Operands, scratch: Scratch, for_each_piece: Callable) -> None:
-    """In the copying warpgroup, copy the rows of `left` and `right` to shared memory, 64 rows of an expert per step.
+    """Copy rows of `left` and `right` from global to shared memory. The copying warpgroup runs this.
 
-    `rows_of_tile` is M, the number of rows of a tile in `tasks`. `for_each_piece(body, state)` calls
-    `state = body(piece, state)` for each piece of the gradients that this block computes.
+    Each step copies 64 rows of an expert to a stage of `scratch`. `rows_of_tile` is M, the number of rows of a tile in
+    `tasks`. `for_each_piece(body, state)` calls `state = body(piece, state)` for each `Piece` that this block computes.
     """
 
     def copy_piece(piece: Piece, sent):
@@ -143,10 +154,11 @@ def _copy(rows_of_tile: int, operands: Operands, scratch: Scratch, for_each_piec
 
 
 def _multiply(wg, out_ref, scratch: Scratch, for_each_piece: Callable) -> None:
-    """In multiplying warpgroup `wg`, compute 64 rows of every piece of the gradients, and write them to `out_ref`.
+    """Compute 64 rows of every piece of the gradients. The multiplying warpgroup `wg` runs this.
 
-    These rows of the gradient belong to 64 columns of `left`. `out_ref` is the result [E, D, parts, F] in global
-    memory. `for_each_piece(body, state)` calls `state = body(piece, state)` for each piece that this block computes.
+    The 64 rows of the gradient correspond to 64 columns of `left`. They are written to `out_ref`, which is the result
+    [E, D, parts, F] in global memory. `for_each_piece(body, state)` calls `state = body(piece, state)` for each `Piece`
+    that this block computes.
     """
     at_once = scratch.out.shape[2]  # columns that are copied to global memory at the same time
 
@@ -158,7 +170,7 @@ def _multiply(wg, out_ref, scratch: Scratch, for_each_piece: Callable) -> None:
 
         next_step, sums = pipeline.accumulate(scratch.ring, piece.steps, multiply, (LEFT, RIGHT), ACCUMULATORS, step)
         for first in range(0, ACCUMULATORS * RIGHT, at_once):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous columns have been read
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the copy engine has read the previous columns
             x, inner = sums[first // RIGHT], first % RIGHT
             scratch.out[wg] = x[:, inner : inner + at_once].astype(scratch.out.dtype)
             plgpu.commit_smem()

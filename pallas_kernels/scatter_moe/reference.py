@@ -1,7 +1,7 @@
-"""The reference implementation of `expert_linear` and `expert_mlp`: each expert in turn is computed for all rows.
+"""The reference implementation of `expert_linear` and `expert_mlp`: it computes every expert for all rows, in a loop.
 
-It is slow and simple, to check the other implementations. All sums are in fp32 (fp64 for fp64 arrays), and all matrix
-products have the highest precision.
+It is slow and simple. The other implementations are compared with it. All sums are in fp32 (fp64 for fp64 arrays), and
+all matrix products have the highest precision.
 """
 
 import jax.numpy as jnp
@@ -12,12 +12,12 @@ from .call import ACTIVATIONS, LinearCall, MlpCall
 
 
 def linear(call: LinearCall):
-    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates, by the reference implementation."""
+    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates, by the formula, expert after expert."""
     dtype = sum_type(call.x)
     routing, (T, k) = call.routing, call.routing.expert_indices.shape
     by_pair = {"token": lambda x: jnp.repeat(x, k, 0), "pair": lambda x: x, "sorted": lambda x: x[routing.inverse]}
     x = by_pair[call.x_rows](call.x).astype(dtype)
-    # A row without an expert may hold NaN.
+    # A row of x whose pair has no expert may have NaN, so it is replaced by zeros.
     x = jnp.where(routing.expert_indices.reshape(-1, 1) < routing.num_experts, x, 0)
     bias = jnp.zeros((routing.num_experts, call.weight.shape[2]), dtype) if call.bias is None else call.bias
 
@@ -25,7 +25,7 @@ def linear(call: LinearCall):
         y = jnp.einsum("RD,DF->RF", x, call.weight[e].astype(dtype), precision="highest") + bias[e].astype(dtype)[None]
         return jnp.where((routing.expert_indices == e).reshape(-1, 1), y, total), None
 
-    zeros = jnp.zeros_like(x, shape=(T * k, call.weight.shape[2]))  # vary over the same mesh axes as x
+    zeros = jnp.zeros_like(x, shape=(T * k, call.weight.shape[2]))  # varies over the same mesh axes as x
     y, _ = lax.scan(expert, zeros, jnp.arange(routing.num_experts))
     if call.gates is not None:
         y = (call.gates.astype(dtype)[..., None] * y.reshape(T, k, y.shape[-1])).sum(1)
@@ -33,7 +33,7 @@ def linear(call: LinearCall):
 
 
 def mlp(call: MlpCall):
-    """Return the result of `expert_mlp`, [T, D], by the reference implementation."""
+    """Return the result of `expert_mlp`, [T, D], by the formula, expert after expert."""
     x = call.x.astype(sum_type(call.x))  # so that the hidden units have this type too
     up = LinearCall(x, call.w_in, call.b_in, None, call.routing, "token", "pair")
     hidden = ACTIVATIONS[call.activation](linear(up))

@@ -12,22 +12,24 @@ from jaxtyping import Array, Int
 
 from .. import arguments, partition
 
-_PACKED_BELOW = 2**31  # if (E + 1) * R is below this, the sort packs expert and pair into one int32
+# With E experts and R (token, choice) pairs: if (E + 1) * R is below this number, an expert index and a pair number
+# together fit into one int32, and `_sorted` sorts these numbers.
+_PACKED_BELOW = 2**31
 
 
 class Routing(NamedTuple):
-    """The result of `route`: the R = T * k (token, choice) pairs, sorted by expert.
+    """The result of `route`: the R = T * k (token, choice) pairs of T tokens with k choices each, sorted by expert.
 
-    Choice s of token t is the pair with the number t * k + s. The sorted row of a pair is its place in the sorted list,
-    from 0 to R - 1. Pairs without an expert (their index is E, the number of experts) are sorted last.
+    Choice s of token t is the pair with the number t * k + s. The sorted row of a pair is its index in the sorted list,
+    from 0 to R - 1. Pairs without an expert are sorted last. Their expert index is E, the number of experts.
 
-    `order`: [R], for every sorted row, the number t * k + s of its pair.
-    `inverse`: [R], for every pair, in the order of the numbers t * k + s, its sorted row.
-    `offsets`: [E+1], where expert e has the sorted rows from offsets[e] to offsets[e+1] - 1.
+    `order`: [R], the number of the pair at every sorted row.
+    `inverse`: [R], the sorted row of every pair: inverse[t * k + s] is the sorted row of choice s of token t.
+    `offsets`: [E+1]. Expert e has the sorted rows from offsets[e] to offsets[e+1] - 1.
     `expert_indices`: [T,k], the expert of every pair, from 0 to E.
 
     On a mesh, `order`, `inverse` and `offsets` describe the pairs of all devices. If the arrays of an expert op are
-    sharded along T, each device sorts its own pairs again.
+    sharded along T, each device sorts the pairs of its tokens again.
     """
 
     order: jax.Array
@@ -66,11 +68,11 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
       num_experts: the number E of experts.
 
     Returns:
-      A `Routing`, an argument of `expert_linear` and `expert_mlp`.
+      A `Routing`, which `expert_linear` and `expert_mlp` take as an argument.
 
     Raises:
-      ValueError: expert_indices is no array of integers [T, k]; E or k is below 1; T * k is 2^31 or more; an index of a
-        NumPy array is below 0 or above E. With `jax_enable_checks`, the indices of a JAX array are checked too, when
+      ValueError: expert_indices is no array of integers [T, k]; E or k is below 1; T * k is 2^31 or more; an index in
+        a NumPy array is below 0 or above E. With `jax_enable_checks`, the indices of a JAX array are checked too, when
         the program runs.
 
     Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245.
@@ -83,7 +85,8 @@ def route(expert_indices: Int[Array, "T k"], num_experts: int) -> Routing:
     arguments.integers("expert_indices", expert_indices, "T,k")
     num_experts = arguments.integer("num_experts", num_experts, 1)
     if expert_indices.shape[1] < 1:
-        raise ValueError(f"k={expert_indices.shape[1]} experts per token must be at least 1")
+        shape = expert_indices.shape
+        raise ValueError(f"k={shape[1]} experts per token must be at least 1, got expert_indices.shape={shape}")
     (T, k), E = expert_indices.shape, num_experts
     if T * k >= 2**31:
         raise ValueError(
@@ -105,9 +108,9 @@ def _sorted(expert_indices, num_experts: int):
     """Sort the (token, choice) pairs by expert. Return (order, inverse, offsets), the fields of a `Routing`.
 
     `expert_indices` [T,k] has the expert of every pair, from 0 to E = `num_experts`, where E means no expert. `order`
-    [R] lists the numbers t * k + s of the pairs, sorted by expert. `inverse` [R] has the place of every pair in this
-    list. `offsets` [E+1] has the place of the first pair of every expert, and at the end the number of pairs that have
-    an expert.
+    [R] lists the numbers t * k + s of the pairs, sorted by expert. `inverse` [R] has, for every pair, its index in
+    `order`. `offsets` [E+1] has, for every expert, the index in `order` at which its pairs begin. The last entry,
+    offsets[E], is the number of pairs that have an expert.
     """
     experts = expert_indices.reshape(-1)
     rows = experts.shape[0]
@@ -124,12 +127,12 @@ def _sorted(expert_indices, num_experts: int):
 
 
 def first_positions(rows, values, *, after: bool = False):
-    """Return, for each of `values`, the index of the first equal element of the sorted array `rows` [R].
+    """Search each of `values` in the sorted array `rows`. Return the index of the first element that equals the value.
 
-    With `after`, return the index after the last equal element. A value that is not in `rows` gets the index at which
-    it would be inserted. `jnp.searchsorted` does the same, but raises an error in a shard_map over only some axes of a
-    mesh (JAX 0.12.0). The steps of the binary search are unrolled, because in a loop each step would be a separate
-    kernel on a GPU.
+    With `after`, return the index after the last element that equals the value. A value that is not in `rows` gets the
+    index at which it would be inserted. `jnp.searchsorted` does the same, but raises an error in a shard_map over only
+    some axes of a mesh (JAX 0.12.0). The steps of the binary search are unrolled, because in a loop each step would be
+    a separate kernel on a GPU.
     """
     low, high = jnp.zeros_like(values, jnp.int32), jnp.full_like(values, rows.shape[0], jnp.int32)
     for _ in range(rows.shape[0].bit_length()):

@@ -1,8 +1,10 @@
 """The work list of the GPU kernels: the (token, choice) pairs, sorted by expert and cut into tiles of rows.
 
-All rows of a tile belong to one expert, and an expert without rows has no tile. The size of the compiled program does
-not depend on the number of experts. The pairs without an expert form tiles of an additional expert with the number E.
-The kernels write zeros for them, so every row of every result is written.
+A row is one pair. All rows of a tile belong to one expert, and an expert without rows has no tile. A kernel takes its
+tiles from this list, so the size of the compiled program does not depend on the number of experts.
+
+The experts have the numbers 0 to E - 1. Some pairs may have no expert. They form tiles of an additional expert with the
+number E, and the kernels write zeros for them. So every row of every result is written.
 """
 
 from typing import NamedTuple
@@ -15,19 +17,19 @@ from .routing import Routing, first_positions
 
 
 class Tasks(NamedTuple):
-    """The (token, choice) pairs, sorted by expert and cut into tiles of M rows, as arrays of int32.
+    """The R (token, choice) pairs, sorted by expert and cut into tiles of M rows, as arrays of int32.
 
-    All rows of a tile belong to one expert. The rows of all tiles are numbered: row m of tile i has the number
-    i * M + m. A row is one pair. The last tile of an expert is filled up with empty rows. The arrays are long enough
-    for any routing of R pairs, and only the first `count` tiles are in use.
+    A row is one pair, and all rows of a tile belong to one expert. The last tile of an expert is filled up with empty
+    rows. The rows of all tiles are numbered: row m of tile i has the number i * M + m. The arrays have room for any
+    routing of R pairs to E experts. Only the first `count` tiles are in use.
 
-    `expert`: [tiles], the expert of every tile, in ascending order.
+    `expert`: [tiles], the expert of every tile, in ascending order. E means no expert.
     `count`: [1], the number of tiles in use.
     `first`: [E], the index of the first tile of every expert.
     `rows`: [E], the number of pairs of every expert.
-    `pairs`: [tiles * M], for every row of the tiles the number of its pair, token * k + choice, or -1 if it is empty.
-    `sorted`: [tiles * M], for every row of the tiles the place of its pair in the list sorted by expert, or -1.
-    `tile_row`: [R], for every pair the number of its row of the tiles.
+    `pairs`: [tiles * M], for every row the number of its pair, token * k + choice, or -1 for an empty row.
+    `sorted`: [tiles * M], for every row the index of its pair in the list sorted by expert, or -1 for an empty row.
+    `tile_row`: [R], for every pair the number of its row. Pair token * k + choice is at this index.
     """
 
     expert: jax.Array
@@ -45,12 +47,12 @@ class Tasks(NamedTuple):
 
     @property
     def rows_of_tile(self) -> int:
-        """The number M of rows of every tile."""
+        """The number M of rows of a tile."""
         return self.pairs.shape[0] // self.expert.shape[0]
 
 
 def make_tasks(routing: Routing, M: int) -> Tasks:
-    """Cut the (token, choice) pairs of `routing`, sorted by expert, into tiles of M rows. Return the tiles."""
+    """Cut the (token, choice) pairs of `routing`, sorted by expert, into tiles of M rows. Return the `Tasks`."""
     R, E = routing.order.shape[0], routing.num_experts
     starts = routing.offsets
     rows = jnp.append(routing.counts, R - starts[-1]).astype(jnp.int32)
@@ -70,11 +72,11 @@ def make_tasks(routing: Routing, M: int) -> Tasks:
 
 
 def row_numbers(tasks: Tasks, rows: Rows, k: int):
-    """Return, for every row of the tiles, the index of its row in some array, or -1 if it is empty: int32 [tiles * M].
+    """Return, for every row of the tiles, the index of its data in an array: int32 [tiles * M], -1 for an empty row.
 
-    M is the number of rows of a tile. `rows` says how the rows of this array are ordered: "token" (one row per token),
-    "pair" (one row per (token, choice) pair) or "sorted" (one row per pair, sorted by expert). k is the number of
-    choices of a token.
+    `rows` says how the rows of the array are ordered: "token" (one row per token), "pair" (one row per (token, choice)
+    pair) or "sorted" (one row per pair, sorted by expert). k is the number of choices of a token, and M is the number
+    of rows of a tile.
     """
     if rows == "sorted":
         return tasks.sorted

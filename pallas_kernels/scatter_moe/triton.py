@@ -1,6 +1,6 @@
 """The implementation "triton" of `expert_linear` and `expert_mlp`: Triton kernels for GPUs from sm_80 on.
 
-This file says which calls the kernels can run, and launches the kernels.
+The functions here say which calls the kernels can run, and launch the kernels.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from .kernels import Kernels
 from .tasks import Tasks, row_numbers
 from .triton_sizes import Sizes, fitting, product_sizes, rows_of_tile, weight_sizes
 
-# The kernels call a gated activation by the name of the function that they apply to the first half of the hidden layer.
+# A gated activation is f(first half of the pre-activation) * second half. POINTWISE has the name of f in the kernels.
 POINTWISE = {"swiglu": "silu", "geglu": "gelu_tanh", "reglu": "relu"}
 
 
@@ -37,38 +37,40 @@ def detail(call: LinearCall | MlpCall) -> str:
 
 
 def mlp(call: MlpCall):
-    """Return the result of `expert_mlp`, [T, D], by Triton kernels. If an array is empty, plain JAX computes it."""
+    """Compute `expert_mlp` with Triton kernels, or in plain JAX if an array is empty. Return its result [T, D]."""
     return xla.mlp(call) if 0 in call.x.shape + call.w_out.shape else fused.mlp(KERNELS, call)
 
 
 def linear(call: LinearCall):
-    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates, by Triton kernels.
+    """Compute `expert_linear` with Triton kernels, or in plain JAX if an array is empty.
 
-    If an array is empty, plain JAX computes the result.
+    Return its result: [T*k, F], or [T, F] with gates.
     """
     return xla.linear(call) if 0 in call.x.shape + call.weight.shape else fused.linear(KERNELS, call)
 
 
-# The functions of `Kernels`. The pre-activation h is [R, F], or [R, 2F] for a gated activation.
+# The methods of `Kernels`, as functions. The pre-activation h is [R, F], or [R, 2F] for a gated activation.
 
 
 def _launch(name: str, flops: int, kernel: Callable, sizes: Sizes, *arrays, **options):
     """Run a Triton kernel on `arrays`, and return its outputs.
 
-    `kernel` is a function without arguments that returns the `triton.jit` function. `sizes` has the numbers of warps
-    and of pipeline stages. `options` are other keywords of `triton_call.launch`. For cost estimates, the kernel runs in
-    a jitted function whose name consists of `name` and `flops`, the number of floating-point operations.
+    `kernel` is a function without arguments that returns the `triton.jit` function. `sizes` has the number of warps and
+    the number of pipeline stages. `options` are further keyword arguments of `triton_call.launch`. The kernel runs in a
+    jitted function whose name contains `name` and `flops`, the number of floating-point operations, so that cost
+    estimates find this number (`cost.kernel`).
     """
     run = partial(triton_call.launch, kernel, num_warps=sizes.warps, num_stages=sizes.stages, **options)
     return cost.kernel(name, flops, run)(*arrays)
 
 
 def _products(name: str, sizes: Sizes, tasks: Tasks, D: int, F: int, products: int, *arrays, **options):
-    """Launch a kernel of triton_product.py on `arrays`, and return its outputs. `name` is the name of the kernel.
+    """Launch the kernel `name` of triton_product.py on `arrays`, and return its outputs.
 
     The kernel multiplies the row of every (token, choice) pair, with D columns, by `products` weight matrices [D, F] of
-    its expert. Each program computes one tile of rows in `tasks` times one tile of columns. `options` are the outputs
-    `out`, as in `triton_call.launch`, and constants of the kernel.
+    the pair's expert. Each program computes one tile of the result: one tile of rows in `tasks`, and some of the F
+    columns. `options` are further keyword arguments of `triton_call.launch`: `out`, the shapes and dtypes of the
+    outputs, and constants of the kernel.
     """
 
     def kernel():
@@ -122,7 +124,7 @@ def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
     """Compute the backward pass of gate * (x @ weight[e]), the output of one expert in `expert_linear` with gates.
 
     The kernel `d_activated` computes it: gate * (x @ weight[e]) is gate * act(h) @ weight[e] with h = x, and with the
-    identity as act. Return the four results that `Kernels.d_gated` explains: the gradient of x, gate * x with the
+    identity as act. Return the four results that `Kernels.d_gated` explains: the gradient of x, the array gate * x, the
     indices of its rows, and the gradient of the gates.
     """
     k = gates.shape[1]
@@ -135,13 +137,14 @@ def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
 def _d_activated_rows(activation, d_out, source, weight, tasks, h, h_numbers, gates, target):
     """Compute the backward pass of gate * act(h) @ weight[e], the output of one expert, for rows of h in any order.
 
-    For row i of the tiles in `tasks`, of M rows each, the token is source[i], the row of h is h[h_numbers[i]], and the
-    gate is gates[i]. The cotangent of gate * act(h) is dy = d_out[source[i]] @ weight[e]^T. A row index of -1 means
-    that row i is empty. Return (dh, gated, d_gate):
+    The tiles in `tasks` have M rows each. Row i of the tiles has the expert e, the token source[i], the pre-activation
+    h[h_numbers[i]] and the gate gates[i]. A row index of -1 means that row i is empty. `weight` is [E, F, D], and
+    d_out [.., D] is the cotangent of the output. The cotangent of gate * act(h) is dy = d_out[source[i]] @ weight[e]^T.
+    Return (dh, gated, d_gate):
 
     `dh`: the gradient of h, gate * dy times the derivative of act. The values for row i are at index target[i].
     `gated`: gate * act(h), a factor of the gradient of the weight. The values for row i are at index target[i].
-    `d_gate` [tiles * M]: the dot products <act(h), dy>, the gradients of `gates`.
+    `d_gate` [tiles * M]: the dot products <act(h), dy>, the gradients of `gates` if the experts have no bias.
     """
     F, D = weight.shape[1:]
     sizes, R = product_sizes(tasks.rows_of_tile, D, F, d_out.dtype, widest=128), tasks.num_pairs
@@ -192,7 +195,7 @@ def _d_bias(bias, right, numbers, tasks, gates=None):
 
 
 class TritonKernels(Kernels):
-    """The expert kernels in Triton as an object that `fused.py` calls. `Kernels` says what each method does."""
+    """The expert kernels in Triton, as an object that fused.py calls. `Kernels` says what each method does."""
 
     rows_of_tile, product = staticmethod(_rows_of_tile), staticmethod(_product)
     activated, d_activated = staticmethod(_activated), staticmethod(_d_activated)

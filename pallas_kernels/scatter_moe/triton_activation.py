@@ -1,8 +1,9 @@
-"""Activations and their derivatives inside Triton kernels, in fp32, with the formulas of `call.py`.
+"""Activations and their derivatives inside Triton kernels, in fp32, with the formulas of call.py.
 
-NAME is the name of a function of one variable, such as "gelu". The names are as in `call.py`, with two differences. For
-a gated activation, NAME is the function of the first half of the hidden layer: "silu" for "swiglu". And "none" is the
-identity.
+NAME is the name of a function of one variable: "silu", "gelu", "gelu_tanh", "relu" or "relu2", as in call.py, or "none"
+for the identity. A gated activation, such as "swiglu", is f(first half of the pre-activation) * second half. Then NAME
+is the name of f, the function that is applied to the first half: "silu" for "swiglu". The kernels multiply the result
+by the second half.
 """
 
 import triton
@@ -16,9 +17,9 @@ _CUBIC = tl.constexpr(0.044715)
 
 @triton.jit
 def activate(NAME: tl.constexpr, x):
-    """Return a tile with the function NAME, such as "silu", applied to every element of the tile x.
+    """Apply the function NAME, such as "silu", to every element of the tile x. Return a tile of the same shape.
 
-    The tile x and the returned tile are in registers, in fp32.
+    Both tiles are in registers, in fp32.
     """
     if NAME == "silu":
         y = x * tl.sigmoid(x)
@@ -37,9 +38,9 @@ def activate(NAME: tl.constexpr, x):
 
 @triton.jit
 def slope(NAME: tl.constexpr, x):
-    """Return a tile with the derivative of the function NAME, such as "silu", at every element of the tile x.
+    """Compute the derivative of the function NAME, such as "silu", at every element of the tile x.
 
-    The tile x and the returned tile are in registers, in fp32.
+    Return a tile of the same shape. Both tiles are in registers, in fp32.
     """
     if NAME == "silu":
         s = tl.sigmoid(x)

@@ -1,8 +1,8 @@
-"""Tile sizes of the Triton kernels for experts. They come from rules that have not been measured yet.
+"""Tile sizes of the Triton kernels for experts. They come from estimates, which no measurement has confirmed yet.
 
-The sizes depend on the GPU, the dtype and the number of rows of an expert. Tensor cores before Hopper read their
-operands from registers, so a thread has registers for only half as many sums as on Hopper. On data centre GPUs since
-Hopper, tensor cores read their operands from shared memory, and a block has more shared memory.
+The sizes depend on the GPU, the dtype and the number of rows of an expert. On data centre GPUs since Hopper, tensor
+cores read their operands from shared memory, and a block has more shared memory. On all other GPUs, tensor cores read
+their operands from registers, so fewer registers remain for the sums, and a tile has fewer columns.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from .. import triton_call
 class Sizes(NamedTuple):
     """The sizes of a Triton program, which computes one tile of the result.
 
-    The tile has `rows` x `columns` elements. The program computes it in steps of `depth` along the axis that is summed.
+    The tile has `rows` x `columns` elements, which are sums. A step of the program adds `depth` terms to each sum.
     `warps` is the number of warps of the program, and `stages` is the number of stages of its software pipeline.
     """
 
@@ -34,17 +34,16 @@ def _power(n: int) -> int:
 def fitting(most: int, size: int) -> int:
     """Return the size of a tile along an axis with `size` elements: a power of two, from 16 to `most`.
 
-    It is `most`, or for a shorter axis the smallest power of two that covers the axis. It is at least 16 for tensor
-    cores.
+    It is the smallest power of two that covers the axis, but at most `most` and, for tensor cores, at least 16.
     """
     return min(most, max(16, _power(2 * size - 1)))
 
 
 def rows_of_tile(rows: int, experts: int, dtype) -> int:
-    """Return the number of rows of a tile, for `rows` rows in total that are routed to `experts` experts.
+    """Return the number of rows of a tile, if `rows` rows in total are routed to `experts` experts.
 
-    It is a power of two, from 16 to 128 (for float32, from 16 to 64), and about the mean number of rows of an expert,
-    which keeps the number of empty rows small.
+    It is the largest power of two up to the mean number of rows of an expert, so that few rows of the tiles are empty.
+    It is at least 16, and at most 128 (64 for float32).
     """
     most = 64 if dtype == jnp.float32 else 128
     return max(16, min(most, _power(rows // experts)))
@@ -71,9 +70,9 @@ def product_sizes(rows: int, depth: int, columns: int, dtype, *, products: int =
     """Return the sizes of a program that multiplies a tile of rows by `products` weights of one expert.
 
     The tile has `rows` rows of `depth` columns, and each weight is [depth, columns]. The program computes the same
-    columns of all products. `products` times the number of these columns is at most `widest`. Tiles have few columns
-    for float32, which runs without tensor cores. They also have few columns if `rows` is small, because then the time
-    goes into loading weights.
+    columns of all products: `Sizes.columns` is their number, and `products` times this number is at most `widest`. The
+    number is small for float32, which runs without tensor cores. It is also small if `rows` is small, because then most
+    of the time goes into loading weights.
     """
     if dtype == jnp.float32:
         columns_most, depth_most, warps = 64, 32, 4
@@ -91,8 +90,8 @@ def weight_sizes(D: int, F: int, dtype) -> Sizes:
     """Return the sizes of a program that computes a tile of the gradient of a weight [D, F].
 
     The program sums over the rows of an expert, `depth` rows in each step. A step has two loads, one after the other:
-    the numbers of the rows, and then the rows with these numbers. So the number of pipeline stages is twice the number
-    of steps whose rows fit into shared memory.
+    first the row numbers, and then the rows with these numbers. So the number of pipeline stages is twice the number of
+    steps whose rows fit into shared memory.
     """
     if dtype == jnp.float32:
         rows_most, columns_most, depth, warps = 64, 64, 32, 4

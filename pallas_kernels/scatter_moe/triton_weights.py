@@ -1,9 +1,9 @@
 """The Triton kernels for the gradients of expert weights and biases: sums over the rows of each expert.
 
-The kernels gather rows by row number when they load them, so no array is transposed, padded or copied in memory. A
-program computes one piece of the gradient of one expert: it sums over all rows of the expert in their order, and writes
-the piece once. So there are no atomic operations, and every run gives the same bits. The gradient of an expert without
-rows is zero. For weights, the programs of experts with many rows have the lowest numbers: they start first.
+The kernels gather rows by their row numbers when they load them, so no array is transposed, padded or copied in memory.
+A program computes one piece of the gradient of one expert. It sums over all rows of the expert in their order, and
+writes the piece once. So there are no atomic operations, and every run gives the same bits. The gradient of an expert
+without rows is zero. In `d_weights`, the programs of the experts with the most rows start first.
 """
 
 import triton
@@ -22,9 +22,9 @@ def d_weights(left, left_numbers, right, right_numbers, heavy, first, rows, out,
 
     out[e] is the sum of left[left_numbers[i]]^T right[right_numbers[i]] over these i. `left` [.., D] has the inputs of
     the matrix products, and `right` [.., F] has the cotangents of their results. `left_numbers` and `right_numbers`
-    have a row index for every row of the tiles. `heavy` [E] lists the experts, the one with the most rows first. All
-    arguments that are not constants point to global memory. A program computes DOWN x ACROSS elements of out[e]. In
-    each step, it adds the terms of R rows.
+    have a row index for every row of the tiles. `heavy` [E] lists the experts by their numbers of rows, the largest
+    number first. All arguments that are not constants point to global memory. A program computes DOWN x ACROSS elements
+    of out[e]. In each step, it adds the terms of R rows.
     """
     across: tl.constexpr = (F + ACROSS - 1) // ACROSS
     pieces: tl.constexpr = (D + DOWN - 1) // DOWN * across

@@ -2,16 +2,16 @@
 
 `_grouped` applies a function of one expert, such as its feed-forward network, to the rows of every expert:
 - The first C rows of every expert are computed together, as one batched product that reads every weight in place. C is
-  a little above the mean number of rows of an expert.
+  usually a little above the mean number of rows of an expert.
 - The other rows of an expert are computed block by block in a loop. The loop has one pass for each block, and no pass
   if the experts are balanced. With few rows (decoding), C is 0, and the loop computes only experts that have rows.
 The cost is at most a fixed factor times the useful work, and no array has size T * E.
 
 The backward pass applies the derivative of the function in the same way. If x has 256 columns or more, the forward pass
-of a feed-forward network saves the pre-activation, sorted by expert. (A remat policy can save it by the name
-PRE_ACTIVATION.) With fewer columns, the backward pass computes the pre-activation again. The hidden layer, which is the
-result of the activation, is always computed again. The derivatives of the gather of the rows and of the sum over the
-choices of a token are computed as gathers, without scatter-adds.
+of a feed-forward network saves the pre-activation, sorted by expert. Its name for remat policies is PRE_ACTIVATION
+(call.py). With fewer columns, the backward pass computes the pre-activation again. The hidden layer, which is the
+result of the activation, is always computed again. The gradient of x has one row for every (token, choice) pair, and
+then the k rows of a token are summed. So it needs no scatter-add.
 """
 
 import math
@@ -28,17 +28,18 @@ from ..arguments import sum_type
 from .call import ACTIVATIONS, PRE_ACTIVATION, LinearCall, MlpCall
 from .routing import Routing, first_positions
 
-_MANY_ROWS = 512  # rows of one expert; a CPU computes more rows in pieces of about this size
+_MANY_ROWS = 512  # if C is this or more, a CPU computes two experts at a time, in pieces of this number of rows or more
 _WIDE = 256  # columns of x; with fewer, recomputing the pre-activation is faster on a CPU than saving it
 
 
 class _Plan(NamedTuple):
     """How many rows of an expert are computed at the same time.
 
-    `together`: C, the number of rows of every expert that are computed together with the rows of the other experts, as
+    `together`: C. The first C rows of every expert are computed together with the first C rows of the other experts, as
       batched products.
     `block`: the other rows of an expert are computed in blocks of this number of rows.
-    `pieces`: on CPUs, the first C rows may be computed in this number of batched products, of C / `pieces` rows each.
+    `pieces`: on a CPU, the first C rows may be cut into this number of pieces, of C / `pieces` rows each, which are
+      computed one after the other (`_together`).
     """
 
     together: int
@@ -49,8 +50,9 @@ class _Plan(NamedTuple):
 def plan(rows: int, experts: int) -> _Plan:
     """Return how many rows of an expert are computed at the same time, for `rows` rows in total and `experts` experts.
 
-    A row is the row of a (token, choice) pair. The result depends on the mean number of rows of an expert, by a rule
-    that comes from measurements on CPUs. On CPUs, batched products of fewer than 48 rows are slow.
+    A row is a (token, choice) pair. The result depends on the mean number of rows of an expert, by a rule that comes
+    from measurements on CPUs. With a mean above 16, C is at least 48 (or all rows, if there are fewer), because batched
+    products of fewer rows are slow on CPUs.
     """
     mean = rows / experts
     if mean < 4:
@@ -104,26 +106,26 @@ def _affine_backward(x, w, b, gate, dy):
 class _Function(NamedTuple):
     """A function of the weights and rows of one expert, with its derivative. `_grouped` applies it to all experts.
 
-    `forward`: (weights, rows) -> (y, saved), the result rows y, and a tuple of arrays of rows to save for the backward
-      pass.
+    `forward`: (weights, rows) -> (y, saved). y are the result rows. `saved` is a tuple of arrays to save for the
+      backward pass, with one row for each result row.
     `backward`: (weights, rows, saved, dy) -> (d_weights, d_rows), the gradients, where dy is the cotangent of y.
     `in_rows`: for each array in `rows`, the order of its rows: "token", "pair" or "sorted", as in `call.Rows`.
     `out_rows`: the order of the rows of y.
-    `saved_rows`: for each saved array, the order of its rows.
+    `saved_rows`: for each array of `saved` that is kept, the order of its rows. Further arrays of `saved` are dropped.
     """
 
     forward: object
     backward: object
     in_rows: tuple
     out_rows: str
-    saved_rows: tuple = ()  # one entry for each saved array that is kept for the backward pass
+    saved_rows: tuple = ()
 
 
 def _linear_forward(weights, rows):
     weight, bias = weights
     x, gate = rows
     y = _gated(gate, _affine(x, weight, bias))
-    return (y.astype(x.dtype) if gate is None else y), ()  # with gates, y is in fp32 until the sum over the k rows
+    return (y.astype(x.dtype) if gate is None else y), ()  # with gates, y is in fp32 until the k rows are summed
 
 
 def _linear_backward(weights, rows, saved, dy):
@@ -155,7 +157,7 @@ _MLP = {name: (partial(_mlp_forward, name), partial(_mlp_backward, name)) for na
 
 
 def linear(call: LinearCall):
-    """Return the result of `expert_linear`, [T*k, F], or [T, F] with gates, in plain JAX."""
+    """Compute `expert_linear` in plain JAX. Return its result: [T*k, F], or [T, F] with gates."""
     gates = None if call.gates is None else call.gates.reshape(-1, 1)
     out_rows = "pair" if call.out_rows == "token" else call.out_rows
     function = _Function(_linear_forward, _linear_backward, (call.x_rows, "pair"), out_rows)
@@ -164,7 +166,7 @@ def linear(call: LinearCall):
 
 
 def mlp(call: MlpCall):
-    """Return the result of `expert_mlp`, [T, D], in plain JAX."""
+    """Compute `expert_mlp` in plain JAX. Return its result [T, D]."""
     saved = ("sorted",) if call.x.shape[1] >= _WIDE else ()
     function = _Function(*_MLP[call.activation], ("token", "pair"), "pair", saved)
     weights = (call.w_in, call.b_in, call.w_out, call.b_out)
@@ -181,9 +183,9 @@ def _sum_over_choices(y, routing):
 def _grouped(function: _Function, weights, rows, routing):
     """Apply `function.forward` to the rows of every expert, with the weights of this expert. Return the result rows.
 
-    `weights` are arrays [E, ..], one entry for each expert. `rows` are arrays whose rows have the orders
-    `function.in_rows`. The result has one row for every (token, choice) pair, in the order `function.out_rows`. The
-    result of a row without an expert is zero.
+    `weights` are arrays [E, ..], with one entry for each expert. `rows` are arrays, and `function.in_rows` says how the
+    rows of each array are ordered. The result has one row for every (token, choice) pair, in the order
+    `function.out_rows`. It is zero for a pair without an expert.
     """
 
     def block(w, xs, valid):
@@ -207,7 +209,7 @@ def _grouped_backward(function, residuals, dy):
     weights, rows, routing, saved = residuals
 
     def block(w, inputs, valid):
-        # A row of padding is a copy of some other row, which may hold NaN. It is set to zero, because 0 * NaN is NaN.
+        # A padding row is a copy of some other row, which may have a NaN. It is set to zero, because 0 * NaN is NaN.
         inputs = [None if a is None else jnp.where(valid[:, None], a, 0) for a in inputs]
         xs, d, saved_rows = tuple(inputs[: len(rows)]), inputs[len(rows)], tuple(inputs[len(rows) + 1 :])
         d_w, d_xs = function.backward(w, xs, saved_rows, d.astype(sum_type(d)))
@@ -233,13 +235,15 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
     """Call `block` until all rows of all experts are computed. Return (row outputs, weight outputs) of all calls.
 
     `block(w, xs, valid)` computes some rows of one expert. It takes the weights `w` of the expert, these rows `xs` of
-    each array in `arrays`, and `valid`, bool [rows], which is False for a row of padding. It returns a tuple of arrays
-    with one row for each of these rows (row outputs), and a tree of arrays for the expert (weight outputs).
+    each array in `arrays`, and `valid`, bool [rows], which is False for a padding row. It returns (row outputs, weight
+    outputs): a tuple of arrays with one output row for each of these rows, and a tree of arrays for the expert.
 
-    The row outputs of all calls become arrays [R, ..] with a row for every (token, choice) pair. The weight outputs are
-    summed over all calls for an expert, and become arrays [E, ..]. `weights` has arrays [E, ..]. `in_rows` and
-    `out_rows` say how the rows of each array and of each row output are ordered: "token", "pair" or "sorted", as in
-    `call.Rows`. An array or an output may be None, and then stays None.
+    The row outputs of all calls become arrays [R, ..] with a row for every (token, choice) pair. The weight outputs of
+    all calls for one expert are summed. The sums become arrays [E, ..].
+
+    `weights` has arrays [E, ..]. `in_rows` and `out_rows` are tuples of orders: "token", "pair" or "sorted", as in
+    `call.Rows`. They say how the rows of each array in `arrays`, and of each row output, are ordered. An array or an
+    output may be None, and then stays None.
     """
     k = routing.expert_indices.shape[1]
     R, E = routing.order.shape[0], routing.num_experts
@@ -247,7 +251,7 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
     starts, ends = routing.offsets[:-1], routing.offsets[1:]
 
     def zeros(shape, dtype):
-        return jnp.zeros_like(starts, dtype, shape)  # vary over the same mesh axes as the arrays
+        return jnp.zeros_like(starts, dtype, shape)  # like `starts`, the zeros vary over the mesh axes of the arrays
 
     def take(p):
         pair = routing.order[p]
@@ -270,9 +274,9 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
     pair_rank = routing.inverse - starts[clipped]
 
     def placed(y, order):
-        """Return an array [R, ..] with y [E, C, ..], the first C rows of every expert, in the order `order`.
+        """Move y [E, C, ..], the results for the first C rows of every expert, to an array [R, ..], and return it.
 
-        `order` is "pair" or "sorted". All other rows of the array are zero.
+        The rows of the array have the order `order`, "pair" or "sorted". Rows for which y has no result are zero.
         """
         expert, rank = (
             (pair_expert, pair_rank) if order == "pair" else (pair_expert[routing.order], pair_rank[routing.order])
@@ -291,7 +295,8 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
         outs = jax.tree.map(lambda s: zeros((R, *s.shape[1:]), s.dtype), tuple(rows_out))
         sums = jax.tree.map(lambda s: zeros((E, *s.shape), s.dtype), sums)
 
-    # Blocks beyond the first C rows. Block i belongs to the first expert whose cumulative number of blocks is above i.
+    # The rows after the first C rows of every expert are computed in blocks. `blocks` [E] has the number of blocks of
+    # each expert and of all experts before it. Block i belongs to the first expert for which this number is above i.
     blocks = jnp.cumsum(-(-jnp.maximum(routing.counts - C, 0) // size))
 
     def add_block(i, state):
@@ -318,13 +323,14 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
 def _together(run, weights, starts, ends, C: int, pieces: int):
     """Compute the first C rows of every expert. Return the results of `run` for all experts, as arrays [E, ..].
 
-    `run(w, p, end)` computes some rows of one expert e with the weights `w`: the rows p [rows] of the list of rows
-    sorted by expert, of which only those before `end` belong to e. In this list, expert e has the rows starts[e] to
-    ends[e] - 1.
+    All rows are in one list, sorted by expert. Expert e has the rows starts[e] to ends[e] - 1 of this list.
+    `run(w, p, end)` computes the rows of the list with the indices p [rows] for one expert, with its weights `w`. Rows
+    with an index of `end` or more do not belong to the expert. They count as padding.
 
-    On a CPU, if C is large, two experts are computed at a time (one if E is odd). Their rows stay in the cache, which
-    saves more time than the copy of their weights takes. Their rows are computed in `pieces` pieces of C / `pieces`
-    rows. A piece in which these experts have no rows is left out, as happens if many tokens have no expert.
+    On a CPU, if C is _MANY_ROWS or more, two experts are computed at a time, or one at a time if E is odd. Their rows
+    stay in the cache, which saves more time than the copy of their weights takes. The C rows are cut into `pieces`
+    pieces, which are computed one after the other. A piece is skipped if these experts have no rows in it, as happens
+    if many tokens have no expert.
     """
     E, size = len(starts), C // pieces
 

@@ -35,16 +35,17 @@ def stick_breaking_attention(
 ):
     r"""Compute stick-breaking attention: attention without softmax, in which nearer keys take their weight first.
 
-    The query at position q has a stick of length 1. Its keys are taken from right to left, the nearest key first. The
+    The query at position q has a stick of length 1. It visits its keys from right to left, the nearest key first. The
     key at position k breaks off a share beta[q,k] = sigmoid(z[q,k]) of the part of the stick that remains, where
     z[q,k] = scale * <query_q, key_k> is the logit:
 
       A[q,k] = beta[q,k] * prod_{k < m < q} (1 - beta[q,m]),   out[q] = sum_k A[q,k] value_k,
       rem[q] = prod_k (1 - beta[q,k]) = 1 - sum_k A[q,k].
 
-    A[q,k] is the weight of key k, and rem[q] is the length that remains of the stick after all keys. The weights of a
-    query and its `rem` sum to 1, so there is no normalisation. There is no position embedding. Query head n uses key
-    head n // (N // K). Sums are in float32, or in float64 if the arrays are float64.
+    Here, a query sees the keys k < q, which is the default. In general, the sums and products are over the keys that
+    the query sees. A[q,k] is the weight of key k, and rem[q] is the length of the stick that remains after all keys.
+    The weights of a query and its `rem` sum to 1, so there is no normalisation. There is no position embedding. Query
+    head n uses key head n // (N // K). Sums are in float32, or in float64 if the arrays are float64.
 
     Args:
       query: [B, T, N, H], with T queries and N query heads.
@@ -60,7 +61,8 @@ def stick_breaking_attention(
       window: a query sees only keys that are at most `window` positions before it: q - k <= window.
       skip_below: the logarithm to base 2 of a threshold, such as -24. Keys are computed tile by tile. When less than
         2^skip_below remains of the stick of every query of a query tile, the keys further left are skipped. The skipped
-        weights of a query sum to less than 2^skip_below, and `rem` is the length that remains at that point.
+        weights of a query sum to less than 2^skip_below, and `rem` is the length that remains at that point. The
+        implementation "reference" skips no keys.
       return_stats: whether to return also `Stats(log_rem [B,T,N], kept [B,K])`. `log_rem` is the natural logarithm of
         rem. It does not underflow, and it is differentiable. `kept` is the number of key tiles computed, divided by the
         number of key tiles that the queries may see, for each batch entry and key head. It is below 1 only with
@@ -75,7 +77,7 @@ def stick_breaking_attention(
       also the `Stats`.
 
     Raises:
-      ValueError: the shapes or dtypes of the arrays do not fit (the message names the axes by their letters), or an
+      ValueError: an argument has a wrong shape, dtype or value (the message names the axes by their letters), or an
         array is sharded along an axis other than B, N and K (docs/reference/transformations.md).
       NotImplementedError: none of the implementations named in `implementation` can run this call.
       TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" has one.
@@ -112,9 +114,9 @@ def stick_breaking_weights(
 
       A[q,k] = beta[q,k] * prod_{k < m < q} (1 - beta[q,m]),   beta = sigmoid(scale * <query_q, key_k>).
 
-    A[q,k] is zero if query q does not see key k. The weights of a query sum to 1 - rem, where rem is the part of the
-    stick that remains. Use this function to inspect the weights of small inputs: it keeps T * S numbers in memory for
-    each head. `stick_breaking_attention` does not.
+    The product is over the keys m, nearer than key k, that query q sees. A[q,k] is zero if query q does not see key k.
+    The weights of a query sum to 1 - rem, where rem is the part of the stick that remains. Use this function to inspect
+    the weights of small inputs: it keeps T * S numbers in memory for each head. `stick_breaking_attention` does not.
 
     Args:
       query: [B, T, N, H], with T queries and N query heads.
@@ -138,7 +140,8 @@ def stick_breaking_weights(
     if size > _WEIGHTS_BYTES:
         raise ValueError(
             f"the weights of B={B}, N={N}, T={T}, S={S} take {size / 2**30:,.1f} GiB, more than the limit of "
-            f"{_WEIGHTS_BYTES / 2**30:g} GiB; pass fewer heads, or a part of the queries with its query_offset"
+            f"{_WEIGHTS_BYTES / 2**30:g} GiB; pass fewer heads, or a part of the queries with the query_offset of "
+            "its first query"
         )
     letters = calls.letters(call)._replace(name="stick_breaking_weights", results="B N T S")
     return partition.run(letters, call, partition.Bound(_weights))
@@ -181,7 +184,9 @@ def merge_stick_breaking(
     parts = []
     for name, part in (("near", near), ("far", far)):
         if not isinstance(part, tuple | list) or len(part) != 2 or not all(map(arguments.is_array, part)):
-            raise ValueError(f"{name} must be a pair of arrays, (out [..., Hv], log_rem [...])")
+            types = [type(x).__name__ for x in part] if isinstance(part, tuple | list) else None
+            got = type(part).__name__ if types is None else f"({', '.join(types)})"
+            raise ValueError(f"{name} must be a pair of arrays, (out [..., Hv], log_rem [...]), got {got}")
         parts.append(tuple(map(jnp.asarray, part)))
     (out_near, log_near), (out_far, log_far) = parts
     if out_near.shape != out_far.shape or log_near.shape != log_far.shape or out_near.shape[:-1] != log_near.shape:
@@ -194,7 +199,10 @@ def merge_stick_breaking(
 
 
 def _checked(query, key, value):
-    """Raise ValueError if the shapes or dtypes of the three arrays do not fit. Return the three as JAX arrays."""
+    """Raise ValueError if the shapes or dtypes of the three arrays do not fit. Return the three arrays.
+
+    If an argument is an object with `__jax_array__`, the array of this object is checked and returned.
+    """
     query = arguments.floats("query", query, "B,T,N,H")
     key, value = arguments.floats("key", key, "B,S,K,H"), arguments.floats("value", value, "B,S,K,Hv")
     if not query.dtype == key.dtype == value.dtype:
@@ -255,7 +263,7 @@ def _prepare(
         is_array = arguments.is_array(query_offset)
         if not is_array or query_offset.shape not in ((), (B,)) or not jnp.issubdtype(query_offset.dtype, jnp.integer):
             got = f"{query_offset.dtype}{list(query_offset.shape)}" if is_array else repr(query_offset)
-            raise ValueError(f"query_offset must be an int or an array of integers [B]=[{B}], got {got}")
+            raise ValueError(f"query_offset must be an int or an array of integers, [] or [B]=[{B}], got {got}")
         offset = jnp.broadcast_to(query_offset, (B,)).astype(jnp.int32)
     return Call(
         query, key, value, Where(offset, segment_ids, key_segment_ids), scale,

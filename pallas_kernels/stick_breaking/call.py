@@ -20,7 +20,7 @@ class Call(NamedTuple):
     where: "Where"
     scale: float | jax.Array
     mask: "Mask"
-    skip_below: float | None  # log2 of the part of a stick below which further keys are skipped
+    skip_below: float | None  # when less than 2^skip_below remains of the sticks, further keys are skipped
     tiles: tuple[int, int] | None  # (number of queries, number of keys) of a tile
 
 
@@ -38,13 +38,13 @@ class Where(NamedTuple):
 class Mask(NamedTuple):
     """The static part of the attention mask: the numbers of queries T and keys S, causality, and the window.
 
-    These settings are Python values, known when a call is traced. The arrays of the mask are in `Where`.
+    All fields are Python values, known when a call is traced. The arrays of the mask are in `Where`.
     """
 
     T: int
     S: int
     attend_current: bool  # whether a query also sees the key at its own position
-    window: int | None  # how many positions before the query a key may be; None is no limit
+    window: int | None  # the largest distance of a key to the left of the query; None is no limit
     static_offset: int | None  # the position of the first query, if it is known when the call is traced
 
     def visible(self, where: Where, q, k):
@@ -79,10 +79,11 @@ class Stats(NamedTuple):
 
 
 def letters(call: Call) -> Letters:
-    """Return the axes of the arrays of `stick_breaking_attention`, such as "B T N H", and the axes that may be sharded.
+    """Return the letters of the axes of all arrays of `stick_breaking_attention`, and which axes may be sharded.
 
-    The batch B, the query heads N and the key heads K may be sharded over a mesh. N and K are sharded over the same
-    mesh axes, so that each device has the key heads that its query heads use. The result is the same for every call.
+    The letters of `query` are "B T N H", for example. The batch B, the query heads N and the key heads K may be sharded
+    over a mesh. N and K are sharded over the same mesh axes, so that each device has the key heads that its query heads
+    use. The result is the same for every call.
     """
     del call
     arrays = Call(

@@ -20,9 +20,9 @@ from .call import Call
 from .kernels import Kernels, Plan
 from .key_ranges import key_tile_ranges
 
-SNAPSHOTS = 2**31  # the largest number of bytes for snapshots (see `Kernels.d_query`) at the same time
+SNAPSHOTS = 2**31  # the most bytes of snapshots (see `Kernels.d_query`) that may be in memory at the same time
 SPLIT = 256  # the smallest number of keys that decoding gives to one block
-ROUND = 512  # keys of the first round of decoding with skip_below; each further round has twice as many keys
+ROUND = 512  # keys of the first round of decoding with skip_below; each next round has twice the number of keys
 LN2 = math.log(2)
 
 
@@ -30,9 +30,11 @@ def attention(kernels: Kernels, call: Call):
     """Compute stick-breaking attention with the kernels of one backend. Return (out [B,T,N,Hv], log_rem [B,T,N], kept).
 
     `log_rem` is the natural logarithm of the part of each query's stick that remains. `kept` [B,K] is the number of key
-    tiles computed, divided by the number of key tiles that the queries may see. The arrays are first padded with zeros
-    to multiples of `kernels.row_multiple` queries and keys. `call.mask` has T and S without padding, so no query sees a
-    padded key. At the end, the rows of padded queries are cut off, so the cotangents of these rows are zero.
+    tiles computed, divided by the number of key tiles that the queries may see.
+
+    The arrays are first padded with rows of zeros, so that the numbers of queries and of keys are multiples of
+    `kernels.row_multiple`. `call.mask` has T and S without padding, so no query sees a padding key. At the end, the
+    padding queries are cut off the results, so the cotangents of their rows are zero.
     """
     scale = jnp.full_like(call.query, call.scale, jnp.float32, shape=())  # varies over the same mesh axes as query
     static = call._replace(query=None, key=None, value=None, scale=None, where=None)
@@ -85,7 +87,7 @@ _attention.defvjp(_forward, _backward)
 def _for_tiles_of(plan: Plan, log_decay, reached):
     """Convert `log_decay` and `reached`, results of the forward pass, to the query tiles of the backward pass.
 
-    A query tile of the backward pass has as many rows as one of the forward pass, or fewer. `log_decay`
+    A query tile of the backward pass may have fewer rows than a query tile of the forward pass. `log_decay`
     [2, B, N, padded rows] is the cumulative log-decay of each query row (-log2 of the part of the stick that remains),
     as the sum of two numbers. `reached` [B, N, query tiles] is the index of the leftmost key tile that the forward pass
     computed for each query tile. `plan` has the sizes of the backward pass.
@@ -118,7 +120,7 @@ def _gradients(kernels: Kernels, plan: Plan, arrays, scale, planned):
         return gradients_of_heads(plan, *arrays, planned)
     heads = max(n for n in range(1, K + 1) if K % n == 0 and n * per_head <= max(SNAPSHOTS, per_head))
 
-    def split(x, axis, batch):  # [.., B, .., heads, ..] -> [B, K / heads, .., 1, .., heads, ..]
+    def split(x, axis, batch):  # [.., B, .., K, ..] -> [B, K / heads, .., 1, .., heads, ..]; or with N instead of K
         x = x.reshape(*x.shape[:axis], K // heads, -1, *x.shape[axis + 1 :])
         return jnp.expand_dims(jnp.moveaxis(x, (batch, axis), (0, 1)), batch + 2)
 
@@ -183,14 +185,19 @@ def _share_visited(plan: Plan, key_ranges, reached):
 def is_decoding(call: Call) -> bool:
     """Return whether a call has few queries and many keys, so that the keys of a head are split over several blocks.
 
-    It needs T <= 16, at most 64 queries in all query heads of a key head together, S >= 512, and no argument `tiles`.
+    This is so if T <= 16, S >= 512, no `tiles` are given, and the query heads that share a key head have at most 64
+    queries in total.
     """
     T, rows = call.mask.T, call.mask.T * (call.query.shape[2] // call.key.shape[2])
     return call.tiles is None and T <= 16 and rows <= 64 and call.mask.S >= 2 * SPLIT
 
 
 def splits(call: Call) -> int:
-    """Return the number of parts into which decoding splits the keys of a head, so that every multiprocessor works."""
+    """Return the number of parts into which decoding splits the keys of a key head.
+
+    A block of the GPU computes one part of one key head. The number of parts is the largest one, but at least 1, for
+    which there are no more blocks than multiprocessors and each part has SPLIT keys or more.
+    """
     B, K = call.query.shape[0], call.key.shape[2]
     return max(1, min(platform.multiprocessors() // (B * K), call.mask.S // SPLIT))
 
@@ -199,7 +206,8 @@ def _decode(kernels: Kernels, call: Call):
     """Compute attention for few queries and many keys. Return the same results as `attention`.
 
     The keys are split into parts. Separate blocks compute the parts, and the results are merged. With `skip_below`, the
-    keys are computed in rounds, the nearest keys first, until less than 2^skip_below of every query's stick remains.
+    keys are computed in rounds, the nearest keys first, until less than 2^skip_below remains of the stick of every
+    query, or no keys remain.
     """
     (B, _, N, H), (K, Hv), T = call.query.shape, call.value.shape[2:], call.mask.T
     G, P = N // K, splits(call)
@@ -213,8 +221,8 @@ def _decode(kernels: Kernels, call: Call):
         """Compute attention to the key tiles low..high-1. Return (out [B,K,rows,Hv], log_decay [B,K,rows]) in fp32.
 
         `low` and `high` [B, query tiles] are indices of key tiles, one pair for each query tile. The rows of a key head
-        are the T queries of all query heads that use it. `log_decay` is -log2 of the part of the stick that these keys
-        leave.
+        are the T queries of all query heads that use it. `log_decay` counts these keys only: it is -log2 of the part
+        that they leave of a stick of length 1.
         """
         share = jnp.arange(P + 1).reshape(-1, 1, 1)
         edges = low[None] + (high - low)[None] * share // P

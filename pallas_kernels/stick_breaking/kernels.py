@@ -18,15 +18,16 @@ CACHED = 16 * 2**20  # bytes of keys and values that fit into the level-2 cache 
 class Plan:
     """The sizes and settings of one call of an attention kernel, which are constants in the compiled kernel.
 
-    A block of the GPU computes one or two query tiles of one head, with the key tiles that these queries see. Backends
-    add fields in subclasses.
+    A block of the GPU computes one or two query tiles of one head, with the key tiles that these queries see. The head
+    is a query head, and its query rows are the T queries. In decoding, the head is a key head: the G query heads that
+    use it are packed into one head with T * G query rows, and N is K. Backends add fields in subclasses.
     """
 
     B: int
-    rows: int  # query rows of a head: T, or in decoding T * G, because the G query heads of a key head are packed
+    rows: int  # query rows of a head: T, or T * G in decoding
     S: int
-    N: int
-    K: int
+    N: int  # heads with query rows: query heads, or key heads in decoding
+    K: int  # key heads
     H: int
     Hv: int
     dtype: jnp.dtype
@@ -38,7 +39,7 @@ class Plan:
     segments: bool  # whether the call has segment ids
     per_position: int = 1  # query rows at one position: 1, or G in decoding
     splits: int = 1  # parts of the keys; each part is a batch entry in the key-tile ranges and in the results
-    out_dtype: jnp.dtype | None = None  # of the output; None is `dtype`
+    out_dtype: jnp.dtype | None = None  # the dtype of the output; None means `dtype`
 
     @staticmethod
     def sizes_of(call: Call) -> dict[str, Any]:
@@ -53,8 +54,8 @@ class Plan:
     def decoding(self, G: int, splits: int, **sizes: Any) -> "Plan":
         """Return a copy of this plan for decoding, that is, for few queries and many keys.
 
-        The G query heads that share a key head become query rows of one head. The keys are split into `splits` parts.
-        `sizes` are more fields to change in the copy, as name=value.
+        The G query heads that share a key head become query rows of one head: row t * G + g is query t of query head g.
+        The keys are split into `splits` parts. `sizes` are more fields to change in the copy, as name=value.
         """
         return replace(
             self, rows=self.rows * G, N=self.K, per_position=G, splits=splits, out_dtype=jnp.float32, skip_below=None,
@@ -73,7 +74,7 @@ class Plan:
 
     @property
     def padded(self) -> int:
-        """The number of query rows of a head, rounded up to a multiple of `block_rows`, the rows of one block."""
+        """The number of query rows of a head, rounded up to a multiple of `block_rows`."""
         return self.tiles * self.block_rows
 
     @property
@@ -90,7 +91,7 @@ class Plan:
     def heads_together(self) -> int:
         """The number of heads that are computed at the same time, so that their keys and values fit into the cache.
 
-        It is a divisor of the number of query heads of all batch entries, entries * N.
+        It is a divisor of entries * N, the number of heads of all batch entries.
         """
         heads = self.entries * self.N
         most = max(1, CACHED // max(1, self.S * (self.H + self.Hv) * jnp.dtype(self.dtype).itemsize))
@@ -100,7 +101,7 @@ class Plan:
     def scores(self) -> int:
         """The number of (query, key) pairs that causality and the window permit, in all batch entries and query heads.
 
-        The last query is assumed to be at the position of the last key. Segments are not considered.
+        This number assumes that the last query is at the position of the last key. It does not consider segments.
         """
         rows, window = self.rows // self.per_position, self.window
         scores = cost.visible_scores(rows, self.S, attend_current=self.attend_current, window=window)
@@ -111,19 +112,20 @@ class Plan:
 class Kernels(Protocol):
     """The attention kernels of one backend. The object is hashable, so that it can be a static argument of a function.
 
-    The methods take the arrays below. Their sizes are fields of `Plan`. The numbers of query rows (`rows`) and of keys
-    (S) may be padded to multiples of `row_multiple`.
+    The methods take the arrays below. The letters and names in their shapes are fields of `Plan`. But the arrays of
+    queries may have more than `rows` rows, and the arrays of keys more than S, because they are padded to multiples of
+    `row_multiple`.
     - query [B,rows,N,H], key [B,S,K,H], value [B,S,K,Hv] and scale [], the factor of the logits.
     - d_out [B,rows,N,Hv] and d_log_rem [B,N,padded]: the cotangents of the output and of log_rem, the natural logarithm
       of the part of the stick that remains.
     - reached [entries, N, query tiles]: the index of the leftmost key tile that `forward` computed for each query tile.
       A head has padded / row_tile query tiles.
     - `*planned`: the arrays of the mask. They are the key-tile ranges [entries, query tiles, 4] (`key_tile_ranges`) and
-      the position of the first query among the keys [B]. A call with segments also has the segment ids of its queries
-      [B, padded] and of its keys [B, key_tiles * key_tile].
+      the position of the first query among the keys [B]. If the call has segments, the segment ids of the queries
+      [B, padded] and of the keys [B, key_tiles * key_tile] follow.
     """
 
-    snapshot_bytes: int  # bytes of the snapshots of one query row and one key tile
+    snapshot_bytes: int  # bytes of the snapshots (see `d_query`) of one query row and one key tile
     row_multiple: int  # the numbers of queries and of keys of the arrays must be multiples of this
 
     def plan(self, call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
@@ -144,11 +146,12 @@ class Kernels(Protocol):
     def d_query(self, plan: Any, query, key, value, d_out, d_log_rem, log_decay, reached, scale, *planned) -> tuple:
         """Compute the gradient of the queries. Return (d_query [B,rows,N,H], d_scale [B,N,padded], snapshots).
 
-        d_scale is what every query row adds to the gradient of the scale. The snapshots are two numbers for every query
-        row and key tile (or half of a key tile), with which `d_key_value` can compute the key tiles in any order: the
-        cumulative log-decay before the tile, which counts all keys on its right, and P = d_log_rem + the sum of
-        weight * <d_out, value> over all keys on its left. Each backend chooses the shape of the array. `log_decay` and
-        `reached` are results of `forward`.
+        d_scale is what every query row adds to the gradient of the scale. `log_decay` and `reached` are results of
+        `forward`. The snapshots are two numbers for every query row and key tile (or half of a key tile):
+        - the cumulative log-decay before the tile: the sum of -log2(1 - sigmoid(logit)) over all keys on its right;
+        - P: d_log_rem plus the sum of weight * <d_out, value> over all keys on its left.
+        With the snapshots, `d_key_value` can compute the tiles in any order. Each backend chooses the shape of their
+        array.
         """
 
     def d_key_value(self, plan: Any, query, key, value, d_out, snapshots, reached, scale, *planned) -> tuple:

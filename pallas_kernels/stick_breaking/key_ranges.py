@@ -1,7 +1,7 @@
 """Key-tile ranges: which key tiles must be computed for each query tile, and which of them need no mask.
 
-The ranges account for everything that hides keys from queries: causality, window, offset, segments, and the padding of
-the last tiles. So a GPU kernel has only two loop bodies: one with a mask and one without.
+The ranges consider everything that hides keys from queries: causality, window, offset, segments, and the padding of the
+last tiles. So a GPU kernel has only two loop bodies: one with a mask and one without a mask.
 """
 
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ def key_tile_ranges(call: Call, rows: int, columns: int, per_position: int = 1):
     """Return the key-tile range of every query tile, (stop, whole_stop, whole_start, start): int32 [B, query tiles, 4].
 
     The four numbers of a range are indices of key tiles, in descending order. A kernel computes the key tiles
-    start..stop-1 for the query tile. Every query of the query tile sees every key of the key tiles
-    whole_start..whole_stop-1, so these need no mask. An empty range is four zeros.
+    start..stop-1 for the query tile. Among them, the key tiles whole_start..whole_stop-1 need no mask, because every
+    query of the query tile sees every key of these tiles. An empty range is four zeros.
 
     Args:
       call: the checked arguments of the op.
@@ -49,7 +49,7 @@ def key_tile_ranges(call: Call, rows: int, columns: int, per_position: int = 1):
         return jnp.zeros((reached.shape[0], len(first_q), 4), jnp.int32)
     stop = jnp.where(reached, tile + 1, 0).max(-1)
     start = jnp.minimum(jnp.where(reached, tile, n).min(-1), stop)
-    # Several runs of neighbouring key tiles may need no mask. Take the rightmost run.
+    # There may be several sequences of neighbouring key tiles that need no mask. Take the rightmost sequence.
     whole_stop = jnp.where(whole, tile + 1, 0).max(-1)
     broken = jnp.where(~whole & (tile < whole_stop[..., None]), tile + 1, 0).max(-1)
     is_empty = whole_stop <= start
@@ -59,12 +59,12 @@ def key_tile_ranges(call: Call, rows: int, columns: int, per_position: int = 1):
 
 
 def query_tile_ranges(key_ranges, reached, key_tiles: int):
-    """Return, for every key tile and query head, the range of query tiles for which the key tile is computed.
+    """Return, for every key tile and query head, the range of the query tiles for which the key tile is computed.
 
     The result is int32 [B, N, key tiles, 4]. The four numbers of a range, (first, whole_first, whole_stop, stop), are
-    indices of query tiles, in ascending order. For the query tiles whole_first..whole_stop-1, the key tile is computed
-    without a mask. For each of the other query tiles of first..stop-1, it is computed with a mask or not at all. An
-    empty range is four zeros.
+    indices of query tiles, in ascending order. The key tile is computed without a mask for the query tiles
+    whole_first..whole_stop-1. For the other query tiles in first..stop-1, it is computed with a mask or not at all. For
+    query tiles outside first..stop-1, it is not computed. An empty range is four zeros.
 
     Args:
       key_ranges: a result of `key_tile_ranges`, [B, query tiles, 4].
@@ -88,7 +88,7 @@ def _segment_range(segments, size):
     """Return (smallest segment id, largest segment id, whether there is padding) of every tile, each [B, tiles].
 
     `segments` [B, length] are the segment ids of the queries or of the keys, and `size` is the number of ids of a tile.
-    Padding has negative ids. The smallest id does not count padding.
+    Padding has negative ids. It is ignored for the smallest id.
     """
     pad = -segments.shape[1] % size
     tiles = jnp.pad(segments, ((0, 0), (0, pad)), mode="edge").reshape(segments.shape[0], -1, size)

@@ -13,9 +13,9 @@ from .mosaic_d_query import d_query
 from .mosaic_forward import forward
 from .mosaic_tile import KEYS, ROWS, Plan
 
-WIDTHS = (32, 64, 128, 256)
+WIDTHS = (32, 64, 128, 256)  # the values of H and of Hv that the kernels take
 MEMORY = 208 * 1024  # bytes of shared memory that the tiles of a block may take
-COPIED_ROWS = 8  # the copy engine takes only arrays whose number of rows is a multiple of this
+COPIED_ROWS = 8  # the GPU's copy engine takes only arrays whose number of rows is a multiple of this
 
 
 def refuses(call: Call) -> str | None:
@@ -37,7 +37,7 @@ def refuses(call: Call) -> str | None:
 
 
 def detail(call: Call) -> str:
-    """Describe how the kernels run a call: the sizes of its tiles, or how decoding splits its keys.
+    """Describe how the kernels run a call: the sizes of the tiles, or the number of parts of the keys in decoding.
 
     `explain` shows this text, such as "128 x 64 tiles".
     """
@@ -66,7 +66,7 @@ def _warpgroups(call: Call) -> int:
 
 
 def _bytes(plan: Plan, rows: int) -> int:
-    """Return the size in bytes of two arrays together, [rows, H] and [rows, Hv], such as a tile of keys and values."""
+    """Return the bytes of two arrays [rows, H] and [rows, Hv] together, such as the keys and values of a tile."""
     return rows * (plan.H + plan.Hv) * jnp.dtype(plan.dtype).itemsize
 
 
@@ -74,13 +74,14 @@ def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | Non
     """Return the sizes of a call for the kernel `forward` or, if `backward`, for `d_query` and `d_key_value`.
 
     `decoding` is None, or a pair: the number of query heads that share a key head, and the number of parts into which
-    the keys are split. In decoding, one warpgroup computes the only query tile of a head.
+    the keys are split. In decoding, the rows of the query heads that share a key head form one query tile
+    (`Plan.decoding`), and one warpgroup computes this tile.
     """
     plan = Plan(stages=2, warpgroups=_warpgroups(call), **Plan.sizes_of(call))
     if decoding is None:
         stages = (MEMORY - _bytes(plan, plan.block_rows)) // _bytes(plan, KEYS)
         return replace(plan, stages=max(2, min(3 if backward else 4, stages)))
-    # The results are float32, so they need memory besides the memory of the queries. At H = Hv = 256, one stage fits.
+    # The output is float32, so it cannot overwrite the queries in shared memory. At H = Hv = 256, one stage still fits.
     bytes_of_rows = ROWS * (plan.H * plan.dtype.itemsize + plan.Hv * 4)
     return plan.decoding(*decoding, warpgroups=1, stages=max(1, min(4, (MEMORY - bytes_of_rows) // _bytes(plan, KEYS))))
 

@@ -1,13 +1,15 @@
 """The kernel for dk and dv, the gradients of the keys and values, on Hopper GPUs.
 
-mosaic_backward.py has the formulas for the weights A, the gradients dz of the logits, dk = scale dz^T Q and dv = A^T
-dO, where dO is the cotangent of the output. docs/design/attention_kernels.md explains the barriers.
+The gradients are
+    dk = scale dz^T Q,  dv = A^T dO,
+with the attention weights A, the gradients dz of the logits, and the cotangent dO of the output. mosaic_backward.py has
+all formulas. docs/design/attention_kernels.md explains the barriers.
 
 A block computes dk and dv of 64 keys of one key head. It loops over the query tiles whose queries see these keys, in
-steps of one or two query tiles. The steps that need no mask come first. Two warpgroups each compute half of A and dz of
-a step, and exchange them through shared memory. Then the first warpgroup adds A^T dO to dv, and the second one adds
-dz^T Q to dk. So each warpgroup has only one of the two sums in registers. A sum of width H or Hv takes width / 2
-registers of each thread. The kernel has two forms:
+steps of one or two query tiles. The steps that need no mask come first. In a step, two warpgroups each compute half of
+A and half of dz, and exchange them through shared memory. Then the first warpgroup adds A^T dO to dv, and the second
+one adds dz^T Q to dk. So each warpgroup has only one of the two sums in registers. A sum of width H or Hv takes
+width / 2 registers of each thread. The kernel has two forms:
 
 - H and Hv up to 128: a step is two neighbouring query tiles, one for each warpgroup. A third warpgroup copies the query
   tiles to shared memory. With three warpgroups, a thread has 168 registers.
@@ -16,10 +18,10 @@ registers of each thread. The kernel has two forms:
   warpgroup computes it for one half of the keys. The query tiles of two steps fit into the shared memory.
 
 Predicted cost of one query tile at H = Hv = 256 (64 queries, 64 keys): 2560 clocks of the tensor cores, 1500 issue
-slots, and 66 KB to copy. Of the 2560 clocks, 512 are lost: a product with 32 keys takes 1.5 times as long as half of a
-product with 64 keys, because it reads the queries from shared memory for few columns.
+slots, and 66 KB to copy. Of the 2560 clocks, 512 are lost: a product with 32 keys takes 0.75 of the time of a product
+with 64 keys, and not half of it, because it reads the same queries from shared memory for fewer columns.
 
-Alternatively, one block could compute dk, and another block could compute dv. Then three warpgroups would have enough
+There is an alternative: one block computes dk, and another block computes dv. Then three warpgroups would have enough
 registers. But both blocks would compute the weights. For each query tile, that is five products instead of four, six
 special functions per score instead of four, and two copies to shared memory instead of one.
 """
@@ -39,9 +41,9 @@ from .logarithm import LOG2E
 from .mosaic_backward import HALF, SWIZZLE, d_logits, weights_of
 from .mosaic_tile import KEYS, ROWS, Plan, tile_memory, visible, zeros
 
-STAGES = 2  # how many steps are in shared memory at the same time
-NOWHERE = -(2**30)  # a position to the left of all keys
-END = -1  # stands in place of the kind of a query tile, in the step without query tiles that ends a pass
+STAGES = 2  # pipeline stages: the query tiles of this number of steps are in shared memory at the same time
+NOWHERE = -(2**30)  # a position to the left of all keys: a query there sees no keys
+END = -1  # in `Scratch.visits`: this step has no query tiles. It ends one of the two passes over them (`_copies`)
 
 
 class Inputs(NamedTuple):
@@ -52,7 +54,7 @@ class Inputs(NamedTuple):
     value: Any  # [B, S, K, Hv]
     d_out: Any  # [B, T, N, Hv], the cotangent of the output
     snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: the cumulative log-decay on entry, and P
-    reached: Any  # [B, N, query tiles], index of the leftmost key tile that each query tile visited in the forward pass
+    reached: Any  # [B, N, query tiles]: index of the leftmost key tile that each query tile visited in the forward pass
     scale: Any  # [1]
     key_ranges: Any  # [B, query tiles, 4]: (stop, whole_stop, whole_start, start)
     offset: Any  # [B], the position of the first query among the keys
@@ -70,8 +72,7 @@ class Scratch(NamedTuple):
     """The shared memory of a block, and the barriers that protect it.
 
     The kernel loops over the query tiles in steps. A step computes `tiles` query tiles: one if H or Hv is above 128,
-    else two. The memory for query tiles is a ring of STAGES stages, and each stage has room for the query tiles of one
-    step.
+    else two. The memory for query tiles is a ring of STAGES stages. A stage has room for the query tiles of one step.
     """
 
     key: Any  # [2 halves, HALF, H]
@@ -79,11 +80,11 @@ class Scratch(NamedTuple):
     query: Any  # for each tile of a step: [STAGES, ROWS, H]
     d_out: Any  # for each tile of a step: [STAGES, ROWS, Hv]
     snapshots: Any  # [STAGES, tiles, 2 halves, 2, ROWS]
-    visits: Any  # [STAGES, tiles, 2]: for each query tile its `kind` (see `_copies`) or END, and its first row's index
+    visits: Any  # [STAGES, tiles, 2]: for each query tile its kind (`_copies`) or END, and the index of its first row
     weights: Any  # [tiles, ROWS, KEYS]: A
     d_logits: Any  # [tiles, ROWS, KEYS]: dz
     resident: Any  # a barrier: the keys and values have arrived
-    ring: pipeline.Ring  # two barriers for each stage: it can be read, it can be overwritten
+    ring: pipeline.Ring  # two barriers for each stage. `full`: it can be read. `used`: it can be overwritten
     exchanged: Any  # a barrier: both warpgroups have written their A and dz of the step
     drained: Any  # a barrier: both warpgroups have read the A and dz of the step
 
@@ -97,10 +98,11 @@ class Block(NamedTuple):
 
 
 def has_steps_left(state):
-    """Return whether the loop over the query tiles has steps left. The loop has two passes, 0 and 1.
+    """Return whether the loop over the query tiles has steps left. The loop has two passes, with the numbers 0 and 1.
 
-    `state` is (cursor, step). `cursor` says where the loop continues, by three indices: the pass, the query head, and
-    the query tile. `step` is the index of the next step. Pass 2 means that both passes have ended.
+    `state` is (cursor, step). `cursor` says where the loop continues, by three indices: the pass, the query head (from
+    0 to N / K - 1, among the query heads of the key head), and the query tile. `step` is the index of the next step.
+    When both passes have ended, the index of the pass is 2.
     """
     cursor, _ = state
     return cursor[0] < 2
@@ -122,7 +124,7 @@ def d_key_value(
     """
     wide, dtype = is_wide(plan), plan.dtype
     tiles = 1 if wide else 2
-    copies = 3 * tiles  # the number of copies of a step
+    copies = 3 * tiles  # the number of arrays that are copied to shared memory in a step
 
     def kernel(inputs: Inputs, outputs: Outputs, scratch: Scratch):
         item = lax.axis_index("block")
@@ -174,21 +176,26 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
 
     A step of the kernel computes one query tile, or two neighbouring ones. A loop goes over all query tiles of the
     query heads that use the key head of the block. It does so twice: pass 0 selects the steps that need no mask, and
-    pass 1 the steps that need a mask. Query tiles whose queries see none of the keys are left out. `cursor` says where
-    the loop is, by three indices: the pass, the query head among the heads of the key head, and the first query tile.
-    `step` is the index of the next step.
+    pass 1 selects the steps that need a mask. A step is left out if none of its queries sees any of the keys, or if the
+    forward pass skipped the keys for all of them.
 
-    If the pass selects the query tiles at `cursor`, `offer` starts the copies of step `step` and returns `step` + 1.
-    They copy the queries, d_out and the snapshots of each query tile, `copies` arrays in total. Otherwise, `offer`
-    copies nothing and returns `step`. Each pass ends with a step without query tiles, which tells the warpgroups that
-    the pass ends.
+    `cursor` says where the loop is, by three indices: the pass, the query head (from 0 to N / K - 1, among the query
+    heads of the key head), and the first query tile of the step. `step` is the index of the next step.
+
+    If the pass selects the query tiles at `cursor`, `offer` starts the copies for step `step`, and the returned step is
+    `step` + 1. These are copies of the queries, d_out and the snapshots of each query tile, `copies` arrays in total.
+    Otherwise, `offer` copies nothing, and the returned step is `step`. Each pass ends with a step without query tiles,
+    which tells the warpgroups that the pass ends.
     """
     b, head, j = block
     G, tiles = plan.N // plan.K, len(scratch.query)
     query_tiles = inputs.key_ranges.shape[1]
 
     def kind(n, i):
-        """Return how query tile i of query head n uses the block's keys: 0 not at all, 1 with a mask, 2 without."""
+        """Return the kind of query tile i of query head n. It says how the block computes its keys for these queries.
+
+        0: not at all. 1: with a mask. 2: without a mask.
+        """
         inside = i < query_tiles
         i = jnp.minimum(i, query_tiles - 1)
         stop, whole_stop, whole_start, start = (inputs.key_ranges[b, i, which] for which in range(4))
@@ -214,7 +221,8 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
         @pl.when(is_due & ~is_end)
         def _():
             for w in range(tiles):
-                # If only one of two tiles visits the keys, it is copied twice, and its second copy sees no keys.
+                # If only one of two query tiles sees keys, it is copied in place of the other one too. The other one's
+                # kind is 0, so its queries get the position NOWHERE and see no keys.
                 row = (i + jnp.where(kinds[w] > 0, w, tiles - 1 - w)) * ROWS
                 for what, x in enumerate((kinds[w], row)):
                     scratch.visits[stage, w, what] = x
@@ -237,16 +245,16 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
 def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, out_ref, offer) -> None:
     """Compute one of the two gradients of the block: warpgroup `own` = 0 computes dv, and warpgroup 1 computes dk.
 
-    In every step, each warpgroup also computes half of the weights A and of the gradients dz of the logits. If `offer`,
-    a result of `_copies`, is not None, the warpgroup also copies query tiles to shared memory, one step ahead. At the
-    end, it waits until the other warpgroup has read the shared memory of the query tiles, writes the gradient there,
-    and copies it from there to `out_ref` in global memory.
+    In every step, each warpgroup also computes half of the weights A and half of the gradients dz of the logits. If
+    `offer`, a result of `_copies`, is not None, the warpgroup also copies query tiles to shared memory, one step ahead.
+    At the end, it waits until the other warpgroup has read the query tiles. Then it writes the gradient over the query
+    tiles in shared memory, and copies it from there to `out_ref` in global memory.
     """
     b, head, j = block
     dtype, tiles = plan.dtype, len(scratch.query)
     mine, other = ((scratch.weights, scratch.d_out), (scratch.d_logits, scratch.query))[own]
     width, factor = ((plan.Hv, 1.0), (plan.H, inputs.scale[0]))[own]
-    w, halves = (own, (0, 1)) if tiles == 2 else (0, (own,))  # the tile and the halves that this warpgroup computes
+    w, halves = (own, (0, 1)) if tiles == 2 else (0, (own,))  # what it computes: query tile of the step, halves of keys
     if own == 0:
         for half in range(2):
             for ref, mem in ((inputs.key, scratch.key), (inputs.value, scratch.value)):
@@ -254,11 +262,10 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
                 plgpu.copy_gmem_to_smem(part, mem.at[half], scratch.resident)
 
     def copy(cursor, step):
-        """Start the copies of step `step`. Return the place in the loop after the query tiles of this step.
+        """Start the copies of step `step`. Return the cursor after the query tiles of this step.
 
-        `cursor` is the place at which the search for these query tiles begins: (pass, query head, query tile). Each
-        call of `offer` copies the one or two query tiles at the place, if the pass computes them, and goes on to the
-        next place.
+        `cursor` is where the search for these query tiles begins: (pass, query head, query tile). Each call of `offer`
+        copies the one or two query tiles at the cursor if the pass selects them, and moves the cursor on.
         """
         is_to_find = lambda state: has_steps_left(state) & (state[1] == step)  # noqa: E731
         return lax.while_loop(is_to_find, lambda state: offer(*state), (cursor, step))[0]
@@ -278,8 +285,8 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
         def exchange(half):
             """Compute A and dz of one query tile and 32 keys, and write both to shared memory for the two warpgroups.
 
-            A [64, 32] are the weights, and dz [64, 32] are the gradients of the logits. The keys are the first
-            (`half` = 0) or the last (`half` = 1) 32 keys of the key tile.
+            A [64, 32] are the weights, and dz [64, 32] are the gradients of the logits. If `half` is 0, the keys are
+            the first 32 keys of the key tile. If it is 1, they are the last 32 keys.
             """
             at, keys = stage + opaque[half], half + opaque[half]
             z = shims.product(scratch.query[w].at[at], scratch.key.at[keys].transpose((1, 0))) * multiplier

@@ -1,9 +1,11 @@
 """The kernel for dq, the gradient of the queries, on Hopper GPUs. It also writes snapshots for `d_key_value`.
 
-The snapshots are two numbers for every query row and half of a key tile. One is the cumulative log-decay before the
-half: the sum of -log2(1 - beta) over all keys on its right. The other one is P = d_log_rem + the sum of a over all keys
-on its left, where a is the weight times the cotangent of the weight. mosaic_backward.py has all formulas.
-docs/design/attention_kernels.md explains the barriers.
+The snapshots are two numbers for every query row and half of a key tile:
+- the cumulative log-decay before the half, which is the sum of -log2(1 - beta) over all keys on the right of the half;
+- P, which is d_log_rem plus the sum of a over all keys on the left of the half.
+Here, beta is the sigmoid of a logit, a is the weight times the cotangent of the weight, and d_log_rem is the cotangent
+of log_rem, the natural logarithm of the part of the stick that remains.
+mosaic_backward.py has all formulas. docs/design/attention_kernels.md explains the barriers.
 """
 
 from functools import partial
@@ -26,7 +28,7 @@ class Inputs(NamedTuple):
     """References to the arrays in global memory that the kernel for dq reads.
 
     In the shapes of the fields, W is the number of warpgroups of a block that compute, and `tiles` is the number of
-    blocks of a head.
+    blocks of a head. So a head has tiles * W query tiles.
     """
 
     query: Any  # [B, T, N, H]
@@ -64,7 +66,7 @@ class Scratch(NamedTuple):
     value: Any  # two halves of [stages, HALF, Hv]
     snapshots: Any  # [W, 2 halves, 2, ROWS], before they are copied to global memory
     loaded: Any  # a barrier for each computing warpgroup: its query rows have arrived
-    ring: pipeline.Ring  # two barriers for each stage: it can be read, it can be overwritten
+    ring: pipeline.Ring  # two barriers for each stage. `full`: it can be read. `used`: it can be overwritten
 
 
 def d_query(
@@ -75,10 +77,10 @@ def d_query(
 
     d_scale is what every query row adds to the gradient of the scale. The snapshots
     [B, N, key tiles, 2 halves, 2, rows padded] are two numbers for every query row and half of a key tile: the
-    cumulative log-decay before the half, which counts all keys on its right, and P = d_log_rem + the sum of
-    weight * <d_out, value> over all keys on its left. They are written only for the key tiles that are computed for a
-    query tile. `log_decay` and `reached` are results of the forward pass, and the last arguments describe the mask (see
-    `Kernels.d_query`).
+    cumulative log-decay before the half, which is a sum over all keys on the right of the half, and P, which is
+    d_log_rem plus the sum of weight * <d_out, value> over all keys on the left of the half. They are written only for
+    the key tiles that are computed for a query tile. `log_decay` and `reached` are results of the forward pass, and the
+    last arguments describe the mask. `Kernels.d_query` explains all arguments.
     """
     W, stages, dtype = plan.warpgroups, plan.stages, plan.dtype
     memory = partial(tile_memory, dtype=dtype, swizzle=SWIZZLE)
@@ -121,18 +123,21 @@ def d_query(
 
 
 def _bound(inputs: Inputs, b, n, first, w, which):
-    """Return entry `which` (0 to 3) of the key-tile range of query tile first + w, for batch entry b and query head n.
+    """Return one number of the key-tile range of query tile first + w, for batch entry b and query head n.
 
-    `first` is the index of the first query tile of the block, and w is the index of the warpgroup. The range is (stop,
-    whole_stop, whole_start, start), see `key_tile_ranges`. It is limited to the key tiles that the forward pass
-    computed.
+    `which` selects the number: 0 is stop, 1 is whole_stop, 2 is whole_start, and 3 is start (see `key_tile_ranges`).
+    The range is limited to the key tiles that the forward pass computed. `first` is the index of the first query tile
+    of the block, and w is the index of the warpgroup.
     """
     x = inputs.key_ranges[b, first + w, which]
     return jnp.maximum(x, inputs.reached[b, n, first + w]) if which else x
 
 
 def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) -> None:
-    """Run the warpgroup that copies the keys and values, tile by tile from left to right, to shared memory."""
+    """Copy the keys and values of the block to shared memory, tile by tile from left to right.
+
+    The copying warpgroup runs this function.
+    """
 
     def copy(step, _):
         stage = pipeline.free_stage(scratch.ring, step, plan.stages)
@@ -146,11 +151,11 @@ def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) ->
 
 
 def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
-    """Run a warpgroup that computes dq, d_scale and the snapshots of 64 query rows.
+    """Compute dq, d_scale and the snapshots of 64 query rows. Each computing warpgroup runs this function.
 
-    Its rows have a range of key tiles, which the warpgroup computes from left to right. A second warpgroup that
-    computes may have another range. At the key tiles that only the second one needs, this warpgroup only waits for the
-    barriers and arrives at them.
+    The warpgroup computes the key tiles in the key-tile range of its rows, from left to right. If the block has two
+    computing warpgroups, their ranges may differ. At a key tile that only the other warpgroup needs, this warpgroup
+    only waits for the barrier `full` and arrives at the barrier `used`.
     """
     b, n, wg, dtype = assigned.b, assigned.n, assigned.wg, plan.dtype
     row = (assigned.i * plan.warpgroups + wg) * ROWS
@@ -169,7 +174,7 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
 
     def visit(masked, j, state):
         stage = pipeline.full_stage(scratch.ring, j - assigned.start, plan.stages)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the snapshots of the previous tile have been read
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # until the snapshots of the previous tile are copied
         for half, zero in enumerate(zeros(j, plan.H + plan.Hv > 128 or plan.segments)):
             prefix, high, low, acc = state
             own, column = wg + zero, j * KEYS + half * HALF
@@ -217,18 +222,18 @@ def _write(
 ) -> None:  # fmt: skip
     """Write d_scale and dq of the 64 query rows of a warpgroup to global memory. dq goes through shared memory.
 
-    `acc` [64, H], in registers, is the sum of dz K over all keys, where dz is the gradient of the logits. So dq is
-    scale * acc, and d_scale of a row, its share of the gradient of the scale, is <acc, query>. `rows` is the slice of
-    the query rows in the arrays.
+    `acc` [64, H], in registers, is the matrix product dz K over all keys, where dz are the gradients of the logits. So
+    dq is scale * acc. d_scale of a row is the term that the row adds to the gradient of the scale: <acc, query>. `rows`
+    is the slice of the 64 query rows in the arrays.
     """
     b, n, wg = assigned.b, assigned.n, assigned.wg
-    # d_scale is the sum of dz * <q, k> over the keys, which is <acc, q>. It is computed before acc is rounded, and in
-    # pieces, to save registers.
+    # d_scale is the sum of dz * <q, k> over the keys, which is <acc, q>. It uses acc before acc is rounded. It is
+    # computed in pieces of HALF columns, to save registers.
     d_scale = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW)
     for first in range(0, plan.H, HALF):
         q = plgpu.load(scratch.query.at[wg, :, pl.ds(first, HALF)], layout=shims.TILE).astype(jnp.float32)
         d_scale += (acc[:, first : first + HALF] * q).sum(1)
-    plgpu.commit_smem()  # all threads have read the values that are overwritten next
+    plgpu.commit_smem()  # wait until all threads have read the queries, which are overwritten next
     outputs.d_scale[b, n, rows] = d_scale
     scratch.query[wg] = (acc * inputs.scale[0]).astype(plan.dtype)
     plgpu.commit_smem()

@@ -1,10 +1,11 @@
 """The kernel for the forward pass on Hopper GPUs. docs/design/attention_kernels.md explains its barriers.
 
-A block has one or two warpgroups that compute, each with 64 query rows of one head. They visit the key tiles from the
-nearest one to the left. One more warpgroup copies the tiles of keys and values to shared memory before they are needed.
+A block has one or two warpgroups that compute, each with 64 query rows of one head. They visit the key tiles from right
+to left, the nearest one first. One more warpgroup copies the tiles of keys and values to shared memory in advance.
 
-The kernel does not move registers from the copying warpgroup to the others, because the linker of the CUDA libraries
-ignores the instruction for it. With three warpgroups, each thread has 168 registers, which are enough.
+All warpgroups have the same number of registers. The kernel does not move registers from the copying warpgroup to the
+others, because the linker of the CUDA libraries ignores the instruction for it. With three warpgroups, each thread has
+168 registers, which are enough.
 """
 
 from functools import partial
@@ -40,7 +41,8 @@ class Inputs(NamedTuple):
     """References to the arrays in global memory that the kernel for the forward pass reads.
 
     In the shapes of the fields, W is the number of warpgroups of a block that compute, and `tiles` is the number of
-    blocks of a head.
+    blocks of a head. So a head has tiles * W query tiles. `splits` is the number of parts into which the keys are
+    split.
     """
 
     query: Any  # [B, T, N, H]
@@ -56,7 +58,8 @@ class Outputs(NamedTuple):
     """References to the arrays in global memory that the kernel for the forward pass writes.
 
     In the shapes of the fields, W is the number of warpgroups of a block that compute, and `tiles` is the number of
-    blocks of a head.
+    blocks of a head. So a head has tiles * W query tiles. `splits` is the number of parts into which the keys are
+    split.
     """
 
     out: Any  # [B * splits, T, N, Hv]
@@ -76,10 +79,10 @@ class Scratch(NamedTuple):
     rows: Any  # [W, 2, ROWS]: the cumulative log-decay of the rows, before it is copied to global memory
     key: Any  # [stages, KEYS, H]
     value: Any  # [stages, KEYS, Hv]
-    needs: Any  # [W, stages]: 1 if the warpgroup needs more tiles after the tile of this stage; for skip_below
-    stopped: Any  # [stages]: 1 if the warpgroup that copies has stopped, so the stage has no tile; for skip_below
+    needs: Any  # [W, stages], for skip_below: 1 if the warpgroup needs more tiles after the tile of this stage
+    stopped: Any  # [stages], for skip_below: 1 if the warpgroup that copies has stopped, so the stage has no tile
     loaded: Any  # a barrier for each computing warpgroup: its query rows have arrived
-    ring: pipeline.Ring  # `full`: the tile of the stage has arrived, or `stopped` says that there is none
+    ring: pipeline.Ring  # barriers of the stages. `full`: the tile has arrived, or `stopped` says that there is none
 
 
 def forward(plan: Plan, query, key, value, scale, key_ranges, offset, query_segments=None, key_segments=None):
@@ -92,7 +95,7 @@ def forward(plan: Plan, query, key, value, scale, key_ranges, offset, query_segm
     """
     W, stages, dtype = plan.warpgroups, plan.stages, plan.dtype
     entries, out_dtype = plan.entries, plan.out_dtype or dtype
-    shared = plan.H == plan.Hv and out_dtype == dtype  # the output overwrites the query
+    shared = plan.H == plan.Hv and out_dtype == dtype  # whether the output overwrites the query in shared memory
 
     def kernel(inputs: Inputs, outputs: Outputs, scratch: Scratch):
         entry, n, i = block(plan)
@@ -132,9 +135,9 @@ def forward(plan: Plan, query, key, value, scale, key_ranges, offset, query_segm
 
 
 def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) -> None:
-    """Run the warpgroup that copies the keys and values, tile by tile from right to left, to shared memory.
+    """Copy the keys and values of the block to shared memory, tile by tile from right to left.
 
-    With `skip_below`, it stops when no warpgroup that computes needs more key tiles.
+    The copying warpgroup runs this function. With `skip_below`, it stops when no computing warpgroup needs more tiles.
     """
     stages, skip, start = plan.stages, plan.skip_below is not None, assigned.start
     ring, needs = scratch.ring, scratch.needs
@@ -158,7 +161,7 @@ def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) ->
         if skip:
 
             @pl.when(~go)
-            def _():  # in place of the two copies
+            def _():  # arrive twice, because the barrier expects two copies
                 plgpu.barrier_arrive(ring.full.at[stage])
                 plgpu.barrier_arrive(ring.full.at[stage])
 
@@ -168,11 +171,11 @@ def _copy(plan: Plan, assigned: Assignment, inputs: Inputs, scratch: Scratch) ->
 
 
 def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
-    """Run a warpgroup that computes the output and the cumulative log-decay of 64 query rows.
+    """Compute the output and the cumulative log-decay of 64 query rows. Each computing warpgroup runs this function.
 
-    Its rows have a range of key tiles, which the warpgroup computes from right to left. A second warpgroup that
-    computes may have another range. At the key tiles that only the second one needs, this warpgroup only waits for the
-    barriers and arrives at them.
+    The warpgroup computes the key tiles in the key-tile range of its rows, from right to left. If the block has two
+    computing warpgroups, their ranges may differ. At a key tile that only the other warpgroup needs, this warpgroup
+    only waits for the barrier `full` and arrives at the barrier `used`.
     """
     stages, dtype, skip = plan.stages, plan.dtype, plan.skip_below is not None
     ring, needs, wg = scratch.ring, scratch.needs, assigned.wg
@@ -204,7 +207,8 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
         plgpu.barrier_arrive(ring.used.at[stage])
         return j - 1, alive, high, low, acc
 
-    # The entries are raised to `start`, because an empty range is from 0 to 0, on the left of the copied tiles.
+    # An empty range is four zeros, but the copied tiles may begin further right, at `start`. So all four numbers of the
+    # range are raised to `start`.
     own_stop, whole_stop, whole_start, own_start = (
         jnp.maximum(inputs.key_ranges[assigned.entry, tile, which], assigned.start) for which in range(4)
     )
@@ -225,7 +229,7 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
     zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW)
     acc = plgpu.layout_cast(jnp.zeros((ROWS, plan.Hv), jnp.float32), shims.TILE)
     high = finished_padding(plan, inputs.segments, assigned.b, row) if skip else zero
-    # A warpgroup without key tiles may have stopped `idle` early. The loops below visit no tile in this case.
+    # For a warpgroup without key tiles, `idle` may have stopped early. Then the loops below visit no tile.
     state = (own_stop - 1, jnp.bool_(True), high, zero, acc)
     for masked, until in ((True, whole_stop), (False, whole_start), (True, own_start)):
         if skip:
@@ -245,8 +249,8 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
 def _write(plan: Plan, assigned: Assignment, row, acc, log_decay, outputs: Outputs, scratch: Scratch) -> None:
     """Write the output and the cumulative log-decay of 64 query rows to global memory, through shared memory.
 
-    `acc` [64, Hv], in registers, is the output. `log_decay` is a pair of arrays [64] whose sum is the cumulative
-    log-decay, and `row` is the index of the first of the 64 rows.
+    In registers: `acc` [64, Hv] is the output, and `log_decay` is a pair of arrays [64] whose sum is the cumulative
+    log-decay. `row` is the index of the first of the 64 rows.
     """
     wg, out_mem = assigned.wg, scratch.query if scratch.out is None else scratch.out
     out_mem[wg] = acc.astype(plan.out_dtype or plan.dtype)

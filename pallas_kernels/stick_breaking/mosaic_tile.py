@@ -1,9 +1,11 @@
 """Code that the three attention kernels for Hopper GPUs share: sizes, masks, and the arithmetic of one tile.
 
-All logarithms are base 2. z is a logit, scale * <q, k>, and beta = sigmoid(z) is the share that a key breaks off the
-part of the stick that remains. The cumulative log-decay of a query row is -log2 of that part, a positive number: the
-sum of -log2(1 - beta) over the nearer keys. It is stored as the sum of two floats (`two_sum`), because the backward
-pass subtracts the terms that the forward pass added, and must not lose small terms.
+A logit is scale * <q, k>, and beta = sigmoid(logit) is the share that a key breaks off the part of the stick that
+remains. All logarithms are base 2. So the code uses z = logit * log2(e), and beta = 1 / (1 + 2^-z).
+
+The cumulative log-decay of a query row is -log2 of the part of the stick that remains. It is a positive number, the sum
+of -log2(1 - beta) over all nearer keys. It is stored as the sum of two floats (`two_sum`), because the backward pass
+subtracts the terms that the forward pass added, and must not lose small terms.
 """
 
 from dataclasses import dataclass
@@ -19,9 +21,9 @@ from .. import mosaic_shims as shims
 from . import kernels
 from .logarithm import LOG2P1, NOTHING
 
-ROWS = 64  # query rows of a warpgroup
-KEYS = 64  # keys of a tile
-FINISHED = 1e30  # the cumulative log-decay of a row that needs no keys; all other rows have a smaller one
+ROWS = 64  # query rows of a query tile; one warpgroup computes one query tile
+KEYS = 64  # keys of a key tile
+FINISHED = 1e30  # the cumulative log-decay of a query row that needs no keys; in all other rows it is smaller
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +33,8 @@ class Plan(kernels.Plan):
     The fields here are added to the fields of `kernels.Plan`.
     """
 
-    stages: int  # how many key tiles are in shared memory at the same time
-    warpgroups: int  # how many warpgroups of a block compute; one more warpgroup copies
+    stages: int  # number of key tiles that are in shared memory at the same time
+    warpgroups: int  # number of warpgroups of a block that compute; one more warpgroup copies
     row_tile: int = ROWS
     key_tile: int = KEYS
 
@@ -45,24 +47,24 @@ class Assignment(NamedTuple):
     """What a warpgroup of the kernel `forward` or `d_query` computes, as indices: head, query tile, and key tiles.
 
     Warpgroup `wg` of block i of a head computes query tile i * W + wg, where W is the number of warpgroups of the block
-    that compute.
+    that compute. The keys of a batch entry may be split into parts. Then each part has separate blocks.
     """
 
-    entry: jax.Array  # index of the batch entry and the split of the keys, below B * splits; `b` is entry % B
+    entry: jax.Array  # (index of the part of the keys) * B + b
     b: jax.Array  # batch entry
-    n: jax.Array  # query head
+    n: jax.Array  # query head; in decoding, key head
     head: jax.Array  # key head
-    i: jax.Array  # index of the block among the blocks of the head
+    i: jax.Array  # index of the block among the blocks of head n
     wg: jax.Array  # index of the warpgroup in the block
-    stop: jax.Array  # the warpgroups of the block visit the key tiles start..stop-1
+    stop: jax.Array  # the block visits the key tiles start..stop-1
     start: jax.Array
 
 
 def tile_memory(shape, dtype, swizzle: int = 128):
-    """Return the declaration of an array of shape `shape`, [.., rows, width], in shared memory, for tensor cores.
+    """Declare an array of shape `shape`, [.., rows, width], in shared memory, in the layout that tensor cores read.
 
-    `swizzle` is the width in bytes of the pattern in which the numbers are permuted in memory. It is limited to the
-    width of a row. Both operands of a product need a swizzle of the same width.
+    The layout permutes the numbers in a pattern. `swizzle` is the width of this pattern in bytes. It is limited to the
+    width of a row. Both operands of a product need a pattern of the same width.
     """
     size = jnp.dtype(dtype).itemsize
     swizzle = min(swizzle, shape[-1] * size)
@@ -71,11 +73,11 @@ def tile_memory(shape, dtype, swizzle: int = 128):
 
 
 def sticks(z, seen=None):
-    """Return (log2 of beta, -log2 of 1 - beta), each [64, keys] in registers, where beta = 1 / (1 + 2^-z).
+    """Return (log2(beta), -log2(1 - beta)), each [64, keys] in registers, where beta = 1 / (1 + 2^-z).
 
-    `z` [64, keys] are the logits times log2(e). beta is the share that a key breaks off the stick. `seen` is bool
-    [64, keys], True if the query sees the key, or None if every query sees every key. If a query does not see a key,
-    its beta is 0.
+    `z` [64, keys] are the logits times log2(e). beta is the share of the remaining stick that a key breaks off. `seen`
+    is bool [64, keys], True if the query sees the key, or None if every query sees every key. If a query does not see a
+    key, beta is 0.
     """
     if seen is not None:
         z = jnp.where(seen, z, NOTHING)
@@ -102,9 +104,9 @@ def zeros(step, opaque: bool):
 
     An opaque zero saves registers. A product needs descriptors of its operands in shared memory, one for every 16
     columns. If a product reads the same memory in every iteration of a loop, the compiler keeps all these descriptors
-    in registers. If an opaque zero is added to the index of the memory, the kernel computes the descriptors again in
-    each iteration, in uniform registers. The zeros are `step`, the index of the iteration, shifted right by 24 and by
-    25 bits, so `step` must be below 2^24.
+    in registers. If the kernel adds an opaque zero to the index of the memory, it computes the descriptors again in
+    each iteration, in uniform registers. `step` is the index of the iteration. The opaque zeros are `step` shifted
+    right by 24 and by 25 bits, so `step` must be below 2^24.
     """
     return [lax.shift_right_logical(step, 24 + half) if opaque else jnp.int32(0) for half in range(2)]
 
@@ -117,12 +119,13 @@ def visible(plan: Plan, segments, b, first_row, first_column, columns, offset):
     keys, or None if the call has no segments. `offset` is the position of the first query among the keys.
     """
     shape = (ROWS, columns)
-    # The row numbers stay in registers from one tile to the next, unless the segment ids need these registers.
+    # `broadcasted_iota` keeps the row numbers in registers from one tile to the next. With segments, no registers are
+    # free for them. `row_numbers` computes them again for every tile.
     rows = shims.row_numbers() if plan.segments else plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=shims.ROW)
     row = first_row + rows
     column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=shims.TILE)
-    # `column`, and the last and the first column that a row sees, count from the first key of the tile. So each limit
-    # takes one comparison.
+    # All column numbers count from the first key of the tile: `column`, and the last and the first column that a row
+    # sees. So each of these two limits takes one comparison.
     position = offset + (row // plan.per_position if plan.per_position > 1 else row)
     last = jnp.minimum(position if plan.attend_current else position - 1, plan.S - 1) - first_column
     if plan.segments:
@@ -142,13 +145,13 @@ def finished_padding(plan: Plan, segments, b, first_row):
     """Return the start values of the cumulative log-decay of 64 query rows, fp32 [64]: 1e30 for padding, else 0.
 
     The cumulative log-decay of a row is -log2 of the part of its stick that remains: 0 before the first key, and a
-    positive number that grows with every key. With `skip_below`, a negative number, a warpgroup needs no more keys when
-    the log-decay of all its rows is above -skip_below. The log-decay of a padding row (after the last query, or with a
-    negative segment id) might never become so large, because the mask can hide all keys from this row. So it starts at
-    1e30 (FINISHED), and no warpgroup goes on for a padding row.
+    positive number that grows with every key. With `skip_below`, a negative number, a warpgroup stops when the
+    log-decay of all its rows is above -skip_below. A padding row is a row after the last query, or with a negative
+    segment id. The mask can hide all keys from it, so its log-decay might never exceed -skip_below. Therefore it starts
+    at 1e30 (FINISHED), and no warpgroup goes on because of a padding row.
 
     b is the index of the batch entry, and `first_row` is the index of the first of the 64 rows. `segments` is a pair of
-    references to the segment ids of the queries and of the keys, in global memory.
+    references to the segment ids of the queries and of the keys, in global memory, or None without segments.
     """
     is_query = first_row + shims.row_numbers() < plan.rows
     if plan.segments:
@@ -158,12 +161,11 @@ def finished_padding(plan: Plan, segments, b, first_row):
 
 
 def block(plan: Plan):
-    """Return the indices of what this block computes, (entry, query head, i), from the index of the block.
+    """Return what this block computes, as three indices (entry, query head, i): this is block i of the query head.
 
-    The keys of a batch entry may be split into parts, and `entry` is (index of the part) * B + batch entry. `i` is the
-    index among the blocks of the head. Each block computes one or two query tiles. The query tiles with the most keys
-    come first. Blocks that run at the same time compute only a few heads, so that the keys and values of these heads
-    fit into the cache.
+    The keys of a batch entry may be split into parts, and `entry` is (index of the part) * B + batch entry. Each block
+    computes one or two query tiles. The query tiles with the most keys come first. Blocks that run at the same time
+    compute only a few heads, so that the keys and values of these heads fit into the cache.
     """
     together = plan.heads_together
     i = lax.axis_index("block")
@@ -173,10 +175,10 @@ def block(plan: Plan):
 
 
 def visited(bound, warpgroups: int):
-    """Return (stop, start), so that the key tiles start..stop-1 cover the key-tile ranges of all warpgroups of a block.
+    """Return (stop, start) such that the key tiles start..stop-1 contain the key-tile ranges of all warpgroups.
 
-    `warpgroups` is the number of warpgroups that compute, 1 or 2. `bound(w, which)` returns the stop (for which = 0) or
-    the start (for which = 3) of the key-tile range of warpgroup w.
+    `warpgroups` is the number of warpgroups of the block that compute, 1 or 2. `bound(w, which)` returns the stop (if
+    `which` is 0) or the start (if `which` is 3) of the key-tile range of warpgroup w.
     """
     if warpgroups == 1:
         return bound(0, 0), bound(0, 3)

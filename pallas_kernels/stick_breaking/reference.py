@@ -13,7 +13,7 @@ from .logarithm import NOTHING
 
 
 def weights(call: Call):
-    """Return the attention weights A [B,N,T,S], and log_rem [B,N,T].
+    """Return (attention weights A [B,N,T,S], log_rem [B,N,T]).
 
     `log_rem` is the natural logarithm of the part of each query's stick that remains after all keys. `call` has the
     arguments of the op. Its array `value` is not used.
@@ -28,16 +28,16 @@ def weights(call: Call):
     # gradient is 0 * inf = NaN.
     z = jnp.where(mask, z, NOTHING)
     log_beta, softplus = -jax.nn.softplus(-z), jax.nn.softplus(z)
-    nearer = jnp.pad(softplus, ((0, 0),) * 3 + ((0, 1),))[..., 1:]  # leaves out the key itself
+    nearer = jnp.pad(softplus, ((0, 0),) * 3 + ((0, 1),))[..., 1:]  # so that the sum for a key leaves out this key
     A = jnp.exp(log_beta - lax.cumsum(nearer, 3, reverse=True))
-    return jnp.where(mask, A, 0), -softplus.sum(-1)  # masked again, so that a masked weight has no gradient
+    return jnp.where(mask, A, 0), -softplus.sum(-1)  # masked again, so that no gradient flows through a masked weight
 
 
 def attention(call: Call):
     """Compute stick-breaking attention by its formulas. Return (out [B,T,N,Hv], log_rem [B,T,N], kept [B,K]).
 
     `log_rem` is the natural logarithm of the part of each query's stick that remains after all keys. `kept` is the
-    share of the key tiles that was computed. Here it is always 1, because all keys are computed.
+    share of the key tiles that is computed. It is always 1, because this implementation computes all keys.
     """
     A, log_rem = weights(call)
     v = jnp.repeat(call.value.astype(A.dtype), A.shape[1] // call.value.shape[2], axis=2)

@@ -2,9 +2,9 @@
 
 G query heads share one key head. The arguments of the functions are q [G,R,H], k [C,H], v [C,Hv], mask bool [R,C] (True
 if the query sees the key), and log_rem [G,R]: the natural logarithm of the part of each query's stick that remains
-after all keys on the right of the tile. Keys are in the order of their positions, so the nearer keys are on the right.
-With beta = sigmoid(scale * <q, k>), the weight of a key is exp(log_rem + log beta + the sum of log(1 - beta) over the
-keys on its right in the tile).
+after all keys on the right of the tile. Keys are in the order of their positions, so nearer keys are further right.
+With beta = sigmoid(scale * <q, k>), the logarithm of a key's weight is
+    log_rem + log(beta) + the sum of log(1 - beta) over the keys of the tile on the right of this key.
 """
 
 import jax.numpy as jnp
@@ -17,11 +17,11 @@ from .logarithm import NOTHING
 # vectorises its multiply-adds, but not log1p. The relative error of log1p(y) is small for small y too.
 _LOG1P = np.polynomial.Chebyshev.interpolate(lambda y: np.log1p(y) / y, 10, [0, 1])
 _LOG1P = _LOG1P.convert(kind=np.polynomial.Polynomial).coef[::-1].tolist()  # Python floats take the type of y
-_CHUNK = 64  # keys that one product with a triangular matrix sums over
+_CHUNK = 64  # the number of keys over which one product with a triangular matrix sums
 
 
 def _log1p(y):
-    """Return log(1 + y), element by element, for y from 0 to 1. It is a polynomial, or `jnp.log1p` for fp64."""
+    """Return log(1 + y), element by element, for y from 0 to 1: by a polynomial, or by `jnp.log1p` for fp64."""
     if y.dtype == jnp.float64:
         return jnp.log1p(y)
     total = jnp.full_like(y, _LOG1P[0])
@@ -39,9 +39,10 @@ def _dot(spec, *operands):
 def _sum_after(x, reverse: bool):
     """Return (sums [.., C], total [..]): for each key the sum of x over the keys on its right, and the sum of all x.
 
-    x is [.., C], one number for each of C keys. So sums[c] = sum of x[m] over m > c or, if `reverse`, over m < c. The
-    sums are products with triangular matrices of ones. The keys are cut into chunks of 64 keys: there is a product
-    within each chunk and a product over the sums of the chunks. One product with a [C,C] matrix would cost more.
+    x is [.., C], one number for each of C keys. So sums[c] is the sum of x[m] over m > c. If `reverse`, it is the sum
+    over the keys on the left, m < c. The sums are products of x and triangular matrices of ones. The keys are cut into
+    chunks of 64 keys: there is one product for the sums within the chunks, and one for the sums over whole chunks. One
+    product with a [C,C] matrix would cost more.
     """
     *rows, C = x.shape
     chunk = max(1, min(C, _CHUNK))
@@ -49,7 +50,7 @@ def _sum_after(x, reverse: bool):
     n = x.shape[-1] // chunk
 
     def triangle(size):
-        ones = np.tri(size, k=-1, dtype=x.dtype)  # [m, c]: m > c
+        ones = np.tri(size, k=-1, dtype=x.dtype)  # element [m, c] is 1 if m > c
         return ones.T if reverse else ones
 
     within = _dot("rm,mc->rc", x.reshape(-1, chunk), triangle(chunk)).reshape(*rows, n, chunk)
@@ -63,8 +64,8 @@ def _sticks(q, k, mask, scale):
     """Return (z, exp(-|z|), log beta, softplus(z)), each [G,R,C], where z = scale * <q, k> are the logits.
 
     q is [G,R,H], k is [C,H], and mask is bool [R,C], True if the query sees the key. beta = sigmoid(z) is the share of
-    the stick that a key breaks off, and softplus(z) = -log(1 - beta). If a query does not see a key, z is NOTHING
-    (-1e30), so that the weight, the softplus and all derivatives are zero.
+    the remaining stick that a key breaks off, and softplus(z) = -log(1 - beta). If a query does not see a key, z is
+    NOTHING (-1e30), so that the weight, the softplus and all derivatives are zero.
     """
     z = jnp.where(mask, scale * _dot("grh,ch->grc", q, k), NOTHING)
     y = jnp.exp(-jnp.abs(z))
@@ -82,12 +83,12 @@ def log_decay(q, k, mask, scale):
 
 
 def forward(q, k, v, mask, log_rem, scale):
-    """Compute the attention of R queries to the C keys of one tile. Return (part [G,R,Hv], log_rem [G,R]).
+    """Compute the attention of R queries to the C keys of one tile. Return (out [G,R,Hv], log_rem [G,R]).
 
-    `part` is the sum of weight * v over these keys. The output is the sum of the parts of all tiles. The argument
+    `out` is the sum of weight * v over these keys. Summed over all tiles, it is the output of the op. The argument
     `log_rem` [G,R] is the natural logarithm of the part of each query's stick that remains after all keys on the right
-    of the tile, and the result `log_rem` also counts the keys of the tile. q is [G,R,H], k is [C,H], v is [C,Hv], and
-    mask is bool [R,C], True if the query sees the key.
+    of the tile. The result `log_rem` is the same logarithm after the keys of the tile. q is [G,R,H], k is [C,H], v is
+    [C,Hv], and mask is bool [R,C], True if the query sees the key.
     """
     _, _, log_beta, softplus = _sticks(q, k, mask, scale)
     nearer, total = _sum_after(softplus, reverse=False)
@@ -98,10 +99,10 @@ def forward(q, k, v, mask, log_rem, scale):
 def backward(q, k, v, d_out, mask, log_rem, prefix, scale):
     """Compute what one tile adds to the gradients. Return (dq [G,R,H], dk [C,H], dv [C,Hv], prefix [G,R]).
 
-    dq and dk are not yet multiplied by `scale`. With a = weight * <d_out, v> for each query and key, the argument
-    `prefix` [G,R] is the cotangent of the final log_rem plus the sum of a over all keys on the left of the tile. The
-    result `prefix` also counts the keys of the tile, for the next tile on the right. `d_out` [G,R,Hv] is the cotangent
-    of the output. The other arguments are as in `forward`.
+    dq and dk are not yet multiplied by `scale`. `d_out` [G,R,Hv] is the cotangent of the output. For each query and
+    key, let a = weight * <d_out, v>. The argument `prefix` [G,R] is the sum of a over all keys on the left of the tile,
+    plus the cotangent of log_rem after all keys. The result `prefix` also includes the a of the keys of the tile. It is
+    the argument for the next tile on the right. The other arguments are as in `forward`.
     """
     z, y, log_beta, softplus = _sticks(q, k, mask, scale)
     nearer, _ = _sum_after(softplus, reverse=False)

@@ -12,8 +12,8 @@ from .key_ranges import query_tile_ranges
 
 WIDEST = {2: 256, 4: 128}  # the largest H and Hv, for numbers of 2 bytes and of 4 bytes
 LEAST = 16  # the smallest number of rows, keys and channels that a product on tensor cores takes
-# The number of keys of a tile. With the rows and warps of tuned.json, a thread has 16 scores or fewer, so few of its
-# registers are spilled. All of these tiles fit into 99 KiB of shared memory.
+# The number of keys of a tile. tuned.json has the numbers of query rows and of warps. With these sizes, a thread has 16
+# scores or fewer, so few of its registers are spilled, and all tiles fit into 99 KiB of shared memory.
 KEYS = 32
 
 
@@ -24,8 +24,8 @@ class Plan(kernels.Plan):
     The fields here are added to the fields of `kernels.Plan`.
     """
 
-    warps: int  # warps of a block
-    stages: int  # stages into which Triton pipelines the loops of a kernel
+    warps: int  # number of warps of a block
+    stages: int  # number of pipeline stages of the loops of a kernel, the `num_stages` of Triton
 
     @property
     def constants(self) -> dict:
@@ -55,7 +55,7 @@ def refuses(call: Call) -> str | None:
 
 
 def detail(call: Call) -> str:
-    """Describe how the kernels run a call: the sizes of its tiles, or how decoding splits its keys.
+    """Describe how the kernels run a call: the sizes of the tiles, or the number of parts of the keys in decoding.
 
     `explain` shows this text, such as "64 x 32 tiles".
     """
@@ -87,7 +87,8 @@ def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | Non
     """Return the sizes of a call for the kernel `forward` or, if `backward`, for `d_query` and `d_key_value`.
 
     `decoding` is None, or a pair: the number of query heads that share a key head, and the number of parts into which
-    the keys are split. In decoding, one query tile has all query rows of a head.
+    the keys are split. In decoding, the rows of the query heads that share a key head form one query tile
+    (`Plan.decoding`).
     """
     sizes, itemsize = Plan.sizes_of(call), call.query.dtype.itemsize
     width = max(sizes["H"], sizes["Hv"])
@@ -108,8 +109,8 @@ def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | Non
 def _arrays(plan: Plan, scale, key_ranges, offset, query_segments=None, key_segments=None):
     """Return the last arguments of every kernel: scale, key-tile ranges, offset, segment ids of queries and of keys.
 
-    The offset [B] is the position of the first query among the keys. In a call without segments, the kernel does not
-    read the segment ids. Then the array of offsets is passed in their place.
+    The offset [B] is the position of the first query among the keys. In a call without segments, the array of offsets
+    is passed in place of the segment ids, and the kernel does not read it there.
     """
     segments = (query_segments, key_segments) if plan.segments else (offset, offset)
     return scale.reshape(1).astype(jnp.float32), key_ranges, offset, *segments

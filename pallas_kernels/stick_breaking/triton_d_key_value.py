@@ -1,15 +1,16 @@
 """The Triton kernel for dk and dv, the gradients of the keys and values.
 
-A block computes one key tile. It sums over the query tiles whose queries see keys of this tile:
+A block computes dk and dv of one key tile. It sums over the query tiles whose queries see keys of this tile:
     dk = scale dz^T Q,  dv = A^T dO,
-with the weights A, the gradients dz of the logits, and the cotangent dO of the output. It computes A and dz again, with
-the snapshots of `d_query`: two numbers for every query row and key tile. The first is the cumulative log-decay of all
-keys on the right of the tile. The second is P = d_log_rem + the sum of weight * <dO, value> over all keys on the left
-of the tile; d_log_rem is the cotangent of log_rem, the log of what remains of the stick. triton_d_query.py has all
-formulas.
+with the attention weights A, the gradients dz of the logits, and the cotangent dO of the output. It computes A and dz
+again, with the snapshots of `d_query`. These are two numbers for every query row and key tile:
+- the cumulative log-decay before the tile: the sum of -log2(1 - beta) over all keys on the right of the tile;
+- P: d_log_rem plus the sum of weight * <dO, value> over all keys on the left of the tile.
+beta is the sigmoid of a logit, and d_log_rem is the cotangent of log_rem, the natural logarithm of the part of the
+stick that remains. triton_d_query.py has all formulas.
 
-R is the number of rows of a query tile, and C is the number of keys of a key tile. Hp and Hvp are H and Hv, padded to
-powers of two.
+R is the number of rows of a query tile, and C is the number of keys of a key tile. H is the width of queries and keys,
+and Hv is the width of values. Hp and Hvp are H and Hv, padded to powers of two.
 """
 
 import triton
@@ -28,14 +29,18 @@ def visit(
 ):  # fmt: skip
     """Add query tile i to the sums `dk` [C,Hp] and `dv` [C,Hvp] of the key tile of this block, and return the sums.
 
-    The sums are in registers, and `dk` is not yet multiplied by the scale. k [C,Hp] and v [C,Hvp], also in registers,
-    are the keys and values of the key tile, and `column` is the index of its first key. b is the index of the batch
-    entry. `q_head` and `d_out_head` point to the queries and to the cotangent of the output of one query head.
-    `snapshots` points to two arrays that `d_query` wrote for this query head and key tile, [padded rows] each: the
-    cumulative log-decay before the tile, which counts all keys on its right, and P, the cotangent of log_rem plus the
-    sum of weight * <d_out, value> over all keys on its left. `multiplier` is the scale times log2(e). `position` is the
-    position of the first query among the keys. If `masked`, a mask hides keys from queries. Otherwise every query sees
-    every key.
+    In registers: the sums, where `dk` is not yet multiplied by the scale, and the keys k [C,Hp] and values v [C,Hvp] of
+    the key tile. `column` is the index of the first key of the tile, b is the index of the batch entry, `multiplier` is
+    the scale times log2(e), and `position` is the position of the first query among the keys.
+
+    In global memory: `q_head` and `d_out_head` point to the queries of one query head and to the cotangent of their
+    output. `snapshots` points to the snapshots of this query head and key tile, two arrays with `padded` numbers each
+    (`padded` is the number of query rows of a head, rounded up to whole tiles). The first one is the cumulative
+    log-decay before the key tile, and the second one is P (see the module docstring).
+
+    If `masked`, causality, the window and the segment ids may hide keys from queries. `query_segments_ref` points to
+    the ids of all queries [B, padded], and `key_segments_ref` points to the ids of the keys of batch entry b. If not
+    `masked`, every query sees every key.
     """
     row = i * R
     rows = row + tl.arange(0, R)
@@ -54,7 +59,7 @@ def visit(
     log_beta, softplus = tile.sticks(z)
     softplus = tl.minimum(softplus, tile.ENOUGH)
     weights = tile.weights_of(log_beta, softplus, entering)
-    a = weights * tile.product(d_out, tl.trans(v), precision)  # with `dv` before `a`, more registers are spilled
+    a = weights * tile.product(d_out, tl.trans(v), precision)  # before dv: otherwise more registers spill
     dv += tile.product(tl.trans(weights.to(d_out.dtype)), d_out, precision)
     dz = tile.d_logits(a, log_beta, softplus, prefix)
     dk += tile.product(tl.trans(dz.to(q.dtype)), q, precision)
@@ -73,13 +78,14 @@ def d_key_value(
 ):  # fmt: skip
     """Compute dk and dv of one key tile of one key head, and write them to global memory.
 
-    The arguments whose names end in `_ref` point to arrays in global memory: the arguments and results of
-    `Kernels.d_key_value`, and `query_ranges_ref` to a result of `query_tile_ranges`. R and C are the numbers of queries
-    and keys of a tile, and Hp and Hvp are H and Hv, padded to powers of two.
+    Each argument whose name ends in `_ref` points to an array in global memory: an argument or a result of
+    `Kernels.d_key_value` or, for `query_ranges_ref`, a result of `query_tile_ranges`. R and C are the numbers of
+    queries and keys of a tile. Hp and Hvp are H and Hv, padded to powers of two. `tiles` is the number of query tiles
+    of a head.
     """
     program = tl.program_id(0)
     key_tiles: tl.constexpr = (S + C - 1) // C
-    j, b, head = program // (B * K), program // K % B, program % K  # the tiles that most queries see come first
+    j, b, head = program // (B * K), program // K % B, program % K  # key tiles with the most queries come first
     column = j * C
     k_head, v_head = tile.head_of(k_ref, b, head, S, K, H), tile.head_of(v_ref, b, head, S, K, Hv)
     k, v = tile.load(k_head, column, S, K * H, H, C, Hp), tile.load(v_head, column, S, K * Hv, Hv, C, Hvp)

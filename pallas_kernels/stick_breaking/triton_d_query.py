@@ -1,16 +1,18 @@
 """The Triton kernel for dq, the gradient of the queries. It also writes the snapshots that `d_key_value` reads.
 
-For a query q and a key k, z = scale * <q, k> is the logit, beta = sigmoid(z) is the share that the key breaks off, and
-the weight A is beta times the product of 1 - beta over the nearer keys. dO is the cotangent of the output, d_log_rem is
-the cotangent of log_rem, and log_rem is the sum of log(1 - beta) over all keys. Then, with dA = dO V^T, a = A * dA
-(element by element), and P = d_log_rem + the sum of a over the keys further left:
+For a query q and a key k, z = scale * <q, k> is the logit, and beta = sigmoid(z) is the share of the remaining stick
+that the key breaks off. The weight A is beta times the product of 1 - beta over the nearer keys. dO is the cotangent of
+the output, and d_log_rem is the cotangent of log_rem, the sum of log(1 - beta) over all keys. The gradients are
+    dA = dO V^T,  a = A * dA (element by element),  P = d_log_rem + the sum of a over the keys further left,
     dz = (1 - beta) a - beta P,  dq = scale dz K,  dk = scale dz^T Q,  dv = A^T dO.
-A block computes one query tile. It takes the key tiles from left to right, so P is a running sum. For every query row
-and key tile, it stores two snapshots: P at the leftmost key of the tile, and the cumulative log-decay before the tile,
-which is the sum of -log2(1 - beta) over the keys on its right. `d_key_value` reads the snapshots in any order.
 
-R is the number of rows of a query tile, and C is the number of keys of a key tile. Hp and Hvp are H and Hv, padded to
-powers of two.
+A block computes dq of one query tile. It visits the key tiles from left to right, so P is a running sum. For every
+query row and key tile, it stores two numbers, the snapshots. One is P of the leftmost key of the tile. The other one is
+the cumulative log-decay before the tile: the sum of -log2(1 - beta) over all keys on the right of the tile. With the
+snapshots, `d_key_value` can compute the tiles in any order.
+
+R is the number of rows of a query tile, and C is the number of keys of a key tile. H is the width of queries and keys,
+and Hv is the width of values. Hp and Hvp are H and Hv, padded to powers of two.
 """
 
 import triton
@@ -29,11 +31,14 @@ def visit(
     """Add key tile j to dq of a query tile, and store its snapshots. Return `prefix`, `high`, `low` and `acc`, updated.
 
     These four sums are in registers. `acc` [R,Hp] is dq, not yet multiplied by the scale. `prefix` [R] is P: the
-    cotangent of log_rem plus the sum of a over the keys on the left of tile j, where a is the weight times the
+    cotangent of log_rem plus the sum of a over all keys on the left of tile j, where a is the weight times the
     cotangent of the weight. high + low [R] is the cumulative log-decay: the sum of -log2(1 - beta) over the keys of
-    tile j and the keys on its right. The returned sums are for the next tile, j + 1. q [R,Hp] and `d_out` [R,Hvp] are
-    the queries and the cotangent of the output. `k_head` and `v_head` point to the keys and values of a head.
-    `snapshots` [R] points to the snapshots of key tile 0. The other arguments are as in `triton_tile.key_tile`.
+    tile j and all keys on the right of tile j. The returned sums are for the next tile, j + 1.
+
+    q [R,Hp] and `d_out` [R,Hvp], in registers, are the queries and the cotangent of the output. `k_head` and `v_head`
+    point to the keys and values of one key head in global memory. `snapshots` [R] are pointers to the snapshots of the
+    query rows for key tile 0. `padded` is the number of query rows of a head, rounded up to whole tiles. The other
+    arguments are as in `triton_tile.key_tile`.
     """
     k, v, z = tile.key_tile(
         j, q, multiplier, k_head, v_head, last, first, query_segments, key_segments_ref, S, K, H, Hv, C, Hp, Hvp,
@@ -64,11 +69,11 @@ def d_query(
     tiles: tl.constexpr, together: tl.constexpr, attend_current: tl.constexpr, window: tl.constexpr,
     segments: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Compute dq, d_scale and the snapshots of one query tile of one head, and write them to global memory.
+    """Compute dq, d_scale and the snapshots of one query tile of one query head, and write them to global memory.
 
-    The arguments whose names end in `_ref` point to arrays in global memory, the arguments and results of
-    `Kernels.d_query`. R and C are the numbers of queries and keys of a tile, Hp and Hvp are H and Hv, padded to powers
-    of two, and `tiles` is the number of query tiles of a head.
+    Each argument whose name ends in `_ref` points to an array in global memory: an argument or a result of
+    `Kernels.d_query`. R and C are the numbers of queries and keys of a tile. Hp and Hvp are H and Hv, padded to powers
+    of two. `tiles` is the number of query tiles of a head. `together` is explained in `triton_tile.block`.
     """
     b, n, i = tile.block(B * N, N, tiles, together)
     head = n // (N // K)
@@ -103,7 +108,8 @@ def d_query(
             )  # fmt: skip
         begin = tl.maximum(begin, until)
 
-    # What every row adds to the gradient of the scale: the sum of dz * <q, k> over the keys, before acc is rounded.
+    # d_scale is what every row adds to the gradient of the scale: the sum of dz * <q, k> over all keys, or <acc, q>. It
+    # uses acc before acc is rounded.
     tl.store(d_scale_ref + own, tl.sum(acc * q.to(tl.float32), 1))
     dq = tile.pointers(tile.head_of(dq_ref, b, n, T, N, H), row, N * H, R, Hp)
     tl.store(dq, (acc * tl.load(scale_ref)).to(dq_ref.dtype.element_ty), mask=tile.inside(row, T, H, R, Hp))

@@ -1,7 +1,8 @@
 """The Triton kernel for the forward pass of stick-breaking attention.
 
-A block computes a tile of R query rows. It takes the key tiles, of C keys each, from the nearest one to the left. Hp
-and Hvp are H and Hv, padded to powers of two.
+A block computes one tile of R query rows. It visits key tiles of C keys each: first the nearest key tile, then the
+next one on the left, and so on. H is the width of queries and keys, and Hv is the width of values. Hp and Hvp are H
+and Hv, padded to powers of two.
 """
 
 import triton
@@ -19,9 +20,9 @@ def visit(
     """Add key tile j to the running sums `high`, `low` and `acc` of a query tile, and return the new sums.
 
     The sums are in registers. high + low [R] is the cumulative log-decay of the query rows: -log2 of the part of the
-    stick that remains. `acc` [R,Hvp] is the output: the sum of weight * v over the keys. q [R,Hp] are the queries.
-    `k_head` and `v_head` point to the keys and values of one head in global memory. The other arguments are as in
-    `triton_tile.key_tile`.
+    stick that remains. `acc` [R,Hvp] is the sum of weight * v over the keys visited so far. After the last key tile,
+    `acc` is the output. q [R,Hp] are the queries. `k_head` and `v_head` point to the keys and values of one head in
+    global memory. The other arguments are as in `triton_tile.key_tile`.
     """
     k, v, z = tile.key_tile(
         j, q, multiplier, k_head, v_head, last, first, query_segments, key_segments_ref, S, K, H, Hv, C, Hp, Hvp,
@@ -44,12 +45,16 @@ def forward(
     window: tl.constexpr, segments: tl.constexpr, skip: tl.constexpr, threshold: tl.constexpr,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """Compute the results of the forward pass for one query tile of one head: output, log-decay, leftmost key tile.
+    """Compute the forward pass for one query tile of one head. Write three results to global memory.
 
-    The results are written to global memory. The arguments whose names end in `_ref` point to arrays there, the
-    arguments and results of `Kernels.forward`. R and C are the numbers of queries and keys of a tile, Hp and Hvp are H
-    and Hv, padded to powers of two, and `tiles` is the number of query tiles of a head. If `skip`, the block stops when
-    the cumulative log-decay of all its queries, -log2 of the part of the stick that remains, is above `threshold`.
+    The results are the output, the cumulative log-decay (-log2 of the part of the stick that remains), and the index of
+    the leftmost key tile that was visited. Each argument whose name ends in `_ref` points to an array in global memory:
+    an argument or a result of `Kernels.forward`. R and C are the numbers of queries and keys of a tile. Hp and Hvp are
+    H and Hv, padded to powers of two. `tiles` is the number of query tiles of a head. `together` is explained in
+    `triton_tile.block`. `entries` and `per_position` are fields of `kernels.Plan`.
+
+    If `skip`, the block stops as soon as every query of the tile, padding excluded, has a cumulative log-decay above
+    `threshold`.
     """
     entry, n, i = tile.block(entries * N, N, tiles, together)
     b = entry % B
@@ -67,7 +72,8 @@ def forward(
         alive_rows &= query_segments >= 0
         key_segments_ref += b * ((S + C - 1) // C * C)
 
-    key_range = key_ranges_ref + (entry * tiles + i) * 4  # stop, whole_stop, whole_start, start
+    key_range = key_ranges_ref + (entry * tiles + i) * 4  # four numbers: stop, whole_stop, whole_start, start
+    # The key tiles start..stop-1 are visited. The key tiles whole_start..whole_stop-1 among them need no mask.
     high = tl.zeros([R], tl.float32)
     low = tl.zeros([R], tl.float32)
     acc = tl.zeros([R, Hvp], tl.float32)

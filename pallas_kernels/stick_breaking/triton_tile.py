@@ -1,9 +1,11 @@
 """Code that the three Triton attention kernels share: loads, masks, and the arithmetic of one tile.
 
-All logarithms are base 2. z is a logit, scale * <q, k>, and beta = sigmoid(z) is the share that a key breaks off the
-part of the stick that remains. The cumulative log-decay of a query row is -log2 of that part, a positive number: the
-sum of -log2(1 - beta) over the nearer keys. It is stored as the sum of two floats (`two_sum`), so that the backward
-pass can subtract the terms again without losing the small ones.
+A logit is scale * <q, k>, and beta = sigmoid(logit) is the share that a key breaks off the part of the stick that
+remains. All logarithms are base 2. So the code uses z = logit * log2(e), and beta = 1 / (1 + 2^-z).
+
+The cumulative log-decay of a query row is -log2 of the part of the stick that remains. It is a positive number, the sum
+of -log2(1 - beta) over the keys visited so far. It is stored as the sum of two floats (`two_sum`), so that the backward
+pass can subtract the terms again without losing the small terms.
 
 Queries, keys and values are arrays [batch, tokens, heads, width] in global memory. A tile in registers is
 [rows, columns], where `columns` is the width, padded with zeros to a power of two. R is the number of queries of a
@@ -27,7 +29,7 @@ DEGREE = tl.constexpr(len(logarithm.LOG2P1))
 
 @triton.jit
 def block(heads: tl.constexpr, N: tl.constexpr, tiles: tl.constexpr, together: tl.constexpr):
-    """Return what this block computes, the indices (batch entry, query head, query tile), from the index of the block.
+    """Return (batch entry, query head, query tile): the indices of the query tile that this block computes.
 
     `heads` is the number of query heads of all batch entries together, N is the number of query heads of one batch
     entry, and `tiles` is the number of query tiles of a head. The query tiles with the most keys come first. Only
@@ -51,9 +53,9 @@ def head_of(ref, b, head, tokens: tl.constexpr, heads: tl.constexpr, width: tl.c
 
 @triton.jit
 def pointers(ref, first, stride: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
-    """Return pointers [rows, columns] to the elements of the tile of an array that begins at row `first`.
+    """Return pointers [rows, columns] to the elements of a tile. The tile begins at row `first` of an array.
 
-    `ref` points to row 0 of the array in global memory. The rows are `stride` elements apart.
+    `ref` points to row 0 of the array in global memory. The rows of the array are `stride` elements apart.
     """
     row, column = tl.arange(0, rows), tl.arange(0, columns)
     return ref + first.to(tl.int64) * stride + (row[:, None] * stride + column[None, :])
@@ -61,9 +63,9 @@ def pointers(ref, first, stride: tl.constexpr, rows: tl.constexpr, columns: tl.c
 
 @triton.jit
 def inside(first, limit, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
-    """Return whether each element of a tile that begins at row `first` is in the array: bool [rows, columns].
+    """Return whether each element of a tile is inside the array: bool [rows, columns].
 
-    An element is in the array if its row in the array is below `limit` and its column is below `width`.
+    The tile begins at row `first` of the array. The array has `limit` rows and `width` columns.
     """
     row, column = first + tl.arange(0, rows), tl.arange(0, columns)
     return (row < limit)[:, None] & (column < width)[None, :]
@@ -71,10 +73,10 @@ def inside(first, limit, width: tl.constexpr, rows: tl.constexpr, columns: tl.co
 
 @triton.jit
 def load(ref, first, limit, stride: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
-    """Load the tile [rows, columns] that begins at row `first` of an array from global memory to registers.
+    """Load a tile [rows, columns] of an array from global memory to registers. The tile begins at row `first`.
 
-    `ref` points to row 0 of the array, whose rows are `stride` elements apart. The tile has zeros in place of the rows
-    from `limit` on and of the columns from `width` on.
+    `ref` points to row 0 of the array. The rows of the array are `stride` elements apart. The array has `limit` rows
+    and `width` columns. Outside the array, the tile has zeros.
     """
     mask = inside(first, limit, width, rows, columns)
     return tl.load(pointers(ref, first, stride, rows, columns), mask=mask, other=0.0)
@@ -82,10 +84,9 @@ def load(ref, first, limit, stride: tl.constexpr, width: tl.constexpr, rows: tl.
 
 @triton.jit
 def load_whole(ref, first, stride: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
-    """Load the tile [rows, columns] that begins at row `first`, whose rows are all in the array, to registers.
+    """Load a tile like `load`, but without a check of the rows: all rows of the tile must be inside the array.
 
-    `ref` points to row 0 of the array, whose rows are `stride` elements apart. The tile has zeros in place of the
-    columns from `width` on.
+    The arguments are as in `load`. The array has `width` columns. Beyond these columns, the tile has zeros.
     """
     if width == columns:
         return tl.load(pointers(ref, first, stride, rows, columns))
@@ -95,11 +96,11 @@ def load_whole(ref, first, stride: tl.constexpr, width: tl.constexpr, rows: tl.c
 @triton.jit
 def keys_of(ref, first, S: tl.constexpr, stride: tl.constexpr, width: tl.constexpr, rows: tl.constexpr,
             columns: tl.constexpr, masked: tl.constexpr):  # fmt: skip
-    """Load the tile [rows, columns] of the keys or values of a head that begins at key `first` to registers.
+    """Load a tile [rows, columns] of the keys or values of one head to registers. The tile begins at key `first`.
 
-    `ref` points to key 0 in global memory. Two keys are `stride` elements apart. If `masked`, the tile has zeros in
-    place of the keys from S on. Otherwise all its keys must be below S. It has zeros in place of the columns from
-    `width` on.
+    `ref` points to key 0 in global memory. Consecutive keys are `stride` elements apart. There are S keys, each with
+    `width` elements. Beyond these elements, the tile has zeros. If `masked`, the tile also has zeros beyond the last
+    key. If not `masked`, all keys of the tile must exist.
     """
     if masked:
         return load(ref, first, S, stride, width, rows, columns)
@@ -116,7 +117,7 @@ def product(a, b, precision: tl.constexpr):
 def reach(position, attend_current: tl.constexpr, window: tl.constexpr, S: tl.constexpr):
     """Return (last, first): causality and the window permit a query at position `position` to see the keys first..last.
 
-    Segments are not considered. A `window` of -1 means no window. Then `first` is 0.
+    Segment ids are not considered. A `window` of -1 means no window. Then `first` is 0.
     """
     last = position if attend_current else position - 1
     first = position - window if window >= 0 else position * 0
@@ -127,10 +128,10 @@ def reach(position, attend_current: tl.constexpr, window: tl.constexpr, S: tl.co
 def visible(column, last, first, query_segments, key_segments_ref, window: tl.constexpr, segments: tl.constexpr):
     """Return whether each of R queries sees each of C keys: bool [R,C].
 
-    `column` [C] are the indices of the keys. Causality and the window permit query r to see the keys first[r]..last[r],
-    so `last` and `first` are [R], results of `reach`. If `segments`, the segment ids must also be equal:
-    `query_segments` [R] has the ids of the queries, and `key_segments_ref` points to the ids of all keys of the batch
-    entry.
+    `column` [C] are the indices of the keys. `last` and `first` [R] are the results of `reach`: causality and the
+    window permit query r to see the keys first[r]..last[r]. If `segments`, the segment ids of a query and a key must
+    also be equal. `query_segments` [R] has the ids of the queries, and `key_segments_ref` points to the ids of all keys
+    of the batch entry.
     """
     seen = column[None, :] <= last[:, None]
     if window >= 0:
@@ -183,10 +184,11 @@ def sum_of_nearer(softplus):
     """Return, for each query and key, the sum of `softplus` over the keys on the right of this key in the tile: [R,C].
 
     `softplus` [R,C] is -log2(1 - beta), limited to ENOUGH (160), so that it fits into float16. The sums are a matrix
-    product of `softplus` and a strictly triangular matrix of zeros and ones [C,C]. `softplus` is split into two float16
-    numbers, which together keep 22 bits. A tensor core multiplies them by ones without an error, and adds in fp32. The
-    key itself is not in the sum, so no subtraction loses digits. `tl.cumsum(reverse=True)` would be slower: it
-    exchanges every score between threads before and after a scan from the left.
+    product of `softplus` and a strictly triangular matrix of zeros and ones [C,C]. Each number in `softplus` is split
+    into two float16 numbers, which together keep 22 bits. A tensor core multiplies them by ones without an error, and
+    adds in fp32. The sum does not include the key itself, so nothing has to be subtracted, which would lose digits.
+    `tl.cumsum(reverse=True)` would be slower: it exchanges every score between threads before and after a scan from the
+    left.
     """
     key = tl.arange(0, softplus.shape[1])
     nearer = (key[:, None] > key[None, :]).to(tl.float16)
@@ -197,8 +199,9 @@ def sum_of_nearer(softplus):
 
 @triton.jit
 def weights_of(log_beta, softplus, entering):
-    """Return the weights A [R,C]: beta times the product of 1 - beta over all nearer keys, in or right of this tile.
+    """Return the attention weights [R,C]: beta times the product of 1 - beta over all keys nearer to the query.
 
+    The nearer keys are on the right of the key, in this tile and in the tiles on the right of this tile.
     `log_beta` and `softplus` [R,C] are log2(beta) and -log2(1 - beta), where `softplus` is limited to ENOUGH (160).
     `entering` [R] is the cumulative log-decay of each query row before this tile: the sum of -log2(1 - beta) over the
     keys on the right of the tile.
@@ -208,12 +211,12 @@ def weights_of(log_beta, softplus, entering):
 
 @triton.jit
 def d_logits(a, log_beta, softplus, prefix):
-    """Return dz [R,C], the gradient of the logits: dz = (1 - beta) a - beta P.
+    """Return the gradient of the logits [R,C]: (1 - beta) * a - beta * P.
 
-    `a` [R,C] is the weight times the cotangent of the weight. P of a key is the cotangent of log_rem plus the sum of a
-    over all keys further left, and `prefix` [R] is P of the leftmost key of the tile. `log_beta` and `softplus` [R,C]
-    are log2(beta) and -log2(1 - beta). Both beta and 1 - beta are computed from a logarithm, because a difference from
-    1 would lose precision.
+    `a` [R,C] is the weight times the cotangent of the weight. P of a key is the cotangent of log_rem plus the sum of
+    `a` over all keys on the left of this key. `prefix` [R] is P of the leftmost key of the tile. `log_beta` and
+    `softplus` [R,C] are log2(beta) and -log2(1 - beta). Both beta and 1 - beta are computed from their logarithms,
+    because the subtraction 1 - beta would lose precision.
     """
     further = prefix[:, None] + (tl.cumsum(a, 1) - a)
     return tl.exp2(-softplus) * a - tl.exp2(log_beta) * further

@@ -1,10 +1,13 @@
 """The implementation "xla" of stick-breaking attention, in plain JAX, with memory linear in T.
 
-Scores are computed in tiles, with the functions of tile.py. A "short call", with few queries and keys, is an unrolled
-loop over query tiles. Each query tile has one key tile, with all keys that its queries may see. A "long call" is a loop
-over the query tiles, and for each of them a while loop over key tiles, from the nearest keys to the left. The while
-loop ends at the leftmost key tile that the queries may see or, with `skip_below`, when less than 2^skip_below remains
-of the stick of every query. The backward pass computes the weights again from its inputs.
+Scores are computed in tiles, with the functions of tile.py. A "short call" has few queries and keys. It is an unrolled
+loop over query tiles, and each query tile has one key tile, with all keys that its queries may see. A "long call" is a
+loop over query tiles. For each query tile, a while loop visits key tiles, beginning with the nearest keys and going to
+the left. The while loop ends at the leftmost key tile that the queries may see. With `skip_below`, it also ends when
+every query of the tile has less than 2^skip_below of its stick left. The backward pass does not store the attention
+weights, but computes them again from the queries and keys.
+
+G = N / K is the number of query heads that use the same key head.
 """
 
 import math
@@ -21,17 +24,17 @@ from . import tile
 from .call import Call, Where
 
 _SHORT_ROWS = 64  # queries of a query tile of a short call (`_is_short`)
-_SHORT_SCORES = 2**18  # most scores of one query head in a query tile of a short call
+_SHORT_SCORES = 2**18  # largest number of scores of one query head in a query tile of a short call
 _CACHED_SCORES = 2**18  # scores that fit into the cache of a CPU core: 1 MiB of fp32
 _LONG_TILES = (256, 256)  # (queries, keys) of a tile of a long call
-_SKIP_TILES = (128, 256)  # the same with skip_below
+_SKIP_TILES = (128, 256)  # (queries, keys) of a tile of a long call with skip_below
 
 
 def _is_short(call: Call) -> bool:
     """Return whether a call is short: it has few queries and keys, so that one key tile has all keys.
 
-    A short call has T <= 512, at most _SHORT_SCORES scores of a query tile and all keys, and no `skip_below` or
-    `tiles`. A call with an empty array is short too.
+    In a short call, T is at most 512, a query tile has at most _SHORT_SCORES scores with all keys, and `skip_below` and
+    `tiles` are None. A call with an empty array is short too.
     """
     T, S = call.mask.T, call.mask.S
     if 0 in call.query.shape + (S,):
@@ -53,7 +56,8 @@ def detail(call: Call) -> str:
 def attention(call: Call):
     """Compute stick-breaking attention in plain JAX. Return (out [B,T,N,Hv], log_rem [B,T,N], kept [B,K]).
 
-    `log_rem` is the logarithm of the part of the stick that remains, and `kept` the share of the key tiles computed.
+    `log_rem` is the natural logarithm of the part of the stick that remains. `kept` is the number of key tiles that
+    were computed, divided by the number of key tiles that the queries may see.
     """
     dtype = sum_type(call.query)
     scale = jnp.full_like(call.query, call.scale, dtype, shape=())  # varies over the same mesh axes as query
@@ -90,7 +94,7 @@ _jitted = jax.jit(_attention, static_argnums=5)  # without a jit, the loops woul
 
 
 def _to_heads(call, x):
-    """Reshape x [B,T,N,...] to [B,K,G,T,...], where G = N / K query heads use each of the K key heads."""
+    """Reshape x [B,T,N,...] to [B,K,G,T,...], where G = N / K is the number of query heads that use one key head."""
     B, T, N = x.shape[:3]
     K = call.key.shape[2]
     return jnp.moveaxis(x.reshape(B, T, K, N // K, *x.shape[3:]), 1, 3)
@@ -106,9 +110,12 @@ def _over_heads(one_head, call: Call, *extra):
     """Call `one_head` for every batch entry and key head. Return its results, stacked to arrays [B, K, ..].
 
     Each call is `one_head(head, reach, *extra)`. `head` is a `Call` with query [G,T,H], key [S,H] and value [S,Hv].
-    `reach` is a result of `_reach`, or None for a short call. `extra` are more arrays, [B, K, ..] here and [..] in
-    `one_head`. On a CPU, only a few batch entries run together, so that their tiles fit into the cache of a core. With
-    `skip_below`, one head runs after the other, so that no head waits for another one to stop.
+    `reach` is a result of `_reach`, or None for a short call. `extra` are more arrays: [B, K, ..] as arguments of this
+    function, and [..] as arguments of `one_head`.
+
+    With `skip_below`, one head runs after the other, so that no head waits for another head to stop. Without
+    `skip_below`, all heads of all batch entries run together. But on a CPU, only a few batch entries run together, so
+    that their tiles fit into the cache of a core.
     """
     arrays = (_to_heads(call, call.query), call.key.swapaxes(1, 2), call.value.swapaxes(1, 2), *extra)
 
@@ -135,7 +142,10 @@ def _over_heads(one_head, call: Call, *extra):
 
 
 def _entries_together(call: Call) -> int:
-    """Return how many batch entries run at the same time: B, or on a CPU a divisor of B whose tiles fit its cache."""
+    """Return how many batch entries run at the same time: B, or on a CPU a divisor of B.
+
+    On a CPU, the tiles of these batch entries fit into the cache of a core. If one batch entry does not fit, return 1.
+    """
     B, _, N, _ = call.query.shape
     if platform.name() != "cpu":
         return B
@@ -152,7 +162,8 @@ def _short_rows(call):
 def _short_tiles(call: Call):
     """Yield (slice of the queries, slice of the keys) for every query tile of a short call (`_is_short`).
 
-    The keys are those that causality and the window permit, or all keys if the position of the first query is traced.
+    The key slice contains all keys that causality and the window permit the queries to see. If the position of the
+    first query is traced, the slice contains all keys.
     """
     mask, rows = call.mask, _short_rows(call)
     for start in range(0, mask.T, rows):
@@ -172,7 +183,8 @@ def _short_mask(call, rows, columns):
 def _short_forward(call: Call, reach):
     """Compute attention for one key head, without a loop over key tiles. Return (out [G,T,Hv], log_rem [G,T], kept []).
 
-    `call` has query [G,T,H], key [S,H], value [S,Hv]. `kept`, the share of the tiles computed, is 1. `reach` is unused.
+    `call` has query [G,T,H], key [S,H] and value [S,Hv]. `kept`, the share of the key tiles that were computed, is 1.
+    `reach` is not used.
     """
     G, _, _ = call.query.shape
     dtype = sum_type(call.query)
@@ -190,9 +202,10 @@ def _short_forward(call: Call, reach):
 
 
 def _short_backward(call: Call, reach, d_out, d_log_rem):
-    """Compute the gradients of a key head, without a loop over key tiles. Return (dq [G,T,H], dk [S,H], dv [S,Hv]).
+    """Compute the gradients for one key head, without a loop over key tiles. Return (dq [G,T,H], dk [S,H], dv [S,Hv]).
 
-    dq and dk are not yet multiplied by the scale. `d_out` and `d_log_rem` are cotangents. `reach` is not used.
+    dq and dk are not yet multiplied by the scale. `d_out` [G,T,Hv] and `d_log_rem` [G,T] are cotangents. `reach` is not
+    used.
     """
     dtype = sum_type(call.query)
     dqs, dk, dv = [], jnp.zeros_like(call.key, dtype), jnp.zeros_like(call.value, dtype)
@@ -206,14 +219,14 @@ def _short_backward(call: Call, reach, d_out, d_log_rem):
 
 
 def _long_tiles(call):
-    """Return (number of queries, number of keys) of a tile, for a call that is computed by a loop over key tiles."""
+    """Return (number of queries, number of keys) of a tile of a long call, that is, of a loop over key tiles."""
     # With skip_below, a query tile goes on until all its queries can stop. Tiles with fewer queries stop earlier.
     rows, columns = call.tiles or (_LONG_TILES if call.skip_below is None else _SKIP_TILES)
     return max(1, min(rows, call.mask.T)), max(1, min(columns, call.mask.S))
 
 
 def _reach(call: Call, where: Where):
-    """Return (first, last), int32 [2, query tiles], the range of key tiles that each query tile may see.
+    """Return the range of key tiles that each query tile may see: first and last, as one array int32 [2, query tiles].
 
     In every batch entry of `where`, all keys that query tile i sees are in the key tiles first[i]..last[i]-1.
     """
@@ -236,7 +249,8 @@ def _reach(call: Call, where: Where):
 def _within_mask(call: Call, offset):
     """Return whether any query of a query tile may see any key of a key tile: bool [B, query tiles, key tiles].
 
-    Causality and window are considered, segments are not. `offset` [B] is the first query's position among the keys.
+    Causality and the window are considered, segment ids are not. `offset` [B] is the position of the first query among
+    the keys.
     """
     mask, (rows, columns) = call.mask, _long_tiles(call)
     first_q, first_k = np.arange(0, mask.T, rows), np.arange(0, mask.S, columns)
@@ -251,9 +265,9 @@ def _within_mask(call: Call, offset):
 def _loop(call: Call):
     """Return a function like `lax.while_loop`, for the loop over the key tiles of a query tile.
 
-    For cost estimates, the name of the jitted loop states its expected number of iterations: the mean number of key
-    tiles that a query tile may see. If the first query's position is traced, the last query is assumed at the last
-    key's position.
+    The name of the jitted loop states its expected number of iterations, for cost estimates. The expected number is the
+    mean number of key tiles that a query tile may see. If the position of the first query is traced, the last query is
+    assumed to be at the position of the last key.
     """
     mask = call.mask
     offset = mask.S - mask.T if mask.static_offset is None else mask.static_offset
@@ -284,7 +298,7 @@ def _pad(x, axis, size):
 
 
 class _Tiles:
-    """The arrays of one key head and its query heads, padded to whole tiles, and methods that return one tile of them.
+    """The arrays of one key head and its G query heads, padded to whole tiles. The methods return data of one tile.
 
     Query tile i begins at query i * `rows`, and key tile j begins at key j * `columns`. i and j may be traced.
     """
@@ -331,7 +345,8 @@ class _Tiles:
 def _long_forward(call: Call, reach):
     """Compute attention for one key head, by a loop over key tiles. Return (out [G,T,Hv], log_rem [G,T], kept []).
 
-    `kept` is the share of the key tiles that was computed, of those in the ranges `reach`, a result of `_reach`.
+    `reach` is a result of `_reach`: the range of key tiles for each query tile. `kept` is the number of key tiles that
+    were computed, divided by the number of key tiles in all ranges.
     """
     t, loop = _Tiles(call), _loop(call)
     G, T = call.query.shape[:2]
@@ -356,9 +371,10 @@ def _long_forward(call: Call, reach):
 
 
 def _long_backward(call: Call, reach, d_out, d_log_rem):
-    """Compute the gradients of a key head, by a loop over key tiles. Return (dq [G,T,H], dk [S,H], dv [S,Hv]).
+    """Compute the gradients for one key head, by a loop over key tiles. Return (dq [G,T,H], dk [S,H], dv [S,Hv]).
 
-    dq and dk have no factor `scale` yet. `d_out` and `d_log_rem` are cotangents. `reach` is a result of `_reach`.
+    dq and dk are not yet multiplied by the scale. `d_out` [G,T,Hv] and `d_log_rem` [G,T] are cotangents. `reach` is a
+    result of `_reach`.
     """
     t, loop = _Tiles(call), _loop(call)
     G, T = call.query.shape[:2]
@@ -377,7 +393,7 @@ def _long_backward(call: Call, reach, d_out, d_log_rem):
         start = (last - 1, t.zeros(G, t.rows), t.zeros(t.key_count, G, t.rows))
         j, _, sticks = loop(lambda s: (s[0] >= first) & t.has_stick_left(i, s[1]), add_log_decay, start)
 
-        # From left to right: compute the prefix sums of a, and the gradients.
+        # From left to right: compute the gradients, and the prefix sums of weight * <d_out, v> that they need.
         def key_tile(state):
             j, dq, dk, dv, prefix = state
             k, v = t.keys(j)
@@ -395,6 +411,6 @@ def _long_backward(call: Call, reach, d_out, d_log_rem):
 
 
 def _add_at(total, part, j):
-    """Return `total` [keys, width] after `part` [size, width] was added to its rows j * size .. (j + 1) * size - 1."""
+    """Return `total` [keys, width] with `part` [size, width] added to its rows j * size .. (j + 1) * size - 1."""
     size = part.shape[0]
     return lax.dynamic_update_slice_in_dim(total, lax.dynamic_slice_in_dim(total, j * size, size) + part, j * size, 0)

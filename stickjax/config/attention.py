@@ -1,4 +1,4 @@
-"""The table of attention variants of the decoder: the function of each one, and the config fields that it supports."""
+"""The table of the decoder's attention variants. A variant has a function and the config fields that it supports."""
 
 import pkgutil
 from collections.abc import Callable
@@ -13,11 +13,12 @@ OPTIONS = {"attend_current": False, "skip_below": None, "remainder": "none"}
 class AttentionVariant(NamedTuple):
     """A kind of attention that a decoder can use, such as stick-breaking or softmax.
 
-    `function`: the function that computes the attention, or its name as "module:name", which is imported when the first
-      model needs it. `function(config, q, k, v, context)` takes the model config, q [B,T,N,H], the queries of N heads,
-      and k and v [B,S,K,H], the keys and values of K heads. `context` is a `stickjax.models.attention.Context`: the
-      documents and positions of the tokens. The function returns (out [B,T,N,H], rest [B,T,N]). The attention weights
-      of a query sum to 1 - rest. If they always sum to 1, `rest` may be None.
+    `function`: the function that computes the attention, or its name as "module:name". A name is imported when the
+      first model needs the function. `function(config, q, k, v, context)` takes the model config; q [B,T,N,H], the
+      queries of N heads; and k and v [B,S,K,H], the keys and values of K heads. `context` is a
+      `stickjax.models.attention.Context`: the documents and positions of the tokens. The function returns
+      (out [B,T,N,H], rest [B,T,N]). The attention weights of a query sum to 1 - rest. If the sum is always 1, `rest`
+      may be None.
     `rotary`: whether rotary positions are applied to queries and keys before the function is called. H must then be
       even.
     `divides_sequence`: whether the function works if the mesh axis "context" divides every sequence over devices.
@@ -46,8 +47,8 @@ ATTENTION: dict[str, AttentionVariant] = {
 def register_attention(name: str, variant: AttentionVariant) -> None:
     """Register an attention variant, so that the config field `model.attention` can select it by `name`.
 
-    A function may be registered again under the same name, as when a notebook cell runs twice. Raise ValueError if
-    another function has this name, or if an option of the variant is not in OPTIONS.
+    The same function may be registered again under the same name, as when a notebook cell runs twice. Raise ValueError
+    if another function has this name, or if an option of the variant is not in OPTIONS.
     """
     for option in variant.options:
         one_of("option", option, tuple(OPTIONS))

@@ -1,8 +1,11 @@
 """The common code of all commands: it parses the command line, prints errors and returns the exit code.
 
-Exit code 0: the command succeeded. Exit code 1: an error that the user can correct, printed as one line on stderr. Exit
-code 2: the command line is wrong, printed as one line too. Exit code 130: Ctrl-C. Exit code 141: the output pipe was
-closed, as in `... | head`. Any other exception is a bug and is raised with its traceback.
+Exit code 0: the command succeeded.
+Exit code 1: an error that the user can correct. It is printed as one line on stderr.
+Exit code 2: an error in the command line. It is printed as one line on stderr.
+Exit code 130: the user pressed Ctrl-C.
+Exit code 141: the output pipe was closed, as in `... | head`.
+Any other exception is a bug and is raised with its traceback.
 """
 
 import argparse
@@ -29,7 +32,7 @@ EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 
 class UsageError(ValueError):
-    """Raised if the command line has an option or an argument that the command does not have. The exit code is 2."""
+    """An error in the command line, such as an unknown option or a missing argument. The exit code is 2."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,7 +63,7 @@ class Parser(argparse.ArgumentParser):
         words: list[str] = []
         for word in sys.argv[1:] if argv is None else argv:
             if words and re.fullmatch(r"--\w+\.\w+", words[-1]) and not word.startswith("--"):
-                words[-1] += f"={word}"  # otherwise argparse takes the value as RUN or CONFIG
+                words[-1] += f"={word}"  # otherwise argparse takes the value as the argument RUN or CONFIG
             else:
                 words.append(word)
         found, rest = self.parse_known_args(words)
@@ -103,10 +106,10 @@ def _options(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
-    """Wrap the function `main(argv)` of a command, so that it prints errors that users can correct.
+    """Wrap the function `main(argv)` of a command. The wrapped function prints errors and returns an exit code.
 
-    The wrapped function returns one of the exit codes that the top of this file lists. An exception leaves the wrapped
-    function only if the exception is a bug.
+    The docstring of this module lists the exit codes. The wrapped function raises an exception only if the exception is
+    a bug.
 
     >>> @command
     ... def main(argv):

@@ -1,4 +1,4 @@
-"""The config of the training data: its source, its tokenizer, its held-out part and the size of a batch."""
+"""The config of the data: the source, the tokenizer, the held-out part, and the size of a batch."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from stickjax.config.fields import SEED, check_fields, field, one_of
 
 SOURCES = ("stdlib", "text", "tokens", "logic", "listops", "scan", "questions", "recall", "labelled")
 STORED = ("text", "tokens", "labelled")  # sources that read data.path
-# {source: its splits into a training part and a test part}
+# {source: the names of its splits}. A split says which examples are for training, and which are for tests.
 SPLITS = {
     "logic": ("A", "B", "C"),
     "scan": ("simple", "length", "length_tuning", "add_jump", "add_turn_left", "around_right"),
@@ -15,54 +15,62 @@ SPLITS = {
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The config of the data: their source and held-out part, the tokenizer, and the size of a batch."""
+    """The config of the data: the source, the tokenizer, the held-out part, and the size of a batch."""
 
     source: str = field(
         "stdlib",
         "stdlib: the running Python's standard library; text: files, folders or jsonl; tokens: a token file; "
-        "labelled: rows of a table, each with a label; logic, listops, scan, questions, recall: generated; several, "
-        "separated by commas: equal shares",
+        "labelled: rows of a table, each with a label; logic, listops, scan, questions, recall: generated; several "
+        "sources, separated by commas, are mixed in equal shares",
     )
     path: str | None = field(None, "file or folder that the sources text, tokens and labelled read")
-    heldout_path: str | None = field(None, "held-out file or folder; None: one document in heldout_every is held out")
-    heldout_every: int = field(10, "one document, or one labelled row, in this many is held out", at_least=2)
+    heldout_path: str | None = field(
+        None, "held-out file or folder; None: a part of the data is held out (heldout_every)"
+    )
+    heldout_every: int = field(10, "n: every n-th document, or every n-th labelled row, is held out", at_least=2)
     split: str | None = field(
         None,
         "how a generated source is divided into training and test examples; logic: A, B, C; scan: simple, length, "
         "length_tuning, add_jump, add_turn_left, around_right; None: at random",
     )
     valid_every: int = field(
-        0, "one training example in this many is left out of training, for validation; 0: none", at_least=0
+        0,
+        "n: 1/n of the training examples, chosen at random, is not used for training, but for validation; 0: none",
+        at_least=0,
     )
     tokenizer: str = field(
         "byte", "byte; the path of a Hugging Face tokenizer.json; or words: the words of the labelled training rows"
     )
     eot: str | None = field(
         None,
-        "added token that ends a text, such as '<|im_end|>'; None: the token that the files beside tokenizer.json name",
+        "added token that ends a text, such as '<|im_end|>'; None: read from the files in the folder of tokenizer.json",
     )
-    min_count: int = field(1, "tokenizer=words: rarer words of the training rows become <unknown>", at_least=1)
+    min_count: int = field(
+        1, "tokenizer=words: words that occur less often in the training rows become <unknown>", at_least=1
+    )
     text_field: str = field("text", "field of a jsonl line that holds the text")
     left_field: str = field("sentence1", "labelled: field with the text, or with the first of two texts")
     right_field: str | None = field(None, "labelled: field with the second text; None: a row has one text")
     label_field: str = field("label", "labelled: field with the label")
     unlabelled: str | None = field(
-        None, "labelled: rows with this label are left out, such as - in SNLI; None: every row counts"
+        None, "labelled: rows with this label are left out, such as '-' in SNLI; None: no row is left out"
     )
     labels: str | None = field(
-        None, "labelled: JSON file with the list of labels; None: the labels of the training rows. A run keeps its own"
+        None, "labelled: JSON file with the list of labels; None: the labels of the training rows"
     )
     examples: int = field(
         100_000,
-        "number of lines of a generated source (scan: at most 20910), of pairs for a classifier, or of training "
-        "examples of questions",
+        "number of generated examples: lines of text (scan: at most 20910), pairs or sentences for a classifier, or "
+        "training examples of questions",
         at_least=1,
     )
     T: int = field(256, "tokens in one sequence", at_least=1)
     B: int = field(16, "sequences in one step, in all processes and microbatches together", at_least=1)
     seed: int = field(0, "seed of the order of the sequences", at_least=0, at_most=SEED)
     curriculum: int = field(
-        0, "steps at the start that use only short examples: first the shortest tenth, then more; 0: none", at_least=0
+        0,
+        "number of steps at the start that use only short examples: first the shortest tenth, then more; 0: none",
+        at_least=0,
     )
 
     def __post_init__(self):
@@ -77,7 +85,7 @@ class DataConfig:
                 f"{self.tokenizer!r} has its own end-of-text token"
             )
         if len(self.sources) > 1 and self.heldout_path is not None:
-            raise ValueError(f"heldout_path={self.heldout_path!r} needs one source, not source={self.source!r}")
+            raise ValueError(f"heldout_path={self.heldout_path!r} needs one source, got source={self.source!r}")
         for name in ("right_field", "unlabelled", "labels"):
             if getattr(self, name) is not None and self.source != "labelled":
                 raise ValueError(f"{name}={getattr(self, name)!r} needs source='labelled', not {self.source!r}")
@@ -95,7 +103,10 @@ class DataConfig:
         if stored and self.path is None:
             raise ValueError(f"source={self.source!r} needs a path: set data.path to a file or folder")
         if self.tokenizer == "words" and self.source != "labelled":
-            raise ValueError(f"tokenizer='words' needs source='labelled', not {self.source!r}: it is made of its rows")
+            raise ValueError(
+                f"tokenizer='words' needs source='labelled', not {self.source!r}: the vocabulary is collected from the "
+                "labelled training rows"
+            )
 
     def _check_parts(self) -> None:
         if self.valid_every == 1:

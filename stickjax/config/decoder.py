@@ -53,19 +53,21 @@ class ModelConfig(FamilyConfig):
         "stick_breaking", "attention variant: stick_breaking, softmax (with rotary positions), or a registered one"
     )
     remainder: Literal["none", "value", "bias"] = field(
-        "none", "what gets the rest of the stick as its weight: nothing, the token's own value, or a trainable vector"
+        "none",
+        "what is multiplied by the rest of the stick and added to the output of a head: nothing (none), the token's "
+        "own value (value), or a trainable vector (bias)",
     )
     head_norm: bool = field(
         False, "normalise the output of every head (GroupNorm, one group per head) before the output projection"
     )
     attend_current: bool = field(False, "let a token attend to itself (stick-breaking only)")
     window: int | None = field(
-        None, "attend only to keys at most this many tokens to the left; None: to all", at_least=0
+        None, "attend only to keys at most this many tokens to the left; None: attend to all keys", at_least=0
     )
     skip_below: float | None = field(
         None,
-        "a log2, such as -24: when less than 2^-24 of the stick is left, skip all keys further left (stick-breaking "
-        "only); None: skip no key",
+        "a base-2 logarithm, such as -24: when less than 2^-24 of the stick remains, skip all keys farther to the left "
+        "(stick-breaking only); None: skip no key",
     )
     rope_theta: float = field(10_000.0, "base of the rotary frequencies (softmax only)", above=0)
     activation: Literal["swiglu", "geglu", "reglu", "gelu", "gelu_tanh", "relu", "relu2", "silu"] = field(
@@ -82,7 +84,7 @@ class ModelConfig(FamilyConfig):
     m_width: float = field(1.0, "muP width multiplier: D / base width; the base width is usually 256", above=0)
     m_emb: float = field(1.0, "multiplier of the embedding output", above=0)
     m_res: float = field(1.0, "multiplier of every residual branch: attention, feed-forward network", at_least=0)
-    attention_scale: float | None = field(None, "multiplier of q.k; None: 1/sqrt(H). For muP, set a constant / H")
+    attention_scale: float | None = field(None, "multiplier of q.k; None: 1/sqrt(H). For muP, set it to a constant / H")
     logits_scaling: float | None = field(None, "divisor of the output logits; None: m_width", above=0)
     init_std: float = field(
         0.1, "standard deviation of the initial embedding; for matrices it is divided by sqrt(m_width)", above=0
@@ -131,8 +133,8 @@ class ModelConfig(FamilyConfig):
         if self.key_value == "input" and variant(self.attention).rotary:
             known = variants_with(lambda kind: not kind.rotary)
             raise ValueError(
-                f"key_value='input' needs attention={known}, got attention={self.attention!r}, whose rotary positions "
-                "change keys, but not values"
+                f"key_value='input' needs attention={known}, got attention={self.attention!r}: with key_value='input', "
+                "keys and values are the same array, but rotary positions must change only the keys"
             )
         if self.head_norm or self.remainder == "bias":
             raise ValueError(
@@ -187,7 +189,7 @@ class ModelConfig(FamilyConfig):
 
     @property
     def scale(self) -> float:
-        """The multiplier of the product of a query and a key: `attention_scale`, or 1/sqrt(H) if that is None."""
+        """The multiplier of the product of a query and a key: `attention_scale`, or 1/sqrt(H) if it is None."""
         return 1 / math.sqrt(self.H) if self.attention_scale is None else self.attention_scale
 
     @classmethod
@@ -233,8 +235,8 @@ class ModelConfig(FamilyConfig):
     def stickbreaking_3b(cls, **changes) -> "ModelConfig":
         """Return the config of the released 3B stick-breaking language model (arXiv 2410.17980).
 
-        It has no position encoding. The rest of the stick, the attention weight that no key gets, is not used. The
-        output projection is not tied to the embedding. `changes` are fields with other values, such as L=2.
+        The model has no position encoding. The rest of the stick, the attention weight that no key gets, is not used.
+        The output projection is not tied to the embedding. `changes` are fields with other values, such as L=2.
         """
         return cls(
             **dict(_POWER, V=50304, D=2304, L=40, N=36, K=36, F=9216, m_width=9.0, m_res=0.22)
@@ -258,8 +260,8 @@ class ModelConfig(FamilyConfig):
     def molm_700m_4b(cls, **changes) -> "ModelConfig":
         """Return the config of MoLM-700M-4B, a released ModuleFormer (arXiv 2306.04640).
 
-        The model has the sizes of MoLM-350M-4B, but in a layer a token uses four attention experts and four
-        feed-forward experts, instead of two of each. `changes` are fields with other values.
+        The model has the sizes of MoLM-350M-4B. In a layer, a token uses four attention experts and four feed-forward
+        experts, while in MoLM-350M-4B it uses two of each. `changes` are fields with other values.
         """
         return cls(**_molm(L=24, k=4) | changes)
 

@@ -52,7 +52,7 @@ class OptimConfig:
     )
     a: float = field(
         4.0,
-        "power: factor a of the learning rate beta * a * n^b, for n tokens trained and a batch of beta * 4096 tokens",
+        "power: factor a of the learning rate beta * a * n^b after n tokens; beta is the batch size in tokens / 4096",
         above=0,
     )
     b: float = field(-0.51, "power: exponent b of the learning rate beta * a * n^b")
@@ -72,7 +72,7 @@ class OptimConfig:
         was="learn",
     )  # fmt: skip
     clip: float | None = field(
-        1.0, "a gradient with a larger global norm is scaled down to this; None: no clipping", above=0
+        1.0, "largest global norm of the gradient; a larger gradient is scaled down; None: no clipping", above=0
     )
 
     def __post_init__(self):
@@ -99,9 +99,9 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """The config of the device mesh: for each mesh axis, the number of parts into which it divides the work.
+    """The config of the device mesh: the number of devices along each mesh axis.
 
-    The run uses as many devices as the product of all numbers. One axis may be -1: it takes all devices that the other
+    The number of devices of a run is the product of all axes. One axis may be -1: it takes all devices that the other
     axes leave.
     """
 
@@ -128,7 +128,7 @@ class Config:
     model: FamilyConfig = field(None, "the model", ModelConfig)
     data: DataConfig = field(None, "the data", DataConfig)
     optim: OptimConfig = field(None, "the optimizer", OptimConfig)
-    train: TrainConfig = field(None, "the run", TrainConfig)
+    train: TrainConfig = field(None, "the training", TrainConfig)
     mesh: MeshConfig = field(None, "the devices", MeshConfig)
 
     def __post_init__(self):
@@ -146,9 +146,9 @@ class Config:
     def check_lengths(self, step: int = 0, tokens: int = 0) -> None:
         """Raise ValueError if the warmup and the decay together are longer than the run, in tokens.
 
-        For a run that continues from a checkpoint, `step` is the step of the checkpoint and `tokens` is the number of
-        tokens trained before. The length of such a run in tokens does not follow from the config alone, because the
-        steps before the checkpoint may have had another batch size.
+        For a run that continues from a checkpoint, `step` is the step of the checkpoint, and `tokens` is the number of
+        tokens that were trained until then. The config alone does not determine the length of such a run in tokens,
+        because the steps before the checkpoint may have had another batch size.
         """
         total = tokens + (self.train.steps - step) * self.data.tokens_per_step
         if self.optim.warmup_tokens + self.optim.decay_tokens > total:
@@ -218,7 +218,7 @@ class Config:
         )
 
     def diff(self, other: "Config") -> list[str]:
-        """Compare two configs. Return a line 'section.field: own value -> value in other' for each field that differs.
+        """Compare two configs. Return a line 'section.field: value here -> value in other' for each field that differs.
 
         If the model families differ, the only line is about `model.family`.
         """
@@ -240,9 +240,10 @@ _SECTIONS = tuple(section.name for section in dataclasses.fields(Config))
 
 
 def _flat(section: type, fields: dict) -> dict:
-    """Flatten the {field: value} of a section of a config: {"experts": {"E": 8}} becomes {"experts.E": 8}.
+    """Flatten nested dictionaries in a section of a config: {"experts": {"E": 8}} becomes {"experts.E": 8}.
 
-    Only a field that is a dataclass itself, such as `experts`, is flattened. `section` is the class of the section.
+    `fields` is {field: value}. Only a field whose value is a dataclass, such as `experts`, is flattened. `section` is
+    the class of the section.
     """
     flat = {}
     for name, value in fields.items():
@@ -256,7 +257,7 @@ def _flat(section: type, fields: dict) -> dict:
 def _changed(section, changes: dict[str, Any]):
     """Return a copy of a section of a config, such as `config.model`, with changes such as {"D": 64, "experts.E": 8}.
 
-    In a key with a dot, the first part is a field of the section that is a dataclass itself.
+    In a key with a dot, the first part is a field of the section whose value is a dataclass.
     """
     values: dict[str, Any] = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     for group in nested_fields(type(section)):
@@ -301,8 +302,8 @@ def types_of(config: Config, section: str, name: str) -> tuple:
 def locate(config: Config, key: str) -> tuple[str, str]:
     """Check that a config has the field `key`, and split the key: "model.experts.E" -> ("model", "experts.E").
 
-    `key` may also contain a former name of the field. Raise ValueError for an unknown key; the message suggests the
-    nearest one.
+    `key` may also contain a former name of the field. Raise ValueError for an unknown key. The message suggests the
+    nearest known key.
     """
     section, _, name = key.partition(".")
     known = field_names(type(config.model))

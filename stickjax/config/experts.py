@@ -10,7 +10,7 @@ from stickjax.config.fields import accept_former_names, check_fields, field
 @accept_former_names
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """The config of a mixture of experts: their number, the routing of tokens, and the weights of the router losses."""
+    """The config of a mixture: the number of experts, the routing of tokens, and the weights of the router losses."""
 
     E: int = field(0, "number of experts; 0: no mixture of experts", at_least=0)
     k: int = field(0, "number of experts that a token uses; for attention experts, 0 means N / K", at_least=0)
@@ -20,20 +20,22 @@ class ExpertsConfig:
         "(softmax_topk)",
     )
     network: Literal["linear", "mlp", "gmm"] = field(
-        "linear", "network of the router logits: a matrix, two layers, or cosine similarity with a centroid per expert"
+        "linear",
+        "network that computes the router logits: a matrix (linear), two layers (mlp), or the cosine similarity with "
+        "one centroid for each expert (gmm)",
     )
     hidden: int = field(256, "hidden width of the mlp and gmm router networks", at_least=1)
     bias: bool = field(False, "add a trainable bias to the output of the mixture")
     sample_topk: int = field(
         0,
-        "in training, this many of the k experts are drawn at random, by the router's probabilities; the others are "
-        "the most probable ones",
+        "in training, this many of the k experts are drawn at random with the router's probabilities; the others are "
+        "the most probable experts",
         at_least=0,
     )
     token_rounding: int = field(
         0,
-        "in training, each expert drops its tokens with the smallest gates, so that it gets a multiple of this many "
-        "tokens; 0: off",
+        "n: in training, each expert drops its tokens with the smallest gates, so that its number of tokens is a "
+        "multiple of n; 0: off",
         at_least=0,
     )
     switch_weight: float = field(
@@ -50,19 +52,22 @@ class ExpertsConfig:
     added: int = field(0, "number of new experts beside the E trained ones, as separate parameters", at_least=0)
     pruned: int = field(0, "number of pruned experts that are still in the router's softmax", at_least=0)
     pruning: Literal["no", "old_denominator", "new_denominator"] = field(
-        "no", "whether experts were pruned, and if so, whether the router's softmax still includes them (old) or not"
+        "no",
+        "whether experts were pruned; if so, whether the router's softmax still includes them (old_denominator) or not "
+        "(new_denominator)",
     )
 
     def __post_init__(self):
         check_fields(self)
 
     def check(self, name: str, k: int, options: tuple[str, ...] | None = None) -> None:
-        """Raise ValueError if the fields contradict each other, or if the model family does not support one of them.
+        """Raise ValueError if the fields contradict each other, or if the model family does not support a field.
 
         Args:
           name: the field of the model's config that contains this mixture, such as "experts", for the message.
           k: the number of experts per token.
-          options: the fields that the model family supports; the others must have their defaults. None: all fields.
+          options: the fields that the model family supports. All other fields must have their defaults. None: the
+            model family supports all fields.
         """
         E = self.E
         for f in dataclasses.fields(self) if options else ():
@@ -81,7 +86,7 @@ class ExpertsConfig:
             raise ValueError(f"{name}: k={k} experts per token cannot exceed E={E} experts")
         if not k:
             raise ValueError(f"{name}: E={E} experts need k >= 1 experts per token, got k=0")
-        if k == 1 < E and self.order == "topk_softmax":  # a single expert leaves nothing for a router to learn
+        if k == 1 < E and self.order == "topk_softmax":  # with E=1 the router has no choice to learn
             raise ValueError(
                 f"{name}: k=1 with order='topk_softmax' has a constant gate, so the router is not trained; use k >= 2 "
                 "or order='softmax_topk'"

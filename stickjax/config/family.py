@@ -12,28 +12,30 @@ MODEL_CONFIGS: dict[str, type["FamilyConfig"]] = {}
 class FamilyConfig:
     """The base class for the config of a model family, such as the decoder.
 
-    A model family defines its config as a subclass, which must be a frozen dataclass. Its fields become the section
-    `model` of a config. The subclass needs at least these fields: `family`, whose default is the name of the family; V,
-    the vocabulary size (None: the number of ids of the tokenizer); `dtype`; `param_dtype`; and `implementation`. A
-    model of translations also needs V_target, the vocabulary size of the targets (None: the number of ids of the
-    targets). A classifier also needs `classes`, the number of labels (None: the number of labels of the data).
+    A model family defines its config as a subclass, which must be a frozen dataclass. The fields of the subclass become
+    the section `model` of a config. The subclass needs at least these fields: `family`, whose default is the name of
+    the family; V, the vocabulary size (None: the number of ids of the tokenizer); `dtype`; `param_dtype`; and
+    `implementation`. A translation model also needs V_target, the vocabulary size of the targets (None: the number of
+    target ids of the data). A classifier also needs `classes`, the number of labels (None: the number of labels of the
+    data).
     """
 
     family: str
     V: int | None
     # the kind of training data, see `stickjax.data.readers`
     reads: ClassVar[Literal["text", "pairs", "sentences", "translation"]] = "text"
-    remat: str = "none"  # what a layer recomputes in the backward pass
+    remat: str = "none"  # what the backward pass recomputes in a layer
     can_change_experts: ClassVar[bool] = False  # whether `stickjax.surgery` can add and prune its experts
-    accumulates: ClassVar[bool] = True  # whether train.accumulate > 1 works: the loss is a sum over microbatches
+    # whether train.accumulate > 1 works: the loss of a batch must be the sum of the losses of its microbatches
+    accumulates: ClassVar[bool] = True
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
         if (family := cls.__dict__.get("family")) is None:
-            return  # another class of the same family
+            return  # a class without its own name inherits the family of its base class
         name = family.default if isinstance(family, dataclasses.Field) else family
         if not isinstance(name, str):
-            raise TypeError(f"{cls.__name__}.family must have a default: the name of the model family, a string")
+            raise TypeError(f"{cls.__name__}.family must have a default, a string: the name of the model family")
         if not same_definition(MODEL_CONFIGS.get(name, cls), cls):
             raise TypeError(f"family={name!r} of {cls.__name__} is already taken by {MODEL_CONFIGS[name].__name__}")
         MODEL_CONFIGS[name] = cls
@@ -48,7 +50,7 @@ class FamilyConfig:
 
     @property
     def m_width(self) -> float:
-        """The muP width multiplier. The default 1 gives all parameters the same learning rate."""
+        """The muP width multiplier. With the default 1, all parameters have the same learning rate."""
         return 1.0
 
     def check_mesh(self, sizes: dict[str, int], T: int) -> None:

@@ -1,4 +1,4 @@
-"""Define and check fields of a config. Each has a default, a type, a help text and perhaps bounds of its value."""
+"""Define and check the fields of a config. A field has a default, a type, a help text and perhaps bounds."""
 
 import dataclasses
 import difflib
@@ -27,7 +27,8 @@ def field(default, doc: str, group: type | None = None, *, was: str | None = Non
     Args:
       default: the default value; not used if `group` is given.
       doc: the help text of the field, one sentence.
-      group: for a field whose value is a dataclass, such as `Config.data`: its class. The default is `group()`.
+      group: the class of the value, for a field whose value is a dataclass, such as `Config.data`. The default value
+        is then `group()`.
       was: the name that the field had in the previous version. `accept_former_names` still accepts it.
       bounds: the limits of a number: any of at_least, above, at_most and below.
     """
@@ -50,17 +51,17 @@ def former_names(config: type) -> dict[str, tuple[str, ...]]:
 
 @functools.cache
 def nested_fields(config: type) -> dict[str, type]:
-    """Return {field: its class} for the fields of a dataclass whose values are dataclasses themselves."""
+    """Return {field: class of its value} for the fields of a dataclass whose values are dataclasses."""
     kinds = field_types(config)
     return {f.name: kinds[f.name][0] for f in dataclasses.fields(config) if dataclasses.is_dataclass(kinds[f.name][0])}
 
 
 def former_names_in(config: type, values: dict[str, Any]) -> list[str]:
-    """Return the keys of `values` that are former names of fields. `values` is {field: value} for a config class.
+    """Return the keys of `values` that are former names of fields. `values` is {field: value} for the class `config`.
 
-    The names that stand for one present field come first, then the names that stand for several. A former name, such as
-    `attention_experts`, may today be the name of a nested dataclass. Such a key counts as a former name only if its
-    value is neither that dataclass nor a dictionary.
+    A former name may stand for one present field or for several. The names that stand for one field come first. A
+    former name, such as `attention_experts`, may also be the present name of a field whose value is a dataclass. Such a
+    key counts as a former name only if its value is neither an object of that dataclass nor a dictionary.
     """
     former, nested = former_names(config), nested_fields(config)
     used = [was for was in former if was in values]
@@ -69,11 +70,11 @@ def former_names_in(config: type, values: dict[str, Any]) -> list[str]:
 
 
 def with_present_names(config: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of `values` with present names of fields instead of former ones. `values` is {field: value}.
+    """Return a copy of `values` with present names of fields instead of former names. `values` is {field: value}.
 
-    In `values`, a nested dataclass may be a dictionary of its fields. If a field has moved into several nested
-    dataclasses (the configs of mixtures of experts), its value is set in each one with E > 0, or in the first one if
-    none has E > 0.
+    In `values`, a nested dataclass may be given as a dictionary of its fields. In the result, it is an object of the
+    dataclass. A field may have moved into several nested dataclasses, the configs of mixtures of experts. Then its
+    value is set in each mixture with E > 0. If no mixture has E > 0, its value is set in the first mixture.
     """
     old = {was: values[was] for was in former_names_in(config, values)}
     new = {name: value for name, value in values.items() if name not in old}
@@ -91,7 +92,7 @@ def with_present_names(config: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _made(kind: type, name: str, values: Any):
-    """Return kind(**values), a nested dataclass; if `values` is not a dictionary, return it unchanged.
+    """Return `kind(**values)`, an object of a nested dataclass. Return `values` unchanged if it is not a dictionary.
 
     `name` is the field that contains the nested dataclass, such as "experts". Error messages begin with it.
     """
@@ -107,7 +108,7 @@ def _made(kind: type, name: str, values: Any):
 
 
 def accept_former_names(config: type) -> type:
-    """Class decorator: make a dataclass also accept former names of its fields, as arguments and as attributes.
+    """Make a dataclass accept former names of its fields too, as arguments and as attributes. A class decorator.
 
     Each use of a former name gives a FutureWarning with the present name.
     """
@@ -139,7 +140,7 @@ def accept_former_names(config: type) -> type:
 
 @functools.cache
 def field_types(config: type) -> dict[str, tuple]:
-    """Return {field: a tuple of the types that its value may have} for a dataclass.
+    """Return {field: tuple of the types that its value may have} for a dataclass.
 
     >>> from stickjax.config import OptimConfig
     >>> field_types(OptimConfig)["clip"]
@@ -152,7 +153,7 @@ def field_types(config: type) -> dict[str, tuple]:
 
 
 def check_fields(config) -> None:
-    """Check the fields of a config. Raise ValueError for the first one with a wrong type or out of its bounds.
+    """Check the fields of a config. Raise ValueError for the first field with a wrong type or outside its bounds.
 
     NumPy numbers are replaced by Python numbers, and paths by text, so that every config can be stored as JSON.
 
@@ -168,10 +169,10 @@ def check_fields(config) -> None:
 
 
 def checked(name: str, value, kinds: tuple, bounds: dict) -> Any:
-    """Check the type and the bounds of `value`, and return it as one of the types `kinds`, such as 1.0 for 1.
+    """Check the type and the bounds of `value`. Return the value as one of the types `kinds`, such as 1.0 for 1.
 
-    `bounds` is {at_least, above, at_most or below: a limit}. Raise ValueError if the value has another type or is out
-    of bounds. The message begins with `name`, the name of the field.
+    `bounds` is {name of a bound: limit}, where the names are at_least, above, at_most and below. Raise ValueError if
+    the value has another type or is outside its bounds. The message begins with `name`, the name of the field.
 
     >>> checked("top_p", 1, (float,), {"above": 0, "at_most": 1})
     1.0
@@ -195,7 +196,7 @@ def checked(name: str, value, kinds: tuple, bounds: dict) -> Any:
 
 
 def _finite(name: str, value) -> float:
-    """Return `value` as a float. Raise ValueError if it is not finite, or is too large or too small for float32."""
+    """Return `value` as a float. Raise ValueError if it is not finite, or too large or too small for float32."""
     try:
         number = float(value)
     except OverflowError:
@@ -253,7 +254,7 @@ def nearest(name: str, known) -> str:
 
 
 def same_definition(one, other) -> bool:
-    """Return whether two classes or functions have the same module and name, as if one file was run twice.
+    """Return whether two classes or functions have the same module and name, as when one file has been run twice.
 
     A file or a notebook cell that runs again makes a new object, which may replace the old one in a registry.
     """
@@ -262,7 +263,7 @@ def same_definition(one, other) -> bool:
 
 
 def one_of(name: str, value, choices) -> None:
-    """Raise ValueError if `value` is not one of `choices`. The message begins with `name` and suggests a choice."""
+    """Raise ValueError if `value` is not one of `choices`. The message begins with `name`, and suggests a choice."""
     if value not in choices:
         raise ValueError(
             f"{name}={shown(value)} is not one of {', '.join(map(repr, choices))}{nearest(str(value), choices)}"

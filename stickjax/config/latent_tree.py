@@ -1,4 +1,4 @@
-"""The config of the model family latent_tree, a translator. Its fields with one capital letter are sizes of axes."""
+"""The config of the translation model `latent_tree`. A field of one capital letter is the size of an axis."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -15,22 +15,26 @@ def _dropout(rate: float, of: str) -> float:
 class TreeConfig(FamilyConfig):
     """The config of a model that translates a sentence by building a binary tree from its root down.
 
-    An encoder reads the source. A decoder computes a vector for every node of a complete binary tree of this `depth`.
-    The vector gives the probability that the node is a leaf, and a distribution over words. The probability of a target
-    sentence is the sum over all trees with its words at the leaves (arXiv 2010.04704). A target has at most 2^depth
-    words.
+    An encoder reads the source. For every node of a complete binary tree of depth `depth`, a decoder computes the
+    probability that the node is a leaf, and the probability of every word at this leaf. The probability of a target
+    sentence is the sum of the probabilities of all trees whose leaves have the words of the sentence, in their order
+    (arXiv 2010.04704). A target has at most 2^depth words.
 
     The defaults are the sizes and dropout rates of the original code for SCAN.
     """
 
     reads: ClassVar[Literal["translation"]] = "translation"
-    accumulates = False  # the loss is a mean over the sentences of the whole batch
+    accumulates = False  # because the loss is a mean over the sentences of the whole batch
 
-    family: Literal["latent_tree"] = field("latent_tree", "the kind of model; a config file chooses it by its class")
-    V: int | None = field(None, "number of source ids, with id 0 for padding; None: the number in the data", at_least=2)
+    family: Literal["latent_tree"] = field(
+        "latent_tree", "name of the model family; it belongs to the config class, so it cannot be changed"
+    )
+    V: int | None = field(
+        None, "number of source ids, with id 0 for padding; None: the number of source ids of the data", at_least=2
+    )
     V_target: int | None = field(
         None,
-        "number of target ids, with id 0 for padding; None: the number in the data, or V without data",
+        "number of target ids, with id 0 for padding; None: the number of target ids of the data; without data: V",
         at_least=2,
     )
     H: int = field(128, "width of all hidden vectors", at_least=2)
@@ -38,21 +42,22 @@ class TreeConfig(FamilyConfig):
     depth: int = field(8, "depth of the complete tree: a target has at most 2^depth words", at_least=1, at_most=12)
     encoder: Literal["ordered_memory", "tree", "gru"] = field(
         "ordered_memory",
-        "ordered_memory: induces a tree over the source; tree: reads its brackets; gru: bidirectional, without a tree",
+        "ordered_memory: induces a tree over the source; tree: takes the tree from the brackets of the source; gru: "
+        "bidirectional GRU without a tree",
     )
     early_root: bool = field(
-        False, "take the root vector at the word before the last, as the original code does (ordered_memory only)"
+        False, "take the root vector at the second-to-last word, as the original code does (ordered_memory only)"
     )
-    encoder_dropout: float = _dropout(0.1, "encoder=ordered_memory: in its cell; encoder=gru: of the root vector")
+    encoder_dropout: float = _dropout(0.1, "encoder=ordered_memory: in the cell; encoder=gru: of the root vector")
     memory_dropout: float = _dropout(0.1, "encoder=ordered_memory: in slot distributions; encoder=gru: between layers")
-    split_dropout: float = _dropout(0.1, "of the vector of a node, to compute its children")
-    leaf_dropout: float = _dropout(0.1, "of the vectors of a node, to compute whether it is a leaf")
-    output_dropout: float = _dropout(0.1, "of the vector of a node from which its word is chosen")
+    split_dropout: float = _dropout(0.1, "of the vector of a node from which its children are computed")
+    leaf_dropout: float = _dropout(0.1, "of the vectors from which the probability that a node is a leaf is computed")
+    output_dropout: float = _dropout(0.1, "of the vector from which the word of a node is chosen")
     attention_dropout: float = _dropout(0.6, "of the inputs of the queries and keys of the attention")
     norm_eps: float = field(1e-5, "epsilon of every normalisation", above=0)
-    dtype: Dtype = field("float32", "type of the computation")
+    dtype: Dtype = field("float32", "number type of the computation")
     param_dtype: Dtype = field(
-        "float32", "type of the stored parameters; if it is below float32, the optimizer state has float32 masters"
+        "float32", "number type of the parameters; for 16-bit types the optimizer keeps float32 copies (masters)"
     )
     implementation: str | None = field(None, "not used: the model has no kernels")
 
@@ -68,7 +73,7 @@ class TreeConfig(FamilyConfig):
 
     @property
     def target_vocabulary(self) -> int:
-        """The number of target ids: V_target, or if that is None, the size of the source vocabulary."""
+        """The number of target ids: `V_target`, or the size of the source vocabulary if `V_target` is None."""
         return self.vocabulary if self.V_target is None else self.V_target
 
     def check_mesh(self, sizes: dict[str, int], T: int) -> None:

@@ -1,11 +1,13 @@
 """Suggest the right option or config field for a wrong word, such as data.B for "batch_size".
 
-The suggestion is a field that other programs call by the wrong word (SYNONYMS), or a field with a similar name.
+If other programs use the word for the same setting (SYNONYMS), this setting is suggested. Otherwise an option or field
+with a similar name is suggested.
 """
 
 import difflib
 from collections.abc import Iterable
 
+# {config field or option: names of the same setting in other programs}
 SYNONYMS = {
     "data.path": "data dataset data_path data_dir train_file train_data input",
     "data.T": "seq_len seq_length sequence_length context_length ctx_len max_seq_len max_length block_size",
@@ -50,7 +52,7 @@ _MEANT = {word: name for name, words in SYNONYMS.items() for word in words.split
 
 
 def suggestion(word: str, names: Iterable[str]) -> str:
-    """Return the text ' (did you mean X?)' for a word that is not one of `names`; '' if there is no suggestion.
+    """Return the text ' (did you mean X?)' for a word that is not one of `names`, or '' if there is no suggestion.
 
     >>> suggestion("--batch-size", ["data.B", "data.T"]), suggestion("steps", ["train.steps", "train.seed"])
     (" (did you mean 'data.B'?)", " (did you mean 'train.steps'?)")

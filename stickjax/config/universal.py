@@ -13,8 +13,8 @@ from stickjax.config.fields import Dtype, accept_former_names, check_fields, fie
 class SutConfig(FamilyConfig):
     """The config of a Sparse Universal Transformer: a model whose single layer, the block, is applied up to L times.
 
-    After each application of the block, a halting probability is computed for every token. A token halts, that is, the
-    block no longer changes it, when the sum of its halting probabilities reaches `halting_threshold`.
+    After each application of the block, a halting probability is computed for every token. A token halts when the sum
+    of its halting probabilities exceeds `halting_threshold`. Then its output no longer changes.
 
     `act_weight` and the `mi_weight` of the experts multiply losses that are added to the *mean* cross-entropy of the
     tokens. The original code adds these losses to the *sum* of the cross-entropy over the 8192 tokens of a worker. So a
@@ -34,7 +34,7 @@ class SutConfig(FamilyConfig):
     )
     V: int | None = field(
         None,
-        "vocabulary size; None: the number of token ids of the data (of sentence pairs, with 0 for padding)",
+        "vocabulary size; None: the number of token ids of the data; for sentence pairs, id 0 is padding",
         at_least=1,
     )
     D: int = field(128, "width of the residual stream", at_least=1)
@@ -50,26 +50,29 @@ class SutConfig(FamilyConfig):
         "softmax", "softmax: not causal, with relative positions; stick_breaking: causal, without positions"
     )
     clip: int = field(
-        64, "relative positions are -(clip - 1) to clip - 1; distances beyond are clipped (softmax only)", at_least=1
+        64, "relative positions are -(clip - 1) to clip - 1; larger distances are clipped (softmax only)", at_least=1
     )
     sinusoidal: bool = field(True, "add sinusoidal positions to the embedding (softmax only)")
     normalize_before: bool = field(
         False,
-        "pre-norm: normalise the input of every attention and feed-forward network; False: normalise the residual "
-        "stream after it",
+        "True: normalise the input of attention and of the feed-forward network (pre-norm); False: normalise the "
+        "residual stream after each of them (post-norm)",
     )
     halting_threshold: float = field(
         0.999,
-        "a token halts when its halting probabilities add up to this; may be changed after training",
+        "a token halts when the sum of its halting probabilities exceeds this; can be changed after training",
         above=0,
         at_most=1,
     )
     halting_bias: float = field(
         0.0, "added to the logit of not halting; 2, for example, makes a new model use more steps"
     )
-    act_weight: float = field(0.0, "weight of the loss that is the mean halting step of the tokens", at_least=0)
+    act_weight: float = field(0.0, "weight of a loss: the mean halting step of the tokens", at_least=0)
     dropout: float = field(
-        0.0, "dropout in training: of embeddings, branches, attention, hidden units and routers", at_least=0, below=1
+        0.0,
+        "dropout in training: of embeddings, residual branches, attention, hidden units and routers",
+        at_least=0,
+        below=1,
     )
     classes: int = field(0, "number of labels of a pair of sentences; 0: a causal language model", at_least=0)
     norm_eps: float = field(1e-5, "epsilon of every normalisation", above=0)
@@ -102,8 +105,9 @@ class SutConfig(FamilyConfig):
     def sut_base(cls, **changes) -> "SutConfig":
         """Return the config of the base translation model of the paper arXiv 2310.07096.
 
-        It is a config for `models.universal.SparseUniversalTransformer(config, key)`, an encoder and a decoder. V is
-        chosen so that the model has 66M parameters, as in the paper. `changes` are fields with other values.
+        Use the config with `models.universal.SparseUniversalTransformer(config, key)`, which has an encoder and a
+        decoder. V is chosen so that the model has 66M parameters, as in the paper. `changes` are fields with other
+        values.
         """
         return cls(**_translation(E=24) | changes)
 
@@ -111,7 +115,7 @@ class SutConfig(FamilyConfig):
     def sut_big(cls, **changes) -> "SutConfig":
         """Return the config of the big translation model of the paper arXiv 2310.07096, with 110M parameters.
 
-        It has twice as many experts as `sut_base`; a token uses the same number of experts in both. `changes` are
+        The model has twice as many experts as `sut_base`, but a token uses the same number of experts. `changes` are
         fields with other values.
         """
         return cls(**_translation(E=48, sample_topk=1) | dict(act_weight=1 / 8192) | changes)

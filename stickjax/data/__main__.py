@@ -1,6 +1,6 @@
-"""Two commands for token files, which are tokenized texts on disk: `tokenize SOURCE OUT` and `verify OUT`.
+"""Make and verify token files, which are tokenized texts on disk.
 
-They are run as `python -m stickjax.data tokenize SOURCE OUT` and `python -m stickjax.data verify OUT`.
+The commands are `python -m stickjax.data tokenize SOURCE OUT` and `python -m stickjax.data verify OUT`.
 """
 
 import sys
@@ -12,11 +12,11 @@ from stickjax.system.text import printable
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Run the command with the arguments `argv`; None stands for the arguments in `sys.argv`.
+    """Run `tokenize` or `verify` with the arguments `argv`; None: take them from `sys.argv`.
 
     `tokenize SOURCE OUT [--tokenizer byte|tokenizer.json] [--eot TOKEN] [--text-field text]` converts the text SOURCE
-    to the token file OUT. `verify OUT` compares a token file with the sha256 that was recorded when it was made. Both
-    commands print the numbers of documents, tokens and bytes.
+    to the token file OUT. `verify OUT` computes the sha256 of a token file, and compares it with the sha256 that
+    `tokenize` recorded. Both commands print the numbers of documents, tokens and bytes.
     """
     parser = Parser(prog="python -m stickjax.data")
     commands = parser.add_subparsers(required=True, dest="command")
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     one.add_argument("source", metavar="SOURCE", help="text file, .jsonl file or folder")
     one.add_argument("out", metavar="OUT", help="name of the token file; writes OUT.bin and OUT.json")
     one.add_argument("--tokenizer", default="byte", help="byte, or the path of a tokenizer.json")
-    one.add_argument("--eot", help="added token that ends a text, if the folder of the tokenizer names none")
+    one.add_argument("--eot", help="added token that ends a text, if the tokenizer's folder does not name it")
     one.add_argument("--text-field", default="text", help="field of a jsonl line that holds the text")
     one = commands.add_parser("verify", help="read a token file and compare it with its sha256")
     one.add_argument("out", metavar="OUT", help="the token file OUT.bin with its OUT.json")

@@ -4,9 +4,9 @@
     source -> Corpus (held-out part) -> stickjax.data.heldout: windows for evaluation
     stickjax.data.tasks -> task_loader: batches of examples, without a token stream
 
-A source is a text, such as a folder of files, and a Corpus is one token stream. `stickjax.data.readers` chooses the
-training data of a model. If a text does not fit into memory, `python -m stickjax.data tokenize SOURCE OUT` converts it
-to a token file, which is then the source.
+A source is a text, such as a folder of files. A Corpus is one token stream, made from a source.
+`stickjax.data.readers` chooses the training data of a model. If a text does not fit into memory, convert it to a token
+file by `python -m stickjax.data tokenize SOURCE OUT`, and use the token file as the source.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +23,11 @@ from stickjax.data.tokenizer import Tokenizer
 
 
 class _Windows:
-    """Random access to the windows of T + 1 tokens in the token stream `tokens` [n], for `grain.MapDataset.source`.
+    """Random access to windows of T + 1 tokens in the token stream `tokens` [n], for `grain.MapDataset.source`.
 
     Window i begins at token i * T, so the last token of a window is also the first token of the next window. The
-    targets of a window are its last T tokens, so no target is in two windows. Tokens after the last full window are
-    left out.
+    targets of a window are its last T tokens, so no token is a target twice. Tokens after the last full window are left
+    out.
     """
 
     def __init__(self, tokens: np.ndarray, T: int):
@@ -43,15 +43,15 @@ class _Windows:
 def make_batch(windows: np.ndarray, eot: int, bos: int | None = None) -> dict[str, np.ndarray]:
     """Convert B windows of tokens [B, T + 1] into a training batch: a dictionary of four arrays [B, T].
 
-    `tokens`: int32, the inputs of the model, which are the window without its last token.
-    `targets`: int32, the token after each input.
+    `tokens`: int32, the inputs of the model: each window without its last token.
+    `targets`: int32, the next token after each input.
     `segment_ids`: int32, the index of the document of each input. The first document of a window has index 0.
     `loss_mask`: bool, False where the target is left out of the loss.
 
-    `eot` is the id of the token that ends every document. If documents begin with a special token, `bos` is its id.
-    Without `bos`, the model predicts the first token of a document from the `eot` in front of the document, as it does
-    when it generates a text. So an input `eot` is in the segment of the next document. With `bos`, an input `eot` in
-    front of a `bos` stays in the segment of the document that it ends, and its target `bos` is left out of the loss.
+    `eot` is the id of the token that ends every document. If every document begins with a special token, `bos` is the
+    id of this token. Without `bos`, the model predicts the first token of a document from the `eot` in front of it, as
+    in text generation. So an input `eot` is in the segment of the next document. With `bos`, an input `eot` in front of
+    a `bos` stays in the segment of the document that it ends, and its target `bos` is left out of the loss.
 
     >>> {name: array.tolist() for name, array in make_batch(np.array([[7, 8, 9, 5]]), eot=8).items()}
     {'tokens': [[7, 8, 9]], 'targets': [[8, 9, 5]], 'segment_ids': [[0, 1, 1]], 'loss_mask': [[True, True, True]]}
@@ -78,11 +78,12 @@ def batches(
     """Return an endless iterator over the batches of one process. A batch has B // process_count stacked examples.
 
     An epoch uses every example once, in an order that depends on `seed` and on the index of the epoch. The batches of
-    all processes, concatenated in the order of process_index, are the batch of B examples that one process would have.
+    all processes, concatenated in the order of process_index, are the batch of B examples that a single process would
+    get.
 
-    `get_state()` of the iterator returns its position as a small JSON value, which is the same in every process. After
-    `set_state(value)`, a new iterator continues at this position. All processes together then have the same examples as
-    without the interruption, even if process_count differs.
+    The method `get_state()` of the iterator returns its position as a small JSON value, which is the same in every
+    process. After `set_state(value)`, a new iterator continues at this position. All processes together then get the
+    same examples as without the interruption, even if process_count has changed.
 
     Args:
       source: the examples, with random access.
@@ -108,14 +109,14 @@ def batches(
         raise ValueError(f"process_index={process_index} must be in 0..{process_count - 1}")
     if not len(source):
         raise ValueError(
-            "no example can be used: the data is empty, has fewer pairs of sentences than a batch needs, or has only "
-            "examples of more than T tokens"
+            "no example can be used: the data is empty, has fewer examples than a batch needs, or has only examples "
+            "of more than T tokens"
         )
-    # Grain shuffles epoch e by seed + e. Without this hash of `seed`, two runs with the seeds 0 and 1 would have the
-    # same epochs, shifted by one.
+    # Grain shuffles epoch e with the seed `seed` + e. Without this hash of `seed`, epoch 1 of a run with seed 0 would
+    # have the same order as epoch 0 of a run with seed 1.
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     epochs = grain.MapDataset.source(source).shuffle(seed=seed)
-    if len(first):  # concatenated datasets must be finite; so `first` comes again, but only after 10,000 epochs
+    if len(first):  # Grain concatenates only finite datasets. So `first` is repeated, but only after 10,000 epochs.
         epochs = grain.MapDataset.concatenate([grain.MapDataset.source(first), epochs.repeat(10_000)])
     dataset = (
         epochs.repeat().batch(B // process_count, drop_remainder=True).slice(slice(process_index, None, process_count))
@@ -130,15 +131,15 @@ def train_loader(
 ) -> grain.DatasetIterator:
     """Return an endless iterator over the training batches of one process, made from the token stream `corpus`.
 
-    An example is a window of T + 1 tokens. A batch is a dictionary of arrays [B // process_count, T]; `make_batch`
-    explains them. `config` has T, B and the seed of the order of the windows. The function `batches` explains the
-    order, and how to save the position of the iterator.
+    An example is a window of T + 1 tokens. A batch is a dictionary of arrays [B // process_count, T]; the function
+    `make_batch` explains the arrays. `config` has T, B and the seed of the order of the windows. The function `batches`
+    explains the order, and how to save the position of the iterator.
 
     Args:
       corpus: the token stream.
       config: the data section of a config.
       process_index: the index of this process, from 0.
-      process_count: the number of processes, which share the batch of B examples.
+      process_count: the number of processes, which divide the batch of B examples.
 
     Raises ValueError if the text has fewer than T + 1 tokens, or if B is not a multiple of process_count.
 
@@ -169,8 +170,9 @@ def task_loader(
       config: the data section of a config; T, B and `seed` are used. `seed` decides the order of the examples.
       part: "train" or "test".
       process_index: the index of this process, from 0.
-      process_count: the number of processes, which share the batch of B examples.
-      options: arguments for the function `examples` of the task. Its option `seed` decides the content of the examples.
+      process_count: the number of processes, which divide the batch of B examples.
+      options: arguments for the function `examples` of the task. The option `seed` is not `config.seed`: it decides the
+        content of the examples.
 
     Raises ValueError for an unknown task, and for the same reasons as `examples` and `batches`.
 
@@ -184,9 +186,9 @@ def task_loader(
 
 
 class TrainingData(NamedTuple):
-    """The training data of a run: a loader of batches, and what a run records and prints about its data.
+    """The training data of a run: a loader of batches, and what a run records and prints about the data.
 
-    `loader`: a function from (process_index, process_count) to the endless iterator over the batches of this process.
+    `loader`: a function from (process_index, process_count) to an endless iterator over the batches of this process.
     `ids`: the sizes of the data, {field of the model config: number}, such as {"V": 257}; V is the number of token ids.
     `hash`: 16 hex digits that identify the data; a run can be resumed only with data of the same hash.
     `source`: the name of the data in messages.
@@ -208,7 +210,7 @@ class TrainingData(NamedTuple):
 
 
 def text_data(config: Config) -> TrainingData:
-    """Load the text that a config names in its data section, and return it as training data for a language model.
+    """Load the text that `config.data` names, and return it as training data for a language model.
 
     Raises ValueError if the text cannot be read, or if the config has a field that needs examples instead of a text,
     such as a curriculum.

@@ -1,4 +1,4 @@
-"""Load a text as two token streams, one for training and one held out. A token stream is an array [n] of token ids."""
+"""Load a text as two token streams, for training and for evaluation. A token stream is an array [n] of token ids."""
 
 import dataclasses
 import hashlib
@@ -30,8 +30,10 @@ class Corpus:
     tokenizer: Tokenizer
     source: str  # the name of the text in messages
     documents: int  # number of documents
-    bytes: int  # number of bytes of the UTF-8 text; an estimate from the number of tokens if one text was cut in two
-    hash: str  # 16 hex digits of a sha256: of all tokens; for a part of a stream, of the stream's hash and positions
+    # number of bytes of the UTF-8 text; for a part of a stream (`_cut`), an estimate from the number of tokens
+    bytes: int
+    # 16 hex digits of the sha256 of all tokens; for a part of a stream, of the hash of the stream and the positions
+    hash: str
 
     def summary(self) -> str:
         """Return one line about the text, which training prints when it starts.
@@ -62,9 +64,8 @@ def _pack(documents: list[tuple[np.ndarray, int]], tokenizer: Tokenizer, source:
 def document_ends(tokens: np.ndarray, eot: int) -> np.ndarray:
     """Return the end of every document in a token stream: an increasing array of positions in `tokens` [n].
 
-    The end of a document is the position after its last token. The id `eot` is the last token of a document. The last
-    document may also end without `eot`, at the end of the stream. The ids are read in blocks, because a token file may
-    be larger than the memory.
+    The end of a document is the position after its last token, which is `eot`. The last document may also end without
+    `eot`, at the end of the stream. The ids are read in blocks, because a token file may be larger than the memory.
     """
     blocks = range(0, len(tokens), _BLOCK)
     ends = np.concatenate([np.flatnonzero(tokens[b : b + _BLOCK] == eot) + b + 1 for b in blocks])
@@ -72,21 +73,23 @@ def document_ends(tokens: np.ndarray, eot: int) -> np.ndarray:
 
 
 def _cut(corpus: Corpus, heldout_every: int) -> tuple[Corpus, Corpus]:
-    """Cut a stream of n tokens into a training part and a held-out part, and return both. They are views of the stream.
+    """Cut a stream of n tokens into a training part and a held-out part. Return both parts, as views of the stream.
 
-    The held-out part has about n / heldout_every tokens: the cut is at the first end of a document at or after the
-    position n - n / heldout_every. If this is the end of the stream, the cut is before the last document. A stream of a
-    single document is cut inside the document, at the position n - n / heldout_every.
+    The held-out part has about n / heldout_every tokens. The cut is at the first end of a document at or after the
+    position n - n / heldout_every. If this document end is the end of the stream, the cut is before the last document.
+    If the stream has a single document, the cut is inside the document, at the position n - n / heldout_every.
     """
     tokens, eot, n = corpus.tokens, corpus.tokenizer.eot, len(corpus.tokens)
     if n < 2:
-        raise ValueError(f"{corpus.source} has too few tokens, {n}: training and held-out text need at least one each")
+        raise ValueError(
+            f"{corpus.source} has {n} tokens, but the training part and the held-out part need at least one token each"
+        )
     target = n - max(1, n // heldout_every)
-    cut = target  # this is inside a document; it is used only if there is a single document
+    cut = target  # a position inside a document, which is used only if there is a single document
     later = document_ends(tokens[target - 1 :], eot) + target - 1
     if later[0] < n:
         cut = int(later[0])
-    elif len(ends := document_ends(tokens, eot)) > 1:  # the last document is larger than the held-out share
+    elif len(ends := document_ends(tokens, eot)) > 1:  # the last document has more than n / heldout_every tokens
         cut = int(ends[-2])
 
     def part(start: int, stop: int, documents: int) -> Corpus:
@@ -99,7 +102,7 @@ def _cut(corpus: Corpus, heldout_every: int) -> tuple[Corpus, Corpus]:
 
 
 def _load(source: str, config: DataConfig, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
-    """Return the training stream and the held-out stream of one source. `load_corpus` says how the text is divided.
+    """Return (training stream, held-out stream) of one source. `load_corpus` explains how the text is divided.
 
     `source` is one of the names in `config.sources`, such as "stdlib".
     """
@@ -129,9 +132,10 @@ def _load(source: str, config: DataConfig, tokenizer: Tokenizer) -> tuple[Corpus
 
 
 def _mix(corpora: Iterable[Corpus]) -> Corpus:
-    """Concatenate several token streams into one. First, each stream is cut to the length of the shortest stream.
+    """Cut several token streams to the length of the shortest stream, and concatenate them into one stream.
 
-    Then the last token of each stream is replaced by the end of text, because the cut may be inside a document.
+    After the cut, the last token of each stream is replaced by the end-of-text token, because the cut may be inside a
+    document.
     """
     corpora = list(corpora)
     tokenizer = corpora[0].tokenizer
@@ -146,18 +150,18 @@ def _mix(corpora: Iterable[Corpus]) -> Corpus:
 def load_corpus(config: DataConfig) -> tuple[Corpus, Corpus]:
     """Load the text that `config` names, and return two token streams: (for training, held out for evaluation).
 
-    How the text is divided: if `heldout_path` is set, all text of `path` is for training, and the text of
-    `heldout_path` is held out. Otherwise the documents 0, heldout_every, 2 * heldout_every, ... are held out. For a
-    token file or a single document, the last 1 / heldout_every of the tokens is held out instead; then both streams
-    are views of one array. Each stream has at least one token.
+    If `heldout_path` is set, the text of `path` is for training, and the text of `heldout_path` is held out. Otherwise
+    the documents 0, heldout_every, 2 * heldout_every, ... are held out. For a token file or a single document, the last
+    1 / heldout_every of the tokens is held out instead. Then both streams are views of one array. Each stream has at
+    least one token.
 
     Several sources, such as `source="stdlib,logic"`, are loaded one by one. Then the training streams of all sources
     are cut to the length of the shortest stream and concatenated, so that all sources have equal shares. The held-out
-    streams are treated in the same way. The name of a task, such as "logic", is a source of `config.examples` generated
-    lines, which are the same in every run. They are joined into documents of about 4 KB.
+    streams are treated in the same way. The source may also be the name of a task, such as "logic". Then the text is
+    `config.examples` generated lines, which are the same in every run and are joined into documents of about 4 KB.
 
-    Raises ValueError, naming the field or the file, if a file is missing, empty, cannot be read or decoded, or is a
-    token file that another tokenizer than `config.tokenizer` made.
+    Raises ValueError, naming the field or the file, if a file is missing or empty, cannot be read or decoded, or is a
+    token file that was made with another tokenizer than `config.tokenizer`.
 
     >>> train, heldout = load_corpus(DataConfig(heldout_every=10))
     >>> train.tokens.dtype, len(train.tokens) > 8 * len(heldout.tokens) > 0

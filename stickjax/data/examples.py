@@ -1,7 +1,8 @@
 """Training data for models that read examples: pairs of sentences, single sentences, or translations.
 
 A batch of pairs has `left` [B,T], `right` [B,T] and `label` [B]. A batch of sentences has `tokens` [B,T] and `label`
-[B]. A batch of translations has `source` [B,S] and `target` [B,T]. All are int32. Id 0 is padding, on the right.
+[B]. A batch of translations has `source` [B,S] and `target` [B,T]. All arrays are int32. Texts are padded on the right
+with id 0.
 """
 
 from functools import partial
@@ -18,7 +19,7 @@ from stickjax.data.tasks.encoding import words_in
 
 
 def _up_to(length: int, bounds: tuple[int, ...]) -> int:
-    """Return the smallest of `bounds` that is at least `length`. If all bounds are smaller, return the largest one."""
+    """Return the smallest bound that is at least `length`. If all `bounds` are smaller, return the largest bound."""
     return next((bound for bound in bounds if length <= bound), bounds[-1])
 
 
@@ -101,13 +102,13 @@ def task_of(config: Config) -> Task:
 def examples_of(config: Config, part: str, **options) -> Examples:
     """Return examples of `config.data.source` for training or evaluation, in the form that `config.model` reads.
 
-    `part` says which examples: "train", "valid" (for validation) or "test". The source "questions" also has "gen",
-    which tests generalisation. Texts for "train" and "valid" have at most `config.data.T` tokens; other texts may have
-    any length. `options` are arguments for the function `examples` of the source. Among them may be T, which replaces
-    the largest number of tokens in a text.
+    `part` says which examples: "train", "valid" (for validation) or "test". The source "questions" also has the part
+    "gen", which tests generalisation. Texts for "train" and "valid" have at most `config.data.T` tokens; other texts
+    may have any length. `options` are arguments for the function `examples` of the source. The option T replaces the
+    largest number of tokens of a text.
 
-    Raises ValueError if the source does not have examples of the form that the model reads, or if the function
-    `examples` of the source raises it.
+    Raises ValueError if the source does not have examples of the form that the model reads. The function `examples` of
+    the source may also raise ValueError.
     """
     options = {"T": config.data.T if part in ("train", "valid") else None} | options
     return task_of(config).examples(part, **options)
@@ -124,7 +125,7 @@ def example_data(config: Config) -> TrainingData:
         raise ValueError(f"B={d.B} is more than the number of training examples: {len(examples)} {task.name}")
     source, digest = LengthBucketedBatches(examples, d.B, d.seed), examples.digest()
     summary, heldout_hash = f"{len(examples):,} {task.name}, {digest}", None
-    if task.heldout is not None:  # read now, so that an error in the held-out rows comes before training
+    if task.heldout is not None:  # read the held-out rows now, so that an error in them comes before training
         heldout = task.examples("test")
         heldout_hash, labels = heldout.digest(), ", ".join(task.labels)
         summary += f"; {len(task.labels)} labels: {labels:.80}; {len(heldout):,} rows are held out"
@@ -145,10 +146,10 @@ class LengthBucketedBatches:
     """Random access to batches of B examples, where the examples of a batch have about the same length.
 
     The length of an example is the number of tokens of its longest text. The batches are sorted by length, shortest
-    first. The texts of a batch are padded to a multiple of 8 tokens, but to T tokens at most; the sources and the
-    targets of translations are padded separately. Batches of random examples would need about twice the work, because
-    all texts of a batch are padded to the longest one. `seed` decides which examples of the same length are in one
-    batch. The longest examples are left out if they do not fill a batch.
+    first. The texts of a batch are padded to a common length: a multiple of 8 tokens, but at most T tokens. The sources
+    and the targets of translations are padded separately. Batches of random examples would need about twice the work,
+    because they would have more padding. `seed` decides which examples of the same length are in one batch. The longest
+    examples are left out if they do not fill a batch.
     """
 
     def __init__(self, examples: Examples, B: int, seed: int):
@@ -173,8 +174,8 @@ class LengthBucketedBatches:
 class _ShortFirst:
     """A curriculum: a sequence of `steps` batches, which begins with batches of short examples.
 
-    Batch i is drawn at random from the first part of `source`, whose batches are sorted by length, shortest first. This
-    part is the share max(1/10, (i + 1) / steps) of all batches. `seed` decides the random numbers.
+    The batches of `source` are sorted by length, shortest first. Batch i of the sequence is drawn at random from the
+    first max(1/10, (i + 1) / steps) * len(source) batches of `source`. `seed` decides the random numbers.
     """
 
     def __init__(self, source: LengthBucketedBatches, steps: int, seed: int):

@@ -1,4 +1,4 @@
-"""Windows of held-out text to evaluate a model: it predicts the same target tokens with several lengths of context."""
+"""Windows of held-out text, to evaluate how well a model predicts the same tokens with contexts of several lengths."""
 
 import logging
 from collections.abc import Iterator
@@ -16,13 +16,14 @@ log = logging.getLogger(__name__)
 class EvalWindows:
     """W windows of held-out text, to evaluate a model with contexts of m * T tokens, for every m in `lengths`.
 
-    A window is a part of one document: one input token, then at most max(lengths) * T target tokens to predict.
+    A window is one input token, followed by at most max(lengths) * T target tokens to predict. All targets of a window
+    are from one document.
     """
 
     tokens: np.ndarray  # [W, longest + 1], int32: each row is the first input, the targets of one window, and padding
     targets: np.ndarray  # [W], the number of targets of each window; the longest window has `longest` targets
     T: int  # the number of tokens of the context for m = 1
-    lengths: tuple[int, ...]  # the values of m: a document is long enough for a context of m * T tokens
+    lengths: tuple[int, ...]  # the values of m; `heldout_windows` leaves out values that are too large for the text
     bytes: int  # number of bytes of the text of all targets
 
     def pieces(self, m: int) -> tuple[np.ndarray, np.ndarray]:
@@ -48,20 +49,23 @@ def heldout_windows(
 ) -> EvalWindows:
     """Choose windows of a held-out text, to compare the loss of a model with contexts of m * T tokens.
 
-    The targets (tokens to predict) are the same for every m in `lengths`. A window is an input token, then targets from
-    one document. At the start of a document, the input token is its `bos`, or an end of text if there is no `bos`.
+    The targets (tokens to predict) are the same for every m in `lengths`. A window is one input token, followed by
+    targets from one document. The input token is the token before the first target. If the first target is the first
+    token of a document, the input token is the end-of-text token. The `bos` of a document is not a target.
 
-    Windows of max(lengths) * T targets are taken first, in turn from all documents that are long enough. Then come
-    shorter documents and the remaining parts of long documents. At least one window is taken.
+    Windows of max(lengths) * T targets are taken first: one from each document that is long enough, then a second one
+    from each document, and so on. After these come shorter documents and the remaining parts of long documents. At
+    least one window is taken.
 
     Args:
       corpus: the held-out token stream.
       T: the number of tokens of the context for m = 1.
       lengths: the values of m. If no document has m * T targets, m is left out and logged. The smallest m always stays.
-      max_tokens: the largest number of targets in all windows. A first window with more targets is the only window.
+      max_tokens: the largest number of targets in all windows together. If the first window has more targets, it is
+        the only window.
       seed: decides the order in which documents are taken.
 
-    Raises ValueError if a length does not divide the largest length, or if `max_tokens` is below 1.
+    Raises ValueError if a length is below 1 or does not divide the largest length, or if `max_tokens` is below 1.
 
     >>> from stickjax.config import DataConfig
     >>> from stickjax.data.corpus import load_corpus
@@ -74,7 +78,10 @@ def heldout_windows(
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
     for m in lengths:
         if m < 1 or max(lengths) % m:
-            raise ValueError(f"the largest length must be a multiple of every length, such as {m}, got {max(lengths)}")
+            raise ValueError(
+                f"lengths={lengths}: every length must be at least 1 and divide the largest length, {max(lengths)}, "
+                f"but {m} does not"
+            )
     eot, bos, ends = corpus.tokenizer.eot, corpus.tokenizer.bos, document_ends(corpus.tokens, corpus.tokenizer.eot)
     starts = np.append(0, ends[:-1])
     if bos is not None:
@@ -95,7 +102,7 @@ def heldout_windows(
     windows = []
     for document, first, n in sorted(chosen):
         start = starts[document] + first
-        own = first or (start and corpus.tokens[start - 1] == bos)  # True if the previous token is in this document
+        own = first or (start and corpus.tokens[start - 1] == bos)  # whether the previous token is in this document
         before = corpus.tokens[start - 1] if own else eot
         windows.append(np.append(before, corpus.tokens[start : start + n]).astype(np.int32))
     targets = np.array([len(window) - 1 for window in windows])

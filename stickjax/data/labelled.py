@@ -1,4 +1,4 @@
-"""Examples for a classifier from the rows of a file. A row has one or two texts, and a label."""
+"""Make examples for a classifier from the rows of a file. A row has one or two texts, and a label."""
 
 import functools
 import hashlib
@@ -22,11 +22,12 @@ LABELS_FILE = "labels.json"  # a JSON list of the labels; the label with index i
 
 
 class Row(NamedTuple):
-    """A labelled row of a file, in which the texts and the label are converted to ids.
+    """A labelled row of a file. The texts and the label are converted to ids.
 
-    `texts`: for each text its token ids, stored as the bytes of little-endian 32-bit integers.
+    `texts`: the token ids of each text, as the bytes of little-endian 32-bit integers. A token id is the id of the
+      tokenizer plus one, because 0 is padding.
     `label`: the id of the label.
-    `line`: the number of the line in the file, from 1.
+    `line`: the number of the row's line in the file, from 1.
     """
 
     texts: tuple[bytes, ...]
@@ -35,7 +36,7 @@ class Row(NamedTuple):
 
 
 class LabelledExamples(Examples):
-    """Examples that are made from objects of the class `Row`. `digest` does not depend on `Row.line`."""
+    """Examples whose `rows` are objects of the class `Row`. `digest` does not depend on the line numbers."""
 
     rows: Sequence[Row]
 
@@ -48,15 +49,16 @@ class LabelledExamples(Examples):
 
 
 def labelled_task(d: DataConfig, names: tuple[str, ...]) -> Task:
-    """Return the Task of the labelled rows that a data config names: to predict the label from one or two texts.
+    """Return the Task to predict the label of a row from its one or two texts.
 
-    `names` are the names of the arrays with the token ids, one for each text of a row, such as ("left", "right").
+    The data config `d` names the files with the rows. `names` are the names of the arrays with the token ids, one name
+    for each text of a row, such as ("left", "right").
 
     A token id in these arrays is the id of the tokenizer plus one, because id 0 is padding. So V, the number of ids, is
-    `vocab_size` of the tokenizer plus one.
+    the `vocab_size` of the tokenizer plus one.
 
-    Raises ValueError if `d.right_field` is set for one text, or is not set for two texts. Also raises it if the rows
-    cannot be read.
+    Raises ValueError if `d.right_field` is set although there is one name, or is None although there are two names.
+    Also raises it if the labels, the tokenizer or the rows cannot be read.
     """
     if len(names) == 2 and d.right_field is None:
         raise ValueError("this model reads pairs: data.right_field must be the name of the field with the second text")
@@ -75,13 +77,13 @@ def labelled_task(d: DataConfig, names: tuple[str, ...]) -> Task:
 
 
 class LabelledRows:
-    """The labelled rows that a data config names. A file is read when its rows are needed for the first time.
+    """The labelled rows that a data config names. The file `data.path` is read when its rows are first needed.
 
-    `names` are the names of the arrays with the token ids, one for each text of a row.
+    `names` are the names of the arrays with the token ids, one name for each text of a row.
 
     The training rows are needed for the labels if `data.labels` is None, and for the tokenizer if `data.tokenizer` is
-    "words". A run folder has files with its labels and its tokenizer, which its config names. So the held-out rows of a
-    run can be read without the training rows, if they are in another file, `data.heldout_path`.
+    "words". A run folder contains its labels and its tokenizer as files, and the config of the run names these files.
+    So the held-out rows of a run can be read without the training rows, if `data.heldout_path` is another file.
     """
 
     def __init__(self, data: DataConfig, names: tuple[str, ...]):
@@ -96,7 +98,8 @@ class LabelledRows:
 
         `part` is one of these three names. The rows for tests are the held-out rows.
 
-        Raises ValueError if the file cannot be read, has a single row, or if `part` is another name.
+        Raises ValueError if the file cannot be read, if `part` is another name, or if `part` is "valid" and
+        `data.valid_every` is 0. Also raises it if `data.path` has a single row and there is no `data.heldout_path`.
         """
         one_of("part", part, PARTS)
         d = self.data
@@ -107,7 +110,8 @@ class LabelledRows:
         else:
             if len(self._rows) < 2:
                 raise ValueError(
-                    f"data.path={d.path!r} has 1 row, but a training part and a held-out part need one row each"
+                    f"data.path={d.path!r} has 1 row, but a training part and a held-out part need one row each; "
+                    "add rows, or set data.heldout_path"
                 )
             if part == "test":
                 return self._rows[:: d.heldout_every]
@@ -116,9 +120,10 @@ class LabelledRows:
 
     @functools.cached_property
     def labels(self) -> tuple[str, ...]:
-        """The labels in the order of their ids: from the file `data.labels`, or from the training rows, sorted.
+        """The labels in the order of their ids. They are read from the file `data.labels`.
 
-        If all labels are whole numbers, they are sorted as numbers.
+        If `data.labels` is None, they are the labels of the training rows, in sorted order. Then labels are sorted as
+        numbers if all of them are whole numbers.
         """
         if self.data.labels is not None:
             return read_labels(self.data.labels)
@@ -126,7 +131,10 @@ class LabelledRows:
         as_number = all(label.removeprefix("-").isdecimal() for label in found)
         labels = tuple(sorted(found, key=int if as_number else str))
         if len(labels) < 2:
-            raise ValueError(f"data.path={self.data.path!r}: all training rows have the same label {labels[0]!r}")
+            raise ValueError(
+                f"data.path={self.data.path!r}: all training rows have the same label {labels[0]!r}; a classifier "
+                "needs two labels or more"
+            )
         return labels
 
     @functools.cached_property
@@ -142,8 +150,8 @@ class LabelledRows:
     def examples(self, part: str, T: int | None = None) -> LabelledExamples:
         """Return the examples for training ("train"), for validation ("valid") or for tests ("test").
 
-        An example has int32 arrays: for each name in `names` the token ids [T] of a text, padded with 0; and `label`,
-        the id of the label. If T is None, it is the number of tokens of the longest text.
+        An example has int32 arrays. Each name in `names` is an array [T]: the token ids of a text, padded with 0.
+        `label` [] is the id of the label. If T is None, T is the number of tokens of the longest text.
 
         Raises ValueError, with the file and the line, for a text without tokens, for a text of more than T tokens, and
         for a label that is not in `labels`.
@@ -155,8 +163,9 @@ class LabelledRows:
             where = f"{file}:{record.line}"
             if record.label not in label_ids:
                 known = ", ".join(map(repr, self.labels))
+                source = "the training rows" if d.labels is None else f"data.labels={d.labels!r}"
                 raise ValueError(
-                    f"{where}: the label {record.label!r} is not in the training rows; their labels are {known:.100}"
+                    f"{where}: the label {record.label!r} is not one of {known:.100}, the labels of {source}"
                 )
             ids = [np.asarray(self.tokenizer.encode(text), "<i4") + 1 for text in record.texts]
             if not all(map(len, ids)):
@@ -195,5 +204,5 @@ def read_labels(path: str) -> tuple[str, ...]:
     if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(label, str) for label in labels):
         raise ValueError(f'{where} must be a JSON list of two labels or more, such as ["no", "yes"]')
     if len(set(labels)) < len(labels):
-        raise ValueError(f"{where}: a label occurs twice")
+        raise ValueError(f"{where}: the label {max(labels, key=labels.count)!r} occurs more than once")
     return tuple(labels)

@@ -1,9 +1,9 @@
-"""Find words that give away the label of a row, and rows whose label a model does not find from one text alone.
+"""Find words that give away the label of a row, and rows that a model labels wrongly if it reads only one text.
 
 In a data set of sentence pairs, such as SNLI, the second sentence alone can give away the label (Tan, Shen, Huang and
-Courville, 2019, arXiv 1906.09635; Gururangan et al., 2018, arXiv 1803.02324). `word_associations` lists the words that
-do so. `filtered_rows` returns the held-out rows that a model of the second sentence alone gets wrong; a model of both
-sentences is evaluated on them.
+Courville, 2019, arXiv 1906.09635; Gururangan et al., 2018, arXiv 1803.02324). `word_associations` lists such words.
+`filtered_rows` returns the rows that a model labels wrongly if it reads only the second sentence. A model that reads
+both sentences can then be evaluated on these rows.
 """
 
 import math
@@ -19,8 +19,8 @@ from stickjax.data.tokenizer import words_of
 class Association(NamedTuple):
     """A word and a label that occur together in rows. `pmi` is their pointwise mutual information in bits.
 
-    `together` is the number of rows with this label whose text has the word. `rows` is the number of rows whose text
-    has the word, with any label.
+    `together` is the number of rows that have this label and whose text contains the word. `rows` is the number of all
+    rows whose text contains the word, with any label.
     """
 
     word: str
@@ -43,13 +43,13 @@ def word_associations(
 
       pmi(w, y) = log2( p(y | w) / p(y) ),   p(y) = n(y) / N,   p(y | w) = (n(w, y) + s p(y)) / (n(w) + s)
 
-    with s = `smoothing`. The smoothing acts like s further rows with the word, whose labels have the same shares as
-    in all rows. So the pmi of a rare word is close to 0.
+    with s = `smoothing`. The smoothing has the effect of s additional rows that contain the word w, with labels in the
+    same proportions as in all rows. So the pmi of a rare word is close to 0.
 
     Args:
       rows: (text, label) of every row; `stickjax.data.tokenizer.words_of` splits the text.
       min_count: a word that occurs in fewer rows is left out.
-      smoothing: s, the number of rows that are added for each word.
+      smoothing: s, the number of additional rows for each word.
 
     Raises:
       ValueError: `min_count` is below 1, `smoothing` is below 0, or there are no rows.
@@ -84,9 +84,9 @@ def word_associations(
 
 
 def majority_share(labels: Sequence) -> float:
-    """Return the share of the most frequent label: the accuracy of a classifier that always chooses this label.
+    """Return the fraction of rows with the most frequent label.
 
-    `labels` has the label of every row.
+    A classifier that always chooses this label has this accuracy. `labels` has the label of every row.
 
     >>> majority_share(["no", "yes", "no"])
     0.6666666666666666
@@ -95,7 +95,7 @@ def majority_share(labels: Sequence) -> float:
 
 
 def filtered_rows(rows: Sequence[Record], chosen: Sequence[str]) -> list[Record]:
-    """Return the rows for which a model that reads only one of two texts chose a wrong label.
+    """Return the rows for which a model chose a wrong label, such as a model that reads only one of two texts.
 
     `chosen` has the label that the model chose for each row. Raises ValueError if `rows` and `chosen` differ in length.
 
@@ -111,8 +111,9 @@ def filtered_rows(rows: Sequence[Record], chosen: Sequence[str]) -> list[Record]
 def lines_of(path: str | Path, lines: Iterable[int]) -> bytes:
     """Copy some rows of a file of labelled rows, and return them as the content of a new file of the same format.
 
-    `lines` are the numbers of the lines to copy, from 1. The lines are copied with all their fields, and the first line
-    of a table is always copied. The new file can be used as `data.heldout_path`, for example.
+    `lines` are the numbers of the lines to copy, counted from 1. The lines are copied with all their fields. The first
+    line of a table (.tsv or .csv), which has the names of the columns, is always copied. The new file can be used as
+    `data.heldout_path`, for example.
 
     Raises ValueError for a .csv file in which a value has several lines.
     """

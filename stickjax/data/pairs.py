@@ -1,4 +1,4 @@
-"""Pairs of sentences for the evaluation of a classifier."""
+"""Labelled pairs of sentences for a classifier."""
 
 from stickjax.config import Config
 from stickjax.data.examples import examples_of
@@ -10,12 +10,13 @@ def pair_examples(config: Config, part: str, **options) -> Examples:
 
     `part` is "train", "valid" or "test".
 
-    `options` are arguments for the function `examples` of the source, such as `buckets` for
-    `stickjax.data.tasks.logic.examples`. A sentence has at most `config.data.T` tokens, or T if T is among the options.
+    `options` are keyword arguments of the source's function `examples`, such as `buckets` of
+    `stickjax.data.tasks.logic.examples`. T is one of them: the largest number of tokens of a sentence. The default is
+    `config.data.T`.
 
-    Raises ValueError if `config.data.source` has no pairs, if it has no buckets but `buckets` is one of the options, or
-    if a sentence has more than T tokens.
+    Raises ValueError if `config.data.source` has no pairs, if `buckets` is given for another source than "logic", or if
+    a sentence has more than T tokens.
     """
     if "buckets" in options and config.data.source != "logic":
-        raise ValueError(f"pairs by their number of operators need source='logic', not {config.data.source!r}")
+        raise ValueError(f"buckets of pairs need data.source='logic', not {config.data.source!r}")
     return examples_of(config, part, **{"T": config.data.T} | options)

@@ -1,4 +1,4 @@
-"""Choose the training data of a model, and the sizes that follow from it: a text, or examples."""
+"""Load the training data of a model, which is a text or examples, and find the model sizes that depend on the data."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,13 +10,13 @@ from stickjax.data.tokenizer import load_tokenizer
 
 
 class Reader(NamedTuple):
-    """The functions for one kind of training data, such as a text. Each function takes a Config.
+    """Three functions for training data of one form, such as a text or pairs of sentences. Each takes a Config.
 
     `data`: returns the training data.
-    `ids`: returns the sizes of the data as {field of the model config: number}, such as {"V": 12, "classes": 7}. V is
-      the number of token ids, V_target is the number of ids of the targets of translations, and classes is the number
-      of labels.
-    `source`: returns a text for messages, which says where the ids come from, such as "tokenizer='byte'".
+    `ids`: returns the sizes that the model needs as {field of the model config: number}, such as {"V": 12,
+      "classes": 7}. V is the number of token ids. V_target is the number of token ids of the target texts, if the data
+      are translations. classes is the number of labels.
+    `source`: returns where the ids come from, as a text for messages, such as "tokenizer='byte'".
     """
 
     data: Callable[[Config], TrainingData]
@@ -25,7 +25,7 @@ class Reader(NamedTuple):
 
 
 _EXAMPLES = Reader(example_data, lambda config: task_of(config).ids, lambda config: task_of(config).name)
-# {kind of data, as in the field `reads` of a model's config: the functions for this kind}
+# {what a model reads, as in the field `reads` of its config: the functions for data of this form}
 READERS = {
     "text": Reader(
         text_data,
@@ -36,11 +36,11 @@ READERS = {
 
 
 def training_data(config: Config) -> TrainingData:
-    """Load the training data of a config, of the kind that its model reads.
+    """Load the training data of a config, in the form that its model reads.
 
     A language model reads a text. A classifier reads pairs of sentences or single sentences. A model of translations
     reads translations.
 
-    Raises ValueError if `config.data.source` cannot be read, or is not the kind of data that the model needs.
+    Raises ValueError if `config.data.source` cannot be read, or does not have data of the form that the model reads.
     """
     return READERS[config.model.reads].data(config)

@@ -1,4 +1,4 @@
-"""Sources of text: iterators over the documents in files, in folders and in Python's standard library."""
+"""Read texts: iterate over the documents in files, in folders and in Python's standard library."""
 
 import codecs
 import json
@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 
 TOKENS_FORMAT = "stickjax-tokens"  # the value of "format" in the .json of a token file
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z")
-# BOM_UTF32_LE begins with BOM_UTF16_LE.
+# BOM_UTF32_LE is not in this list: it begins with BOM_UTF16_LE.
 _OTHER_UNICODE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
-# Parts of the standard library that are left out: files that are not library code, and tables of data in Python.
+# What `stdlib_documents` leaves out: folders without library code, files that are tables of data, generated files.
 _NOT_LIBRARY = re.compile(
     r"(site-packages|dist-packages|tests?|idlelib|lib2to3|pydoc_data|encodings|ensurepip|__pycache__|config-.*)$"
 )
@@ -32,16 +32,17 @@ _GENERATED = re.compile(r"generated (by|from)|automatically generated", re.IGNOR
 class NotText(Exception):
     """Raised for a file that is not text.
 
-    Arguments: what the file is, such as "compressed", and sometimes what the user can do, such as "unpack it first".
+    Its arguments are texts for messages: what the file is, such as "compressed", and for some files what the user can
+    do, such as "unpack it first".
     """
 
 
 def files_below(folder: Path, skip: re.Pattern | None = None) -> list[Path]:
     """Return the paths of all files in a folder and its subfolders, sorted by the path relative to the folder.
 
-    Hidden files and folders are left out, and so are folders whose name matches `skip`. Symbolic links are followed. A
-    file that has several paths is returned once: with its real path if the real path is inside the folder, otherwise
-    with the path of a link.
+    Hidden files and folders are left out. Folders whose name matches `skip` are left out too. Symbolic links are
+    followed. A file that can be reached by several paths is returned once. If one of these paths contains no link, it
+    is this path; otherwise it is the path of a link.
 
     Raises ValueError if a folder cannot be read.
     """
@@ -111,9 +112,10 @@ def read_text(file: Path) -> str:
 
 
 def stdlib_documents() -> Iterator[str]:
-    """Yield the text of each Python file in the standard library of the running Python: a text to train on offline.
+    """Yield the text of each Python file in the standard library of the running Python.
 
-    Tests, generated tables and files that are not UTF-8 are left out.
+    A model can be trained on this text without a download. Tests, generated files, tables of data, files that are not
+    UTF-8, and a few folders such as idlelib are left out.
     """
     folder = Path(sysconfig.get_paths()["stdlib"])
     for file in files_below(folder, _NOT_LIBRARY):
@@ -162,9 +164,10 @@ def _lines_of_json(file: Path, lines: Iterable[bytes], text_field: str) -> Itera
 
 
 def _is_token_file(file: Path) -> bool:
-    """Return True if `file` is one of the two files of a token file, which is a tokenized text on disk.
+    """Return True if `file` belongs to a token file, which is a tokenized text on disk.
 
-    A token file consists of NAME.bin with the token ids, and NAME.json, whose entry "format" is TOKENS_FORMAT.
+    A token file consists of two files: NAME.bin has the token ids, and NAME.json describes them. The value of "format"
+    in NAME.json is TOKENS_FORMAT.
     """
     description = file.with_suffix(".json")
     try:
@@ -199,9 +202,9 @@ def _records(file: Path, text: str, text_field: str) -> Iterable[str] | None:
 
 
 def _documents(file: Path, text_field: str) -> tuple[Iterable[str], bool]:
-    """Return (the documents of a file, whether the file is a .json file that is read as one document).
+    """Return (the documents of a file, True if the file is a .json file that is read as one document).
 
-    `text_field` is the field that has the text of a JSON object. Raises NotText if the file is not text.
+    `text_field` is the name of the field in which a JSON object has its text. Raises NotText if the file is not text.
     """
     suffix = file.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
@@ -222,10 +225,10 @@ def _count(files: list[Path], root: Path) -> str:
 def text_documents(path: str, text_field: str = "text", name: str = "data.path") -> Iterator[str]:
     """Yield the documents of a text file, or of all text files in a folder and its subfolders, sorted by path.
 
-    A document is a text; empty ones are left out. Most files are one document. A .jsonl or .ndjson file has one
-    document per line: the field `text_field` of the JSON object on the line. A .json file may contain such
-    objects too: a single object, one on every line, or an array. Then each object is a document. Any other .json file
-    is one document, and a log message says so. A byte order mark is removed.
+    A document is a text. Most files are one document. A .jsonl or .ndjson file has one document per line: the field
+    `text_field` of the JSON object on the line. A .json file may contain such objects too: a single object, one object
+    on every line, or an array of objects. Then each object is a document. Any other .json file is one document, and a
+    log message says so. Empty documents are left out. A byte order mark is removed.
 
     In a folder, hidden files are left out. Files that are not text are left out too, and a log message gives their
     number: files that are not UTF-8 or have NUL bytes, token files, pipes, sockets, devices and broken links. Links to
@@ -233,11 +236,11 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
 
     Args:
       path: the file or folder.
-      text_field: the name of the field of a JSON object that has the text.
+      text_field: the name of the field in which a JSON object has its text.
       name: the name of the config field or argument that has the path, for messages.
 
-    Raises ValueError if the path does not exist, cannot be read, has no text or is not text. The same error is raised
-    if a JSON object does not have the field `text_field`; its message names the file and the line.
+    Raises ValueError if the path does not exist, cannot be read, has no text, or is a file that is not text. Also
+    raises it if a JSON object does not have the field `text_field`. Then the message names the file and the line.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Find special tokens, such as the end of text: their ids are in files next to a tokenizer.json, in the same folder."""
+"""Find the ids of special tokens, such as the end of text, in the files beside a tokenizer.json."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from stickjax.system.disk import write_file
 
 GENERATION = "generation_config.json"
-# A file in a run folder. It keeps the ids from the config.json of the Hugging Face folder: our config.json has no ids.
+# A file in a run folder, with the ids from the config.json of a Hugging Face folder. The config.json of a run has none.
 TOKEN_IDS = "token_ids.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# Files that belong to a tokenizer.json. The first of them that names an end of text decides.
+# Files that may lie beside a tokenizer.json. If several of them name an end of text, the first in this order counts.
 FILES = (
     GENERATION, TOKEN_IDS, TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
 )  # fmt: skip
@@ -20,17 +20,24 @@ _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls
 
 
 class Named(NamedTuple):
-    """The ids of the special tokens that the files in a tokenizer's folder name. The function `named` returns it."""
+    """The ids of the special tokens that the files in a tokenizer's folder name: the result of the function `named`.
 
-    ends: tuple[int, ...]  # each of these ids ends a generated text; the first also ends a document in training
-    special: frozenset[int]  # the ids of all added tokens that a file names as special tokens, for any purpose
-    problem: str = ""  # a message, if a file names an end of text that the tokenizer does not have
+    `ends`: each of these ids ends a generated text. The first of them also ends a document in training.
+    `special`: the ids of all added tokens that a file names as special tokens, for any purpose. Added tokens are the
+      tokens in the list "added_tokens" of the tokenizer.json.
+    `problem`: an error message if a file names an end of text that is not an added token, and no file names an end of
+      text that is one. Otherwise "".
+    """
+
+    ends: tuple[int, ...]
+    special: frozenset[int]
+    problem: str = ""
 
 
 def read_object(content: bytes, where: str | Path) -> dict[str, Any]:
     """Parse bytes that are a JSON object, and return it as a dictionary. A byte order mark is allowed.
 
-    Raise ValueError for anything else; the message begins with `where`, such as the path of the file.
+    Raises ValueError for other bytes. The message begins with `where`, such as the path of the file.
 
     >>> read_object(b'{"eos_token_id": 5}', "config.json")
     {'eos_token_id': 5}
@@ -47,8 +54,10 @@ def read_object(content: bytes, where: str | Path) -> dict[str, Any]:
 def read_files(folder: Path) -> dict[str, bytes]:
     """Read the files of a tokenizer's folder that may name special tokens, and return {name of the file: content}.
 
-    These are the files in `FILES` that exist. A Hugging Face config.json also has ids of special tokens: they are
-    returned as the content of a file with the name TOKEN_IDS. Raise ValueError if a file cannot be read.
+    These are the files in `FILES` that exist. The config.json of a Hugging Face model also has ids of special tokens.
+    They are returned as the content of a file with the name TOKEN_IDS.
+
+    Raises ValueError if a file cannot be read.
     """
     files = {}
     for name in (*FILES, "config.json"):
@@ -73,7 +82,9 @@ def write_files(files: Mapping[str, bytes], folder: Path) -> None:
 
 
 def with_end(files: Mapping[str, bytes], ends: Sequence[int], text: str, folder: Path) -> dict[str, bytes]:
-    """Return a copy of `files` in which the entries for the end of text have the ids `ends`, or the text `text`.
+    """Return a copy of `files` that names another end of text.
+
+    The entries "eos_token_id" get the ids `ends`, and the entry "eos_token" gets the text `text`.
 
     Args:
       files: {name of the file: content}, the result of `read_files(folder)`.
@@ -86,7 +97,7 @@ def with_end(files: Mapping[str, bytes], ends: Sequence[int], text: str, folder:
     for name, key, value in (
         (GENERATION, "eos_token_id", ids), (TOKEN_IDS, "eos_token_id", ids), (TOKENIZER_CONFIG, "eos_token", text),
     ):  # fmt: skip
-        # If there is no GENERATION file, other programs read the ids for generation from config.json.
+        # A missing GENERATION file is not created: without it, other programs read these ids from config.json.
         if name != GENERATION or name in files:
             tree = read_object(files.get(name, b"{}"), folder / name)
             changed[name] = (json.dumps(tree | {key: value}, indent=2) + "\n").encode()
@@ -102,7 +113,8 @@ def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) ->
       added: {text: id} of the added tokens in the tokenizer.json of the folder.
       folder: the folder of the files, for messages.
 
-    Raises ValueError if a file is not a JSON object, or if an entry is neither an id nor a token.
+    Raises ValueError if a file is not a JSON object, or if the value of an entry for a special token is neither a token
+    id nor the text of a token.
 
     >>> named({"generation_config.json": b'{"eos_token_id": [5, 6]}'}, {"<|end|>": 5}, Path("folder"))
     Named(ends=(5, 6), special=frozenset({5}), problem='')
@@ -120,10 +132,10 @@ def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) ->
             if not key.startswith("eos") or tree.get(key) in (None, "", -1) or ends:
                 continue
             if set(found) & set(added.values()):
-                # An ordinary token may end a generated text, but not a document.
+                # Added tokens come first: an ordinary token may end a generated text, but not a document.
                 ends = tuple(sorted(found, key=lambda i: i not in added.values()))
             else:
-                wrong = f"{folder / name} says {key}={tree[key]!r}, which is no added token of tokenizer.json"
+                wrong = f"{folder / name} says {key}={tree[key]!r}, which is not an added token of tokenizer.json"
                 problem = problem or wrong
     return Named(ends, frozenset(special & set(added.values())), "" if ends else problem)
 
@@ -136,8 +148,8 @@ def _ids(key: str, value: Any, added: Mapping[str, int], where: Path) -> list[in
     Args:
       key: the name of the entry, such as "eos_token_id".
       value: the value of the entry: a token id if `key` ends in "_id", otherwise the text of a token or an object
-        {"content": text}. It may also be a list of these, or None. For the key "added_tokens_decoder", it is a
-        dictionary of objects {"content": text, "special": bool}; only those with a true "special" are used.
+        {"content": text}. It may also be a list of such values, or None. For the key "added_tokens_decoder", it is a
+        dictionary {id: {"content": text, "special": bool}}. Its tokens are used if "special" is true.
       added: {text: id} of the added tokens.
       where: the path of the file, for messages.
 
@@ -145,7 +157,7 @@ def _ids(key: str, value: Any, added: Mapping[str, int], where: Path) -> list[in
     """
     if value is None:
         return []
-    if key == "added_tokens_decoder":  # {id: {"content": text, "special": whether}}
+    if key == "added_tokens_decoder":
         entries = value.values() if isinstance(value, dict) else [value]
         value = [entry for entry in entries if not isinstance(entry, dict) or entry.get("special")]
     ids = []

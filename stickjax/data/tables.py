@@ -1,4 +1,4 @@
-"""Read labelled rows from a file: a JSON object on every line, or a table with columns separated by tabs or commas."""
+"""Read labelled rows from a file of JSON objects, one on each line, or from a table in a .tsv or .csv file."""
 
 import csv
 import json
@@ -30,16 +30,16 @@ def read_records(path: str, data: DataConfig, name: str = "data.path") -> list[R
     """Read the labelled rows of a file.
 
     A .jsonl or .ndjson file has a JSON object on every line. A .tsv file has columns separated by tabs, without
-    quotation marks around values; a .csv file has columns separated by commas. The first line of a table has the names
-    of the columns. Empty lines are left out. Rows with the label `data.unlabelled` are also left out, and a log message
-    says how many.
+    quotation marks around values. A .csv file has columns separated by commas. The first line of a .tsv or .csv file
+    has the names of the columns. Empty lines are left out. Rows with the label `data.unlabelled` are also left out, and
+    a log message gives their number.
 
     The texts and the label are in the fields `data.left_field`, `data.right_field` (if it is not None) and
     `data.label_field`. The label of a JSON object may also be a whole number, true or false.
 
-    `name` is the config field that has the path, for messages. Raises ValueError, with the file and the line, if the
-    file cannot be read, a row has another number of columns than the first line, a field is missing or empty, or there
-    are no rows.
+    `name` is the config field that has the path, for messages. Raises ValueError if the file cannot be read, if a row
+    has more or fewer columns than the first line, if a field is missing or empty, or if there are no rows. An error in
+    a row names the file and the line.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +50,7 @@ def read_records(path: str, data: DataConfig, name: str = "data.path") -> list[R
     """
     file, found, left_out = Path(path), [], 0
     if not file.exists() and not file.is_symlink():
-        raise ValueError(f"{name}={path!r} does not exist; --{name}=PATH says where it is")
+        raise ValueError(f"{name}={path!r} does not exist; give the right path by --{name}=PATH")
     suffix = file.suffix.lower()
     if suffix not in SUFFIXES and not file.is_dir():
         raise ValueError(f"{name}={path!r}: labelled rows are read from files that end with {', '.join(SUFFIXES)}")
@@ -83,7 +83,7 @@ def _lines(file: Path) -> Iterator[str]:
             try:
                 yield line.decode()
             except UnicodeDecodeError as error:
-                raise ValueError(f"{printable(file)}:{number}: not UTF-8 text: {error.reason}") from error
+                raise ValueError(f"{printable(file)}:{number}: this line is not UTF-8 text: {error.reason}") from error
 
 
 def _objects(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
@@ -98,18 +98,18 @@ def _objects(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, dict]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not a line of JSON: {error}") from error
+            raise ValueError(f"{where}: this line is not JSON: {error}") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: a {type(row).__name__}, not a JSON object")
+            raise ValueError(f"{where}: this line must be a JSON object, not a {type(row).__name__}")
         yield number, row
 
 
 def _columns(file: Path, lines: Iterable[str], suffix: str, fields: dict) -> Iterator[tuple[int, dict]]:
-    """Yield (number of the line, from 1; {name of a column: value}) for every row of a table, without its first line.
+    """Yield (number of the line, from 1; {name of a column: value}) for every row of a table after its first line.
 
-    The value of a .csv file may have several lines; then the number is the one of the last line of the row. `file` and
-    `suffix` are the path of the table and its ending. `fields` is {config field: name of a column}; these columns must
-    exist.
+    A value in a .csv file may contain line breaks. Then the number belongs to the last line of the row. `file` is the
+    path of the table, and `suffix` is its ending, such as ".csv". `fields` is {config field: name of a column}. These
+    columns must exist.
     """
     tabs = suffix == ".tsv"
     reader = csv.reader(
@@ -144,10 +144,11 @@ def _check_field(where: str, option: str, field: str, known: Iterable[str]) -> N
 
 
 def _record(where: str, row: dict, fields: dict[str, str], line: int) -> Record:
-    """Return the Record of a row. `where` (file and line) is the start of messages.
+    """Return the Record of a row.
 
-    `row` is {name of a field: value}. `fields` is {config field, such as "left_field": name of a field}; its order is
-    the texts, then the label. `line` is the number of the line in the file.
+    `where` is the file and the line, for messages. `row` is {name of a field: value}. `fields` is {config field, such
+    as "left_field": name of a field}. It lists the fields of the texts first, then the field of the label. `line` is
+    the number of the line in the file.
     """
     for option, field in fields.items():
         _check_field(where, option, field, row)

@@ -1,4 +1,4 @@
-"""The class Task, a source of examples for a model that reads examples instead of a text, such as a classifier."""
+"""The class Task: a source of examples. Some models, such as classifiers, read examples instead of a text."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -14,19 +14,20 @@ class Task(NamedTuple):
     `ids`: the sizes that the model needs, {field of the model config: number}. The fields are V, the number of token
       ids; V_target, the number of token ids of the targets of translations; and classes, the number of labels.
     `examples`: the function `examples(part, T=..., **options)`. It returns the examples for `part`, such as "train" or
-      "test". A text has at most T tokens; T None: any number of tokens.
+      "test". A text has at most T tokens. If T is None, a text may have any number of tokens.
     `decode`: {name of an array of token ids: a function that converts the ids of one text to the text}.
     `labels`: the names of the labels, in the order of their ids.
-    `bucket`: a function from a row (see `Examples`) to a number that says how long the row is, such as its number of
-      operators. An evaluation scores the rows with the same number, a bucket, together. None: all rows are one bucket.
-    `bucket_name`: what the number of `bucket` counts, such as "operators".
-    `brackets`: a function from a row to its texts with brackets around every node of their true trees. None: the texts
-      have no trees.
+    `bucket`: a function from a row (see `Examples`) to a number that measures its length, such as its number of
+      operators. The rows with the same number form a bucket. An evaluation computes the accuracy of each bucket. None:
+      all rows are in one bucket.
+    `bucket_name`: what the number of a bucket counts, such as "operators".
+    `brackets`: a function from a row to the list of its texts, in which brackets show the true tree of each text. None:
+      the texts have no trees.
 
     Three fields are set for labelled rows only:
 
     `tokenizer`: the tokenizer that converts a text to ids.
-    `heldout`: the name of the held-out rows in messages.
+    `heldout`: the path of the file with the held-out rows, for messages.
     `files`: {name: content} of the files that training writes into the run folder, besides the tokenizer.
     """
 

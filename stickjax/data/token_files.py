@@ -1,7 +1,7 @@
-"""Token files: tokenized texts on disk, which may be larger than the memory.
+"""Token files: tokenized texts on disk, which may be larger than the memory of the machine.
 
-A token file OUT consists of two files: OUT.bin has the token ids of the text, and OUT.json says which tokenizer made
-them, how many there are, and the sha256 of OUT.bin.
+A token file OUT consists of two files. OUT.bin has the token ids of the text. OUT.json has the name of the tokenizer
+that made them, their number, and the sha256 of OUT.bin.
 """
 
 import functools
@@ -21,18 +21,21 @@ from stickjax.system.text import printable
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 2**22  # tokens read at a time from a file that may not fit into memory
-_VERIFIED = 2**30  # bytes; the sha256 of a file up to this size is checked whenever it is opened (about two seconds)
+_BLOCK = 2**22  # number of token ids, at the start and at the end of a file, that are compared with vocab_size
+_VERIFIED = 2**30  # bytes; the sha256 of a file up to this size is checked when the file is opened (about two seconds)
 _TYPES = dict(
     num_documents=int, num_tokens=int, num_bytes=int, dtype=str, vocab_size=int, eot=int, tokenizer=str, sha256=str
 )
 
 
 def token_paths(path: str) -> tuple[Path, Path]:
-    """Return the two paths OUT.bin and OUT.json of a token file. `path` is OUT, OUT.bin or OUT.json."""
+    """Return the two paths OUT.bin and OUT.json of a token file. `path` is OUT, OUT.bin or OUT.json.
+
+    Raises ValueError if `path` has no file name.
+    """
     stem = Path(path).with_suffix("") if Path(path).suffix in (".bin", ".json") else Path(path)
     if not stem.name:
-        raise ValueError(f"{path!r} is not the name of a file to which .bin and .json can be added")
+        raise ValueError(f"{path!r} is not the path of a token file; give a path such as folder/name")
     return stem.with_name(stem.name + ".bin"), stem.with_name(stem.name + ".json")
 
 
@@ -46,7 +49,7 @@ def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "
       source: a text file, a .jsonl file, or a folder of such files.
       out: the path of the token file, without an ending.
       tokenizer: "byte" or the path of a tokenizer.json.
-      text_field: the field of a JSON object that has the text.
+      text_field: the name of the field in which a JSON object has its text.
       eot: the text of the added token that ends a document; None: it is found in the files of the tokenizer.
 
     Raises ValueError if the text or the tokenizer cannot be read, or if a file cannot be written.
@@ -76,7 +79,7 @@ def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "
         for temporary, path in zip(partial, (data_path, meta_path), strict=True):
             os.chmod(temporary, 0o644)  # temporary files are readable by their owner only
             os.replace(temporary, path)
-    except OSError as error:  # of writing; reading raises ValueError
+    except OSError as error:  # an error of writing; functions that read raise ValueError
         reason = REASONS.get(error.errno, error.strerror)
         raise ValueError(f"cannot write {printable(data_path)}: {reason}") from error
     finally:
@@ -86,10 +89,12 @@ def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "
 
 
 def _read_meta(path: str, name: str) -> dict:
-    """Return the content of the .json file of a token file, where the value of "dtype" is converted to a NumPy dtype.
+    """Return the content of the .json file of a token file. The value of "dtype" is converted to a NumPy dtype.
 
     `path` is the path of the token file, and `name` is the config field or argument that has this path, for messages.
-    Raise ValueError if the .bin or the .json does not exist, or if a field of the .json is missing or has a wrong type.
+
+    Raises ValueError if the .bin or the .json does not exist, if the .json has another format, or if an entry of the
+    .json is missing or has a wrong type.
     """
     data_path, meta_path = token_paths(path)
     for file in (data_path, meta_path):
@@ -130,10 +135,12 @@ def _sha256(file: Path, size: int, changed: int) -> str:
 
 
 def verify(path: str, name: str = "PATH") -> dict:
-    """Check that a token file is intact: that its .bin has the sha256 that its .json records. Return the .json content.
+    """Check that a token file is intact, and return the content of its .json.
 
-    `path` is the path of the token file, and `name` is the config field or argument that has this path, for messages.
-    Raises ValueError if the sha256 differs, or if the .json does not describe a token file.
+    A token file is intact if the sha256 of its .bin is the one in its .json. `path` is the path of the token file, and
+    `name` is the config field or argument that has this path, for messages.
+
+    Raises ValueError if the sha256 differs, if a file is missing, or if the .json does not describe a token file.
     """
     meta, (file, _) = _read_meta(path, name), token_paths(path)
     state = file.stat()
@@ -146,16 +153,17 @@ def verify(path: str, name: str = "PATH") -> dict:
 
 
 def open_tokens(path: str, tokenizer: Tokenizer, name: str) -> tuple[np.ndarray, dict]:
-    """Open a token file, and return (its token ids [n], the content of its .json). The ids are a memmap of the .bin.
+    """Open a token file, and return (its token ids [n], the content of its .json).
 
-    If the .bin has at most 1 GiB, its sha256 is checked. If it is larger, a log message says that it is not verified.
+    The token ids are a memory map of the .bin, so they need not fit into memory. If the .bin has at most 1 GiB, its
+    sha256 is checked. If it is larger, a log message says that it is not verified.
 
     Args:
       path: the path of the token file.
       tokenizer: the tokenizer that must have made the token file.
       name: the name of the config field that has the path, for messages.
 
-    Raises ValueError if the token file is damaged or was made by another tokenizer.
+    Raises ValueError if the token file is missing, is damaged, or was made by another tokenizer.
     """
     meta, (data_path, _) = _read_meta(path, name), token_paths(path)
     n, dtype = meta["num_tokens"], meta["dtype"]

@@ -13,8 +13,8 @@ import numpy as np
 
 from stickjax.data import special_tokens
 
-# The end-of-text tokens of published tokenizers. If no file names the end of text of a tokenizer, it is the first of
-# these tokens that is an added token of the tokenizer.
+# The end-of-text tokens of published tokenizers. If no file names the end of text of a tokenizer, the first of these
+# tokens that is among the added tokens of the tokenizer is used.
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
 
 WORDS_FILE = "words.json"  # the file of a `WordTokenizer`
@@ -35,12 +35,12 @@ class Tokenizer(abc.ABC):
     """The interface of every tokenizer.
 
     Special tokens, such as the end of text, decode to the empty text. If a text contains the spelling of a special
-    token, such as "<|endoftext|>", the spelling is encoded as ordinary letters, except by `encode` with
-    special=True.
+    token, such as "<|endoftext|>", the spelling is encoded as ordinary text. Only `encode` with special=True encodes
+    it as the special token.
 
     Attributes:
-      name: 'byte', or 'hf:' or 'words:' and 16 hex digits of the sha256 of the file of the tokenizer. It is recorded
-        with a trained model.
+      name: 'byte', 'hf:HASH' or 'words:HASH'. HASH is the first 16 hex digits of the sha256 of the tokenizer's file.
+        The name is stored with a trained model.
       vocab_size: the largest token id plus one; some smaller ids may be unused.
       eot: the id of the end of text, which ends a document in training.
       ends: the ids that end a generated text, including `eot`.
@@ -58,8 +58,8 @@ class Tokenizer(abc.ABC):
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:
         """Return the token ids [n] of a text, with the ids of `prefix` in front.
 
-        With `special`, a part of the text that spells a special token is encoded as this token. The prefix is added
-        only once: a text from a chat template may already begin with it.
+        With `special`, a part of the text that spells a special token is encoded as this token. The prefix is not added
+        if the ids already begin with it, as they may for a text from a chat template.
         """
         ids, prefix = self._encode(text, special).tolist(), list(self.prefix)
         return np.array(ids if ids[: len(prefix)] == prefix else prefix + ids, token_dtype(self.vocab_size))
@@ -100,13 +100,13 @@ class Tokenizer(abc.ABC):
     def prompt(self, text: str, *, special: bool = False) -> np.ndarray:
         """Return the token ids [n] of a prompt for a model: the ids of `encode(text)`, or `eot` if there are none.
 
-        A prompt needs at least one id. `eot` is a good one, because it comes before every document in training.
+        A prompt needs at least one id. If it is empty, `eot` is used: in training, a new document begins after `eot`.
         """
         ids = self.encode(text, special=special)
         return ids if len(ids) else np.array([self.eot], token_dtype(self.vocab_size))
 
     def save(self, folder: Path) -> None:
-        """Write the files of the tokenizer into a folder. `load_tokenizer` loads it from its .json file there."""
+        """Write the files of the tokenizer into a folder. Later, `load_tokenizer` can load it from its .json file."""
         special_tokens.write_files(self.files, folder)
 
 
@@ -190,7 +190,8 @@ class WordTokenizer(Tokenizer):
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise ValueError(f"{where} is not a words.json: it has no list of words")
         if len(set(words)) < len(words):
-            raise ValueError(f"{where} is not a words.json: a word occurs twice")
+            twice = Counter(words).most_common(1)[0][0]
+            raise ValueError(f"{where} is not a words.json: the word {twice!r} occurs more than once")
         return cls(words)
 
     def _encode(self, text: str, special: bool) -> np.ndarray:
@@ -203,10 +204,12 @@ class WordTokenizer(Tokenizer):
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer from a file tokenizer.json at `path`, which the optional package `tokenizers` reads.
 
-    The end of text is `eot`, the text of an added token of the file. If `eot` is None, the end of text is found by
-    `special_tokens.named` in other files of the same folder. If these files name no end of text, the first token of
-    `END_OF_TEXT` that is an added token is used. The attribute `prefix` has the ids that the post-processor of the file
-    puts in front of a text.
+    The end of text is `eot`, the text of an added token of the file. If `eot` is None, `special_tokens.named` finds the
+    end of text in other files of the same folder. If these files name no end of text, it is the first token of
+    `END_OF_TEXT` that is an added token. The attribute `prefix` has the ids that the post-processor of the file puts in
+    front of a text.
+
+    Raises ValueError if the package is missing, if a file cannot be read, or if no end of text is found.
     """
 
     def __init__(self, path: str | Path, eot: str | None = None):
@@ -236,7 +239,7 @@ class HuggingFaceTokenizer(Tokenizer):
             files = special_tokens.with_end(files, ends, first, path.parent)
         special |= set(ends) & set(added.values())
         ordinary = [entry for entry in entries if not entry.get("special")]
-        for entry in ordinary:  # the package must also treat the special tokens of the folder as special
+        for entry in ordinary:  # the package must also treat the tokens in `special`, from other files, as special
             entry["special"] = entry["id"] in special
         try:
             self._tokenizer = Fast.from_str(json.dumps(tree))
@@ -252,8 +255,8 @@ class HuggingFaceTokenizer(Tokenizer):
         for text, i in added.items():
             if (other := self._tokenizer.token_to_id(text)) != i:
                 raise ValueError(
-                    f"{where}: the added token {text!r} has id {i} in this file, but id {other} in the "
-                    "package tokenizers"
+                    f"{where}: the added token {text!r} has id {i} in this file, but the package tokenizers gives it "
+                    f"id {other}"
                 )
         if not ends:
             problem = problem or f"{where} has no end of text: no file in its folder names one"
@@ -280,7 +283,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = not special
         try:
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-            # Some special tokens are also ordinary tokens of the model.
+            # The model of the tokenizer, such as BPE, may encode ordinary text as a special token of its vocabulary.
             if not special and np.isin(ids, self._forbidden).any():
                 ids = [i for token in ids for i in (self._spelling(token) if token in self._forbidden else [token])]
         except Exception as error:  # raised for a model without an unknown token
@@ -292,7 +295,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def _spelling(self, token: int) -> list[int]:
         """Return the ids that encode the spelling of a special token as ordinary text, letter by letter.
 
-        `token` is the id of the special token. A text may contain the spelling, which must stay ordinary text.
+        `token` is the id of the special token.
         """
         model = self._tokenizer.model
         ids = [piece.id for letter in self._tokenizer.id_to_token(token) for piece in model.tokenize(letter)]
@@ -329,9 +332,9 @@ def load_tokenizer(name: str, eot: str | None = None) -> Tokenizer:
 class StreamDecoder:
     """A decoder for generated token ids, which arrive one at a time. Several ids may be parts of one character.
 
-    `feed` returns a character when all its ids have arrived. The returned texts together are the text that the ids add
-    to the text of the prompt. `prompt` has the ids of the prompt. If it is None, the ids are decoded as if they came
-    after the text "a", because a tokenizer may drop a space at the start of a text.
+    `feed` returns a character when all its ids have arrived. The returned texts, joined, are the text that the
+    generated ids add to the prompt. `prompt` has the token ids of the prompt. If it is None, the text "a" is the
+    prompt: without a prompt, a tokenizer may drop a space at the start of the generated text.
 
     >>> stream = StreamDecoder(ByteTokenizer())
     >>> [stream.feed(i) for i in "né".encode()]
@@ -341,31 +344,31 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int] | None = None):
         self._tokenizer = tokenizer
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.name == "byte" else None
-        # A subword may decode differently at the start of a text (a leading space is dropped). So the ids whose text
-        # was returned already, `_ids[:_seen]`, are decoded again in front of the new ones.
+        # A token may decode differently at the start of a text (a leading space is dropped). So the ids whose text was
+        # already returned, `_ids[:_seen]`, are decoded again in front of the new ids.
         self._ids = [int(i) for i in (tokenizer.encode("a") if prompt is None else prompt)]
         self._seen = len(self._ids)
 
     def feed(self, token: int) -> str:
-        """Add the next token id, and return the text that it completes. Return '' while a character is incomplete."""
+        """Add the next token id, and return the text that it completes: '' while a character is incomplete."""
         token = int(token)
         if token == self._tokenizer.eot or token >= self._tokenizer.vocab_size:  # V may be padded with unused ids
             return ""
         if self._bytes:
             return self._bytes.decode(bytes([token]))
         self._ids.append(token)
-        # No character takes more than four ids. If it is incomplete after four ids, it stays incomplete.
+        # A character has at most four ids. If it is incomplete after four ids, it will stay incomplete.
         held = self._tokenizer.decode(self._ids).endswith("\ufffd") and len(self._ids) - self._seen < 4
         return "" if held else self._emit()
 
     def flush(self) -> str:
-        """End the decoding, and return the text of the last ids if their character is still incomplete."""
+        """End the decoding. Return the text of the ids that `feed` has held back; an incomplete character is U+FFFD."""
         return self._bytes.decode(b"", final=True) if self._bytes else self._emit()
 
     def _emit(self) -> str:
         shown = self._tokenizer.decode(self._ids[: self._seen])
         text = self._tokenizer.decode(self._ids)[len(shown) :]
-        if text:  # ids without text do not count as the start of a text
+        if text:  # otherwise the old ids are kept, so that the next ids are not decoded as the start of a text
             self._ids = self._ids[self._seen :]
         self._seen = len(self._ids)
         return text

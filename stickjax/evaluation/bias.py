@@ -1,7 +1,7 @@
 """Find the words that give away the label of a row, and write the held-out rows that a classifier labels wrongly.
 
 `python -m stickjax.evaluate RUN --filtered FILE` calls `report` for a classifier of labelled rows, such as a model that
-reads only the second of two texts (see `configs/nli_hypothesis_only.py`). FILE gets the rows.
+reads only the second of two texts (see `configs/nli_hypothesis_only.py`). The held-out rows are written into FILE.
 """
 
 from collections.abc import Callable
@@ -31,17 +31,18 @@ def rows_of(config: Config) -> LabelledRows:
 def words_by_label(config: Config) -> dict[str, list[Association]]:
     """Find the words of the training rows that occur more often with one label than with the others.
 
-    Return {label: [Association, ...]}, the highest pointwise mutual information first (see `word_associations`). If a
-    row has two texts, only the words of the second text are counted.
+    Return {label: [Association, ...]}. The words of a label are sorted by their pointwise mutual information with it,
+    the highest first (see `word_associations`). If a row has two texts, only the words of the second text are counted.
     """
     rows = rows_of(config).records("train")
     return word_associations(((row.texts[-1], row.label) for row in rows), min_count=config.data.min_count)
 
 
 def words_table(words: dict[str, list[Association]], count: int = 8) -> Table:
-    """Return a table with a column per label: its `count` words with the highest pointwise mutual information.
+    """Return a table of the words that give away a label, with a column per label.
 
-    `words` is the result of `words_by_label`.
+    A column has the `count` words with the highest pointwise mutual information with the label. `words` is the result
+    of `words_by_label`.
     """
     result = Table(title="words that occur with a label (pointwise mutual information in bits)")
     for label in words:
@@ -53,13 +54,14 @@ def words_table(words: dict[str, list[Association]], count: int = 8) -> Table:
 
 
 def check_filtered(config: Config, path: Path) -> None:
-    """Raise ValueError if `report` cannot write the rows that a run labels wrongly to `path`.
+    """Raise ValueError if `report` cannot write its rows into the file `path`.
 
-    `config` is the config of the run. `path` must be a new file with the ending of the file of the held-out rows.
+    `config` is the config of the run. `path` must not exist, and must have the same ending as the file with the
+    held-out rows, such as ".tsv".
     """
     rows_of(config)
     if (suffix := _source(config).suffix.lower()) != path.suffix.lower():
-        raise ValueError(f"--filtered={path} must end in {suffix!r}, like the held-out rows in {_source(config)}")
+        raise ValueError(f"--filtered={path} must end in {suffix!r}, like the file of held-out rows {_source(config)}")
     if path.exists():
         raise ValueError(f"--filtered={path} exists already; name another file")
 
@@ -70,10 +72,11 @@ def _source(config: Config) -> Path:
 
 
 def report(model, config: Config, path: Path, say: Callable[[str], None], B: int = 128) -> None:
-    """Print the words that give away each label, and write the held-out rows that the model labels wrongly to `path`.
+    """Print the words that give away each label, and write the held-out rows that the model labels wrongly.
 
-    The rows are written in the format of their file (see `stickjax.data.nli_bias.lines_of`). `say` is called with a
-    line of progress, and B is the number of rows in one call of the model.
+    The rows are written into the file `path`, in the same format as the file of all held-out rows (see
+    `stickjax.data.nli_bias.lines_of`). `say` is called with a line of progress, and B is the number of rows in one call
+    of the model.
     """
     examples, predict = examples_of(config, "test"), jax.jit(family_of(config.model).predict)
     say(f"labelling {len(examples):,} {task_of(config).name}")
@@ -83,4 +86,4 @@ def report(model, config: Config, path: Path, say: Callable[[str], None], B: int
         wrong += [row.line for row, answer in zip(rows, answers, strict=False) if row.label != answer]
     write_file(path, lines_of(_source(config), wrong))
     print_table(words_table(words_by_label(config)))
-    print(f"{len(wrong):,} of {len(examples):,} held-out rows are labelled wrongly; {printable(path)} has them")
+    print(f"{len(wrong):,} of {len(examples):,} held-out rows are labelled wrongly; they are in {printable(path)}")

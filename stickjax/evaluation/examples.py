@@ -1,6 +1,7 @@
-"""Compute the accuracy of a model that reads examples: the share of labels, or of whole translations, that are right.
+"""Compute the accuracy of a model that reads examples: the fraction of right labels, or of right whole translations.
 
-`python -m stickjax.evaluate RUN` calls `report` for such a model.
+`python -m stickjax.evaluate RUN` calls `report` for such a model, with one exception. On the part "test", a model for
+which `stickjax.evaluation.pairs.scores_halting` is True is evaluated by `stickjax.evaluation.pairs.report` instead.
 """
 
 from collections.abc import Callable
@@ -31,24 +32,27 @@ def accuracy(
     B: int = 128,
     say: Say = lambda text: None,
 ) -> Records:
-    """Compute the accuracy of a model for each bucket: the share of examples that the model answers exactly.
+    """Compute the accuracy of a model for each bucket: the fraction of examples whose label or translation is right.
 
     A bucket is a group of examples of about the same length, such as pairs of sentences with the same number of
-    operators. This number is the name of the bucket: `bucket` of `stickjax.data.task.Task` computes it.
+    operators. Each bucket has a number, such as this number of operators. The field `bucket` of
+    `stickjax.data.task.Task` computes it.
 
     Args:
       model: the module with the parameters.
       config: the config of the model; its data section names the source of the examples.
       part: which examples: "train", "valid", "test" or another part that the source has.
-      max_examples: the largest number of examples in a bucket; they are drawn at random, the same in every call.
+      max_examples: the largest number of examples of a bucket that are used. They are drawn at random, and are the same
+        in every call.
       B: the largest number of examples in one call of the model.
-      say: is called with one line of progress before each bucket is evaluated.
+      say: a function that is called with a line of progress before each bucket is evaluated.
 
     Returns:
-      A record for every bucket: {"bucket" (its number; None if all examples are in one bucket), "accuracy", "examples"
-      (how many)}. For labels there is also "majority", the share of the most frequent label. For translations there is
-      also "first_word", the share of examples whose first word is right. If the model induces trees and the source has
-      true trees, there is also "f1", the unlabelled F1 of the induced trees against the true trees.
+      A record for every bucket, with the keys "bucket" (its number; None if all examples are in one bucket), "accuracy"
+      and "examples" (the number of examples). For labels, there is also "majority", the fraction of examples with the
+      most frequent label. For translations, there is also "first_word", the fraction of examples whose first word is
+      right. If the model induces trees and the source has true trees, there is also "f1", the unlabelled F1 of the
+      induced trees against the true trees.
 
     Raises:
       ValueError: `max_examples` is below 1, or `part` is unknown or has no examples.
@@ -82,14 +86,14 @@ def accuracy(
 
 
 def buckets_of(config: Config, part: str, max_examples: int) -> dict[int | None, Examples]:
-    """Divide the examples of a source into buckets, which are groups of about the same length.
+    """Divide the examples of a source into buckets, which are groups of examples of about the same length.
 
-    Return {number of the bucket: at most `max_examples` of its examples, drawn at random}. A bucket has the number that
-    `Task.bucket` returns for its examples, or None if all examples are in one bucket. `config.data` names the source,
-    and `part` says which of its examples, such as "test". Raises ValueError if the part has no examples.
+    Return {number of a bucket: at most `max_examples` of its examples, drawn at random}. The number of a bucket is the
+    result of `Task.bucket` for its examples, or None if all examples are in one bucket. `config.data` names the source,
+    and `part` names a part of its examples, such as "test". Raises ValueError if the part has no examples.
     """
     task = task_of(config)
-    # Texts of any length. The source logic: pairs with any number of operators, also those that are not trained on.
+    # T=None: texts of any length. For logic: all 13 buckets, also buckets with more operators than any training pair.
     options = {"buckets": range(13)} if config.data.source == "logic" and config.data.split is None else {}
     examples = task.examples(part, T=None, **options)
     if not len(examples):
@@ -104,10 +108,11 @@ def buckets_of(config: Config, part: str, max_examples: int) -> dict[int | None,
 
 
 def batches_of(examples: Examples, B: int):
-    """Yield all examples in batches, the shortest first: (a dictionary of B stacked examples, the list of their rows).
+    """Yield (batch, rows) for all examples, the shortest first. A batch is a dictionary of B stacked examples.
 
-    If the last batch has fewer than B rows, its first example is repeated until there are B examples. Texts are padded
-    to a power of two, at least 8, so that the model is compiled only a few times.
+    `rows` is the list of the rows of these examples (see `Examples`). If fewer than B examples remain for the last
+    batch, its first example is repeated in the batch, but not in `rows`. Texts are padded to a power of two, at least
+    8, so that the model is compiled only a few times.
     """
     lengths = examples.lengths()
     order = np.argsort(lengths.max(1, initial=0), kind="stable")
@@ -126,9 +131,9 @@ def _padded(ids: np.ndarray, width: int) -> np.ndarray:
 
 
 def _compared(answers: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compare B translations `answers` [B,T] with their `targets` [B,S], both token ids that are padded with 0.
+    """Compare B translations `answers` [B,T] with their targets `targets` [B,S]. Both are token ids, padded with 0.
 
-    Return two boolean arrays [B]: whether all words are the same, and whether the first word is the same.
+    Return two boolean arrays [B]: True where all words are right, and True where the first word is right.
     """
     T = max(answers.shape[1], targets.shape[1])
     answers, targets = _padded(answers, T), _padded(targets, T)
@@ -138,8 +143,9 @@ def _compared(answers: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.
 def _tree_pairs(task: Task, induced: dict[str, list] | None, rows: list) -> list[tuple]:
     """Return a list of (induced tree, true tree) for all texts of `rows`, in order; an empty list if `induced` is None.
 
-    `induced` is {name of an array: the tree of each row}, the result of `Family.induced_trees`. If a text contains
-    brackets as tokens, they are removed from its trees. `task.brackets`, which gives the true trees, must not be None.
+    `induced` is {name of an array of texts: [tree of each row]}, the result of `Family.induced_trees`. If a text
+    contains brackets as tokens, they are removed from both trees. `task.brackets` gives the true trees, and must not be
+    None.
     """
     if induced is None:
         return []
@@ -162,7 +168,8 @@ def table(runs: dict[str, Records], bucket_name: str) -> Table:
     """Return a table of the accuracy of every run, with a row per bucket (examples of about the same length).
 
     `runs` is {name of a run: the records of `accuracy`}. `bucket_name` is what the number of a bucket counts, such as
-    "operators"; "" if all examples are in one bucket.
+    "operators"; "" if all examples are in one bucket. The other columns, such as "first word", are results of the first
+    run.
     """
     first = next(iter(runs.values()))
     extra = [name for name in ("majority", "first_word", "f1") if name in first[0]]
@@ -178,10 +185,10 @@ def table(runs: dict[str, Records], bucket_name: str) -> Table:
 
 
 def report(model, config: Config, folder: Path | None, part: str, max_examples: int, say: Say) -> Records:
-    """Compute the accuracy of a model, and return the records of `accuracy`, which explains the arguments.
+    """Compute the accuracy of a model, and return the records of `accuracy`. Its docstring explains the arguments.
 
-    If `folder` is not None, the records are written into it as accuracy.json. If the model induces trees, a picture
-    trees.png is added, with the induced tree and the true tree of the texts of three examples.
+    If `folder` is not None, the records are written into this folder as accuracy.json. If the model induces trees and
+    the source has true trees, the picture trees.png is added: the induced and the true trees of three examples.
     """
     records = accuracy(model, config, part=part, max_examples=max_examples, say=say)
     if folder is not None:
@@ -192,10 +199,10 @@ def report(model, config: Config, folder: Path | None, part: str, max_examples: 
 
 
 def example_trees(model, config: Config, part: str, count: int = 3, longest: int = 24) -> list[tuple]:
-    """Return (tree, words, title) for the true tree and for the induced tree of the texts of `count` examples.
+    """Return a list of (tree, words, title): the true tree and the induced tree of each text of `count` examples.
 
-    These are the longest examples of `part`, such as "test", whose texts have at most `longest` words. The list is
-    empty if the model induces no trees, or if the source has no true trees.
+    `part` names a part of the examples, such as "test". The longest examples whose texts have at most `longest` tokens
+    are chosen. The list is empty if the model induces no trees, or if the source has no true trees.
     """
     task, family = task_of(config), family_of(config.model)
     if task.brackets is None:

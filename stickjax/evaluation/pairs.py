@@ -1,7 +1,7 @@
 """Evaluate a classifier of sentence pairs: its accuracy, and how much computation it saves by halting tokens.
 
 The sentences are formulas of propositional logic, and the accuracy is computed for each number of logical operators.
-`python -m stickjax.evaluate RUN` calls `report` for a Universal Transformer on the task logic.
+`python -m stickjax.evaluate RUN` calls `report` for a Universal Transformer on the task logic (see `scores_halting`).
 """
 
 import time
@@ -30,9 +30,9 @@ def _read(model: PairClassifier, pairs: dict[str, jax.Array], threshold) -> tupl
     """Run the model on B pairs of sentences, until all tokens have halted at the halting threshold `threshold`.
 
     `pairs` has the token ids `left` and `right` [B,T]. Return (the predicted labels [B], the depth of every token of
-    both sentences [2,B,T], the number of (token, choice) pairs that experts computed). The depth of a token is the mean
-    number of blocks applied to it, weighted by its halting probabilities. A (token, choice) pair is a token with one of
-    its chosen experts, in one block.
+    both sentences [2,B,T], the number of (token, choice) pairs that experts computed). The depth of a token is the
+    expected number of blocks that are applied to it, given its halting probabilities. A (token, choice) pair is a token
+    with one of its chosen experts, in one block.
     """
     output = apply(model, pairs, threshold=threshold)
     return output.logits.argmax(-1), output.depth, sum(rows.sum() for rows in output.rows.values())
@@ -48,10 +48,10 @@ def accuracy(
     B: int = 128,
     say: Callable[[str], None] = lambda text: None,
 ) -> Records:
-    """Compute the share of held-out pairs that the model labels correctly, for each bucket and halting threshold.
+    """Compute the fraction of held-out pairs that the model labels correctly, for each bucket and halting threshold.
 
-    A bucket contains the pairs of sentences with the same number of logical operators. For a pair, the sentence with
-    more operators counts. The last bucket also contains all pairs with more operators.
+    A bucket contains the pairs of sentences with the same number of logical operators. The number of a pair is the
+    number of its sentence with more operators. The last bucket also contains all pairs with larger numbers.
 
     Args:
       model: the module with the parameters.
@@ -66,10 +66,10 @@ def accuracy(
       ValueError: `max_pairs` is below 1, or a bucket has no pairs.
 
     Returns:
-      A record for every bucket and threshold: {"bucket", "threshold", "accuracy", "majority" (the share of the most
-      frequent label), "depth" (the mean number of blocks per token), "rows" (the mean number of experts that computed a
-      token, summed over the blocks), "seconds" (for all pairs of sentences, without compiling), "pairs" (the number of
-      pairs of sentences)}.
+      A record for every bucket and threshold, with the keys "bucket", "threshold", "accuracy", "majority" (the fraction
+      of pairs with the most frequent label), "depth" (the mean depth of a token, in blocks), "rows" (the mean number of
+      experts that computed a token, summed over the blocks), "seconds" (for all pairs of sentences, without compiling)
+      and "pairs" (the number of pairs of sentences).
     """
     if max_pairs < 1:
         raise ValueError(f"max_pairs={max_pairs} must be at least 1")
@@ -101,19 +101,21 @@ def accuracy(
 
 
 def scores_halting(config: Config) -> bool:
-    """Return whether `report` can score a model with this config: the model halts tokens, and the source is logic.
+    """Return True if `report` can evaluate a model with this config.
 
-    `config.data.split` must be None.
+    The model must halt tokens, `config.data.source` must be "logic", and `config.data.split` must be None.
     """
     return hasattr(config.model, "halting_threshold") and config.data.source == "logic" and config.data.split is None
 
 
 def batches_of(config: Config, bucket: int, max_pairs: int, B: int) -> list[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Return held-out pairs of sentences as a list of (batch, pair mask), for one number of logical operators.
+    """Return the held-out pairs of sentences of one bucket as a list of (batch, pair mask).
 
-    A batch is {"left": [B,T], "right": [B,T], "label": [B]}, with token ids that are 0 for padding. The pair mask [B]
-    is False for the entries that only fill up the last batch. T is a multiple of 40. `bucket` is the number of
-    operators, as in `accuracy`. At most `max_pairs` pairs are drawn. Raises ValueError if the bucket has no pairs.
+    A batch is {"left": token ids [B,T], "right": token ids [B,T], "label": [B]}. Token id 0 is padding. The pair mask
+    [B] is False for the entries that only fill up the last batch. T is a multiple of 40. `bucket` is a number of
+    logical operators, as in `accuracy`. At most `max_pairs` pairs are drawn at random.
+
+    Raises ValueError if the bucket has no pairs.
     """
     drawn = pair_examples(config, "test", T=10_000, buckets=[bucket])
     order = np.random.default_rng(0).permutation(len(drawn))[:max_pairs]
@@ -123,7 +125,7 @@ def batches_of(config: Config, bucket: int, max_pairs: int, B: int) -> list[tupl
             f"data.examples={config.data.examples} gives no held-out pair with {bucket} operators; "
             "try a larger data.examples"
         )
-    # The model is compiled for every length, so the length is rounded up to a multiple of 40.
+    # The model is compiled for every T. T is rounded up to a multiple of 40, so that there are few values.
     T = -(-max(side.count(" ") + 1 for row in drawn.rows for side in row[:2]) // 40) * 40
     pairs = Examples(rows, pair_examples(config, "test", T=T, buckets=[bucket]).arrays)
     batches = []
@@ -142,7 +144,7 @@ def table(runs: dict[str, Records]) -> Table:
     """Return a table of the accuracy and the mean depth of every run, with a row per number of operators.
 
     `runs` is {name of a run: the records of `accuracy`}. If the records of a run have several halting thresholds, only
-    the results with the first threshold are shown. The depth is the number of blocks per token.
+    the results at the first threshold are shown. The depth is the number of blocks per token.
     """
     result = Table(title="held-out accuracy")
     for name in ("operators", "pairs", "commonest label", *runs, *(f"depth of {name}" for name in runs)):
@@ -158,9 +160,9 @@ def table(runs: dict[str, Records]) -> Table:
 def savings(records: Records) -> Table:
     """Return a table of accuracy and computation, with a row per halting threshold in the records of `accuracy`.
 
-    The columns are means over all pairs of sentences: the accuracy; the depth, which is the number of blocks per token;
-    and the number of experts that computed a token, summed over the blocks. The last column is the time, as a share of
-    the time with the first threshold.
+    Three columns are means over all pairs of sentences: the accuracy; the depth, which is the number of blocks per
+    token; and the number of experts that computed a token, summed over the blocks. The last column is the time, in
+    percent of the time at the first threshold.
     """
     result = Table(title="what a lower halting threshold saves")
     for name in ("threshold", "accuracy", "depth", "expert rows per token", "time"):
@@ -183,8 +185,8 @@ def report(
 ) -> Records:
     """Compute the accuracy of a classifier at the halting thresholds THRESHOLDS. Return the records of `accuracy`.
 
-    If `folder` is given, the records are written into it as accuracy.json, with the pictures halting.png and depth.png.
-    `max_pairs` and `say` are arguments of `accuracy`.
+    If `folder` is not None, the records are written into this folder as accuracy.json. The pictures halting.png and
+    depth.png are added. `max_pairs` and `say` are arguments of `accuracy`.
     """
     records = accuracy(model, config, thresholds=THRESHOLDS, max_pairs=max_pairs, say=say)
     if folder is None:
@@ -197,10 +199,10 @@ def report(
 
 
 def depths(model: PairClassifier, config: Config, bucket: int) -> list[tuple[list[str], np.ndarray]]:
-    """Return (the tokens as text, the depth of each token) for both sentences of one held-out pair.
+    """Return a list of (tokens as text, depth of each token) for the two sentences of one held-out pair.
 
-    The pair has `bucket` logical operators. The depth of a token is the mean number of blocks applied to it, weighted
-    by its halting probabilities, at the halting threshold of the config.
+    The pair is in the bucket `bucket` (see `accuracy`). The depth of a token is the expected number of blocks that are
+    applied to it, given its halting probabilities and the halting threshold of the config.
     """
     ((batch, _),) = batches_of(config, bucket, 1, 1)
     _, found, _ = jax.device_get(_read(model, batch, jnp.float32(config.model.halting_threshold)))

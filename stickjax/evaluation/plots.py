@@ -1,6 +1,6 @@
 """Plot results: learning curves, loss against context length, attention weights, halting, learning rates.
 
-Matplotlib is imported only when a plot is made. Records are results as a list of dictionaries with the same keys.
+Matplotlib is imported only when a plot is made. `Records` are results: a list of dictionaries with the same keys.
 """
 
 import io
@@ -17,10 +17,11 @@ Records = list[dict[str, Any]]
 
 
 def figure(xlabel: str, ylabel: str, titles=("",), *, xscale=None, yscale=None, share=True):
-    """Return (a new Matplotlib figure, its panels), with a panel (Axes) for each of `titles`, in one row.
+    """Return (a new Matplotlib figure, its panels). The panels are Axes in one row, one for each of `titles`.
 
-    `xscale` and `yscale` are the name of a Matplotlib scale, or a pair (name, options). With `share`, all panels have
-    the same axis limits. pyplot is not used, because its state is global.
+    `xscale` is the scale of the horizontal axis: the name of a Matplotlib scale, or a pair (name, options). `yscale` is
+    the same for the vertical axis. With `share`, all panels have the same axis limits. pyplot is not used, because its
+    state is global.
     """
     from matplotlib.figure import Figure
 
@@ -40,7 +41,8 @@ def figure(xlabel: str, ylabel: str, titles=("",), *, xscale=None, yscale=None, 
 def save(page, path) -> None:
     """Write a Matplotlib figure to a path, or as PNG to an open file.
 
-    The suffix of the path says the format; without a suffix it is PNG. The file appears only when it is complete.
+    The ending of the path decides the format. Without an ending, the format is PNG. The file appears at the path only
+    when it is complete.
     """
     if hasattr(path, "write"):
         page.savefig(path)
@@ -71,8 +73,8 @@ def group(records: Records, *keys: str) -> dict[Any, Records]:
 def best_runs(records: Records, *keys: str) -> Records:
     """Return the record with the smallest "loss" for every combination of values of `keys`.
 
-    Records with a loss that is not finite are ignored, because their runs have diverged. A combination without a
-    finite loss is left out.
+    Records whose loss is not finite are ignored, because their runs have diverged. A combination of values is left out
+    if none of its records has a finite loss.
     """
     groups = group([r for r in records if math.isfinite(r["loss"])], *keys)
     return [min(line, key=lambda r: r["loss"]) for line in groups.values()]
@@ -81,8 +83,8 @@ def best_runs(records: Records, *keys: str) -> Records:
 def label(name: str) -> str:
     """Return a text for `name` that a Matplotlib legend shows as it is.
 
-    Matplotlib reads text between two dollars as a formula, and leaves out a name that begins with _. So a backslash is
-    put before every dollar, and a space before a _ at the beginning.
+    Matplotlib reads text between two dollar signs as a formula, and does not show a name that begins with _. So a
+    backslash is put before every dollar sign, and a space is put before a _ at the beginning.
 
     >>> label("_lr$3")
     ' _lr\\\\$3'
@@ -123,9 +125,10 @@ def plot_training(runs: dict[str, Records], path) -> None:
 
 
 def plot_attention(weights: np.ndarray, path, labels: list[str] | None = None) -> None:
-    """Plot attention weights [N,T,S] as images, a panel per head, with T queries downwards and S keys to the right.
+    """Plot attention weights [N,T,S] of N query heads as images, with a panel per head.
 
-    `labels` are the tokens as text, which label both axes (T = S); None: no labels.
+    The T queries are the rows of an image, and the S keys are the columns. `labels` are the tokens as text. They label
+    both axes, so T must be equal to S. None: no labels.
     """
     page, panels = figure("key", "query", [f"head {n}" for n in range(len(weights))])
     for axes, weight in zip(panels, weights, strict=True):
@@ -142,9 +145,9 @@ def plot_attention(weights: np.ndarray, path, labels: list[str] | None = None) -
 def plot_accuracy(runs: dict[str, Records], path, xlabel: str = "operators") -> None:
     """Plot the accuracy against the bucket, such as the number of logical operators, with a line per run.
 
-    If the examples have labels, a dotted line shows the share of the most frequent label, which a model that ignores
-    its input can reach. `runs` is {name of a run: the records of `examples.accuracy`, or of `pairs.accuracy` at one
-    halting threshold}.
+    If the examples have labels, a dotted line shows the fraction of examples with the most frequent label. A model that
+    ignores its input can reach this accuracy. `runs` is {name of a run: the records of `examples.accuracy`, or of
+    `pairs.accuracy` at one halting threshold}.
     """
     page, (axes,) = figure(xlabel, "held-out accuracy")
     for name, records in runs.items():
@@ -160,7 +163,8 @@ def plot_halting(records: Records, path, groups=((0, 6), (7, 9), (10, 12))) -> N
     """Plot accuracy against mean depth (blocks per token), with a point per halting threshold.
 
     The pairs of sentences are grouped by their number of logical operators, and there is a line for each group.
-    `groups` has (the smallest, the largest) number of each group. `records` are the records of `pairs.accuracy`.
+    `groups` has the pair (smallest number of operators, largest number of operators) of each group. `records` are the
+    records of `pairs.accuracy`.
     """
     page, (axes,) = figure("mean depth (blocks)", "held-out accuracy")
     for low, high in groups:
@@ -171,7 +175,7 @@ def plot_halting(records: Records, path, groups=((0, 6), (7, 9), (10, 12))) -> N
             line.append((mean["depth"], mean["accuracy"], threshold))
         if line:
             axes.plot([x for x, _, _ in line], [y for _, y, _ in line], "o-", label=f"{low} to {high} operators")
-            for i, (x, y, threshold) in enumerate(line):  # alternate sides, because some points nearly coincide
+            for i, (x, y, threshold) in enumerate(line):  # labels above and below in turn, as points may be close
                 place = dict(textcoords="offset points", xytext=(4, 6 if i % 2 else -10), fontsize="x-small")
                 axes.annotate(f"{threshold:g}", (x, y), **place)
     axes.margins(x=0.1)  # room for the numbers on the right
@@ -182,8 +186,8 @@ def plot_halting(records: Records, path, groups=((0, 6), (7, 9), (10, 12))) -> N
 def plot_depth(sentences: list[tuple[list[str], np.ndarray]], path) -> None:
     """Plot the depth of every token as a bar, with a row per sentence.
 
-    `sentences` is a list of (the tokens as text, an array of their depths). The depth of a token is the mean number of
-    blocks applied to it, weighted by its halting probabilities.
+    `sentences` is a list of (tokens as text, array with the depth of each token). The depth of a token is the expected
+    number of blocks that are applied to it, given its halting probabilities.
     """
     from matplotlib.figure import Figure
 
@@ -194,23 +198,24 @@ def plot_depth(sentences: list[tuple[list[str], np.ndarray]], path) -> None:
     for axes, (tokens, depth) in zip(panels, sentences, strict=True):
         axes.bar(range(len(tokens)), depth, color="C0")
         axes.set(xlim=(-0.6, longest - 0.4), ylim=(0, highest), ylabel="depth")
-        labels = [token.replace("$", r"\$") for token in tokens]  # a pair of dollars would begin a formula
+        labels = [token.replace("$", r"\$") for token in tokens]  # text between two dollar signs would be a formula
         axes.set_xticks(range(len(tokens)), labels, family="monospace", fontsize="small")
     save(page, path)
 
 
 def plot_module_use(use: dict[str, dict[str, Any]], information: dict[str, Any], path) -> None:
-    """Plot how much the text of each source uses each module, which is an expert of one layer.
+    """Plot how much the text of each source uses each module. A module is an expert of one layer.
 
     There is a row of panels for each kind of module ("ffn" or "attention"), and a column of panels for each source of
     text. A panel is an image with a row per layer and a column per module.
 
-    `use` is {source: {kind: [L,C]}}: for each of L layers, the share of the tokens' choices that fell on each of the C
-    modules of the layer.
-    `information` is {kind: [L]}: the mutual information of module and source in each layer, in bits.
+    `use` is {source: {kind: [L,C]}}: for each of L layers, the fraction of the (token, choice) pairs that were routed
+      to each of the C modules of the layer.
+    `information` is {kind: [L]}: the mutual information between module and source in each layer, in bits.
 
-    Modules of different layers are not related. So every layer has its own order of modules: first the ones that the
-    first source uses more than the last source. This order is the same for all sources.
+    In each layer, the modules are sorted by their use by the first source minus their use by the last source, in
+    descending order. If there is one source, they are sorted by their use. The order is the same in all panels of a
+    row. The modules in a column of an image are not related, because each layer is sorted alone.
     """
     from matplotlib.figure import Figure
 
@@ -240,7 +245,7 @@ def plot_module_use(use: dict[str, dict[str, Any]], information: dict[str, Any],
 def plot_schedule(schedules: dict[str, Callable], path, *, tokens_per_step, total_tokens, log=False) -> None:
     """Plot learning rates against the number of tokens trained, with a line per schedule.
 
-    `schedules` is {name: function of the step that returns the learning rate}. A step has `tokens_per_step` tokens, and
+    `schedules` is {name: a function that returns the learning rate of a step}. A step has `tokens_per_step` tokens, and
     the plot ends at `total_tokens`. With `log`, both axes are logarithmic, so that a power law is a straight line.
     """
     tokens = np.geomspace(tokens_per_step, total_tokens, 1000) if log else np.linspace(0, total_tokens, 1000)
@@ -255,7 +260,7 @@ def plot_schedule(schedules: dict[str, Callable], path, *, tokens_per_step, tota
 def plot_learning_rate_sweep(records: Records, path) -> None:
     """Plot loss against learning rate, with a line per width and a star at the minimum of each line.
 
-    There is a panel for the runs with muP and a panel for the runs without muP. `records` are the result of
+    Runs with muP and runs without muP have separate panels. `records` are the result of
     `stickjax.sweeps.learning_rate_sweep`, with the keys "mup", "width", "learning_rate" and "loss".
     """
     runs = group(records, "mup")
@@ -275,10 +280,13 @@ def plot_learning_rate_sweep(records: Records, path) -> None:
 
 
 def plot_power_law(best: Records, a: float, b: float, path) -> None:
-    """Plot gamma = best learning rate / batch size beta against the training length T, and the law gamma = a T^b.
+    """Plot the best learning rate per unit of batch size against the training length, and the fitted power law.
 
-    `best` has the record of the best run for every pair of T ("tokens") and beta ("batch_size", in sequences of 4096
-    tokens), as in `stickjax.sweeps.PowerLaw`. a and b are the constants of the fitted law.
+    The law is gamma = a T^b. Here gamma is the best learning rate divided by the batch size beta, and T is the training
+    length in tokens. beta is in sequences of 4096 tokens.
+
+    `best` has the record of the best run for every pair of T ("tokens") and beta ("batch_size"), as in
+    `stickjax.sweeps.PowerLaw`. `a` and `b` are the constants of the fitted law.
     """
     page, (axes,) = figure("tokens T", r"$\gamma = \eta^*/\beta$ (per sequence)", xscale="log", yscale="log")
     for beta, line in sorted(group(best, "batch_size").items()):

@@ -1,4 +1,4 @@
-"""Draw the latent tree of a generated sentence, and which source words each leaf of the tree attends to."""
+"""Draw the latent tree of a generated sentence, and the attention of its leaves to the words of the source."""
 
 from collections.abc import Sequence
 
@@ -8,22 +8,24 @@ from stickjax.evaluation.plots import label, save
 
 
 def plot_derivation(nodes: Sequence[int], words: Sequence[str], path, *, source=(), attention=None) -> None:
-    """Draw the tree of the best derivation of a sentence. Below it, draw the attention of its leaves to source words.
+    """Draw the tree of the best derivation of a sentence, and the attention of the leaves to the words of the source.
 
     Args:
-      nodes: for each leaf, from left to right, its index in the complete binary tree: the root has the index 0, and
-        node i has the children 2i + 1 and 2i + 2.
+      nodes: the index of each leaf in the complete binary tree, from left to right. The root has the index 0, and node
+        i has the children 2i + 1 and 2i + 2.
       words: the word of every leaf.
       path: where to write the picture.
       source: the words of the source, for the attention.
       attention: the attention weights [n,S] of the n nodes of the complete tree to the S source words
-        (`Production.attention` of one sentence); None: they are not drawn.
+        (`Production.attention` of one sentence), drawn below the tree; None: they are not drawn.
+
+    Raises ValueError if `nodes` and `words` differ in length.
     """
     from matplotlib.figure import Figure
 
     nodes = [int(node) for node in nodes]
     if len(nodes) != len(words):
-        raise ValueError(f"{len(nodes)} leaves must have as many words, not {len(words)}")
+        raise ValueError(f"there are {len(nodes)} leaves but {len(words)} words; give one word for each leaf")
     places = _places(nodes)
     depth = max((node + 1).bit_length() for node in nodes)
     rows = 1 if attention is None else 2
@@ -50,9 +52,10 @@ def plot_derivation(nodes: Sequence[int], words: Sequence[str], path, *, source=
 
 
 def _places(leaves: Sequence[int]) -> dict[int, tuple[float, float]]:
-    """Return {node: (x, y)}, where each node of a tree is drawn. A node that is no leaf is between its children.
+    """Return {node: (x, y)}, the position at which each node of a tree is drawn. The root has y = 0.
 
-    `leaves` are the indices of the leaves in the complete binary tree. Leaf number i from the left has x = i.
+    `leaves` are the indices of the leaves in the complete binary tree. Leaf number i from the left, counted from 0, has
+    x = i. The x of any other node is the mean of the x of its two children.
 
     >>> _places([1, 5, 6])[0]
     (0.75, 0.0)

@@ -1,7 +1,7 @@
 """Ordered trees over the words of a sentence: read them, print them, draw them, and compare them by unlabelled F1.
 
-A tree is the index of a word, or a tuple of trees, which are the children of a node. For example, in (0, (1, 2)) the
-words 1 and 2 are the children of one node, and word 0 and this node are the children of the root.
+A tree is the index of a word, or a tuple of trees, which are the children of a node. For example, the tree (0, (1, 2))
+has a node with the children word 1 and word 2. The children of its root are word 0 and this node.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,9 +13,9 @@ from stickjax.models.ordered_memory.parse import Tree
 def from_brackets(words: Sequence[str], opening: str = "(", closing: str = ")") -> tuple[Tree, list[str]]:
     """Return (the tree that the brackets of a sentence describe, the words of the sentence without the brackets).
 
-    `words` are the words and brackets of the sentence; `opening` and `closing` are the brackets.
+    `words` are the words and brackets of the sentence, in order. `opening` and `closing` are the two kinds of brackets.
 
-    Raises ValueError if the brackets do not match, or contain no word.
+    Raises ValueError if the brackets do not match, or if the sentence has no word.
 
     >>> from_brackets("( a ( and b ) )".split())
     ((0, (1, 2)), ['a', 'and', 'b'])
@@ -43,9 +43,9 @@ def _node(children: list) -> Tree:
 
 
 def restricted(tree: Tree, keep: Callable[[int], bool]) -> Tree | None:
-    """Return the tree without the words for which `keep(index)` is False; None if no word is left.
+    """Return the tree without the words for which `keep(index)` is False; None if no word remains.
 
-    The words that are left get new indices, from 0. A node that has only one child left is replaced by this child.
+    The remaining words get new indices, from 0. A node with only one remaining child is replaced by this child.
 
     >>> restricted(((0, 1), (2, 3)), lambda i: i != 1)
     (0, (1, 2))
@@ -67,7 +67,7 @@ def leaves(tree: Tree) -> list[int]:
 
 
 def spans(tree: Tree) -> set[tuple[int, int]]:
-    """Return (index of the first word, index of the last word) for every node of a tree that is not a word.
+    """Return the set of spans of a tree: (index of the first word, index of the last word) for every inner node.
 
     >>> sorted(spans((0, (1, 2))))
     [(0, 2), (1, 2)]
@@ -81,8 +81,9 @@ def spans(tree: Tree) -> set[tuple[int, int]]:
 def f1(pairs: Iterable[tuple[Tree, Tree]]) -> float:
     """Return the unlabelled F1 of predicted trees: 2 * matches / (spans of the predictions + spans of the true trees).
 
-    `pairs` are (predicted tree, true tree) of the same words. The spans are counted over all pairs together. The span
-    of a whole sentence counts too, as in the usual evaluation of parsers. Without any span, the result is 1.
+    A match is a span that is in both trees of a pair. `pairs` are (predicted tree, true tree) of the same words. The
+    spans are counted over all pairs together. The span of a whole sentence counts too, as in the usual evaluation of
+    parsers. If there are no spans, the result is 1.
 
     >>> f1([(((0, 1), 2), (0, (1, 2)))])  # of two spans each, only the whole sentence matches
     0.5
@@ -95,7 +96,7 @@ def f1(pairs: Iterable[tuple[Tree, Tree]]) -> float:
 
 
 def bracketed(tree: Tree, words: Sequence[str]) -> str:
-    """Return a tree as text.
+    """Return a tree as text: its words, with brackets around every inner node.
 
     >>> bracketed((0, (1, 2)), ["a", "and", "b"])
     '(a (and b))'
@@ -109,7 +110,7 @@ def height(tree: Tree) -> int:
 
 
 def plot_trees(trees: Sequence[tuple[Tree, Sequence[str], str]], path) -> None:
-    """Draw trees below each other, and write the picture to `path`. Each entry is (tree, its words, a title)."""
+    """Draw trees below each other, and write the picture to `path`. `trees` is a list of (tree, words, title)."""
     from matplotlib.figure import Figure
 
     sizes = [0.35 * height(tree) + 0.9 for tree, *_ in trees]

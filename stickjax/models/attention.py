@@ -16,21 +16,21 @@ from stickjax.models.layers import HeadNorm, cast, matrix_std, normal, output_st
 from stickjax.models.router import RouterSums
 from stickjax.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel
 
-KeyValues = tuple[jax.Array, jax.Array | None]  # (keys, values), [B,S,K,H] each; values None: they equal the keys
+KeyValues = tuple[jax.Array, jax.Array | None]  # (keys, values), [B,S,K,H] each; values are None if equal to keys
 
 
 class Context(NamedTuple):
-    """The documents and positions of the tokens in an attention layer, and the documents of their keys.
+    """The documents and positions of the query tokens, and the documents of the keys.
 
-    In a layer, T query tokens per sequence attend to S keys. All layers of a model use the same context. If the mesh
-    axis "context" divides the sequences, T is the number of tokens on this device, and S is the number of keys of the
-    whole sequence.
+    In an attention layer, T query tokens per sequence attend to S keys. All layers of a model use the same context. If
+    the mesh axis "context" divides the sequences, T is the number of tokens on this device, and S is the number of keys
+    of the whole sequence.
 
     `segment_ids` [B,T], `key_segment_ids` [B,S]: the document id of every token and of every key. A token attends only
       to keys with the same id; a negative id is padding. None: every sequence is one document.
     `positions` [B,T]: the positions for rotary embedding; None if the attention variant does not use it.
-    `offset`: the number of tokens that the cache had before this call; 0 without a cache. The place of this device's
-      tokens in a sequence that the mesh axis "context" divides is not part of it.
+    `offset`: the number of tokens that the cache had before this call; 0 without a cache. It is also 0 on every device
+      if the mesh axis "context" divides the sequences.
     """
 
     segment_ids: jax.Array | None
@@ -66,8 +66,9 @@ class Attention(nnx.Module):
         """Apply the layer to x. Return (the output [B,T,D], the new cache, None).
 
         `cache` has the keys and values of earlier tokens. The new cache also has the keys and values of the tokens of
-        x; it is None if `cache` is None. The third result is None, because this layer has no router: attention with
-        experts returns its `RouterSums` there. Only attention with experts uses `token_mask` and `key`.
+        x; it is None if `cache` is None. The third result is None, because this layer has no router. `MixtureOfHeads`,
+        the subclass with experts, has a router and returns its `RouterSums`. Only this subclass uses `token_mask` and
+        `key`.
         """
         c = self.config
         # One matrix product for queries, keys and values, so that x is read once.
@@ -102,16 +103,17 @@ class Attention(nnx.Module):
         returned = kind.load()(c, q, k, v, context)
         if not isinstance(returned, tuple) or len(returned) != 2 or returned[0].shape != q.shape:
             raise ValueError(
-                f"attention={c.attention!r}: the function of this variant must return (out, rest): out is an array of "
-                f"the shape {q.shape}, and rest is an array [B,T,N], one minus the sum of each query's weights, or None"
+                f"attention={c.attention!r}: the function of this variant must return (out, rest), but it returned the "
+                f"shapes {jax.tree.map(lambda x: getattr(x, 'shape', x), returned)}. 'out' must have the shape "
+                f"{q.shape}; 'rest' must be None, or an array [B,T,N]: one minus the sum of each query's weights"
             )
         out, rest = returned
         if c.remainder != "none":
             if rest is None:
                 raise ValueError(
                     f"attention={c.attention!r}: with remainder={c.remainder!r}, the function of this variant must "
-                    "return (out, rest) with an array rest [B,T,N], one minus the sum of each query's weights, got "
-                    "rest=None; or set remainder='none'"
+                    "return (out, rest), where 'rest' is an array [B,T,N]: one minus the sum of each query's weights. "
+                    "It returned rest=None. Return the array, or set remainder='none'"
                 )
             own = jnp.repeat(own, c.N // c.K, axis=2) if c.remainder == "value" else cast(self.head_bias, c)[None, None]
             out = (out.astype(jnp.float32) + rest[..., None] * own.astype(jnp.float32)).astype(out.dtype)

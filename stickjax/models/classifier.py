@@ -9,15 +9,16 @@ from stickjax.models.layers import cast, linear_bias, linear_weight
 
 
 def compared(u: Float[Array, "B D"], v: Float[Array, "B D"]) -> Float[Array, "B 4D"]:
-    """Return [u; v; u * v; |u - v|], the features of pairs of sentences with the vectors u and v."""
+    """Concatenate u, v, u * v and |u - v|: the features of pairs of sentences that have the vectors u and v."""
     return jnp.concatenate([u, v, u * v, jnp.abs(u - v)], -1)
 
 
 class Classifier(nnx.Module):
-    """Computes the logits of the labels from features x: x w_out + out_bias.
+    """Computes the logits of the labels from the features x of an example.
 
-    With a hidden layer, they are elu(x w_in + in_bias) w_out + out_bias. `width` is F, the number of features, and
-    `hidden` is the number of hidden units; 0: without a hidden layer.
+    Without a hidden layer, the logits are x w_out + out_bias. With a hidden layer, the logits are
+    elu(x w_in + in_bias) w_out + out_bias. `width` is F, the number of features. `hidden` is the number of hidden
+    units; 0 means no hidden layer.
     """
 
     def __init__(self, config, key, width: int, hidden: int):
@@ -29,7 +30,10 @@ class Classifier(nnx.Module):
         self.w_out, self.out_bias = linear_weight(keys[2], last, c.classes, c), linear_bias(keys[3], last, c.classes, c)
 
     def __call__(self, x: Float[Array, "B F"], dropped=lambda x, index: x) -> Float[Array, "B classes"]:
-        """Return the logits in float32. `dropped(x, index)` applies dropout to x, with another mask for each index."""
+        """Return the logits in float32.
+
+        `dropped(x, index)` applies dropout to x, with a different mask for each index.
+        """
         c, x = self.config, dropped(x, 0)
         if self.w_in is not None:
             x = dropped(jax.nn.elu(x @ cast(self.w_in, c) + cast(self.in_bias, c)[None]), 1)

@@ -3,7 +3,7 @@
 A single device would compute the same result and the same gradients, up to rounding. Every device has two pieces of a
 sequence: one near the beginning of the sequence, and one near the end (`stickjax.parallel.mesh.shard_batch`). So all
 devices compute the same number of (query, key) pairs. The queries of a piece first attend to the keys of this piece,
-while the keys and values of all pieces are all-gathered. Then the queries attend to all keys before the piece, and
+while the keys and values of all pieces are all-gathered. Then the queries attend to the keys of all earlier pieces, and
 `pallas_kernels.merge_stick_breaking` merges the two results.
 
 Why an all-gather, and not a ring of devices? The gathered keys and values have only K key heads. For its backward pass,
@@ -67,21 +67,21 @@ def attention_in_context(
     keys, values = jnp.split(whole_sequence(jnp.concatenate([k, v], axis=-1)), [k.shape[-1]], axis=-1)
 
     def piece(which, place, reach):
-        """Compute attention of the C queries of one piece to the keys of this piece and to all keys before it.
+        """Compute attention of the C queries of one piece to the keys of this piece and of all earlier pieces.
 
         Return `out` [B,C,N,H], the outputs of the heads, and `log_rem` [B,C,N], the logarithm of the part of a query's
         stick that no key takes.
 
         `which`: 0 for the early piece of this device, 1 for the late piece. `place`: the index of the piece in the
-        sequence. `reach`: the keys before the piece are among the first `reach` pieces. All devices use the same
-        `reach`, because they run the same program.
+        sequence. `reach`: all earlier pieces are among the first `reach` pieces. All devices use the same `reach`,
+        because they run the same program.
         """
         S = reach * C
-        # A key that is not on the left of the piece gets the id of padding, so that the kernel skips its key tiles.
+        # Keys that are not before the piece get the segment id of padding, so that the kernel skips their key tiles.
         left = jnp.where((jnp.arange(S) < place * C)[None], key_segment_ids[:, :S], -1)
         own, segments = (x[:, which * C : (which + 1) * C] for x in (q, segment_ids))
-        # For the cost estimate: only this share of the (query, key) pairs in the first `reach` pieces has a key on the
-        # left of the piece. It is a mean over the devices.
+        # For the cost estimate: the share of the computed (query, key) pairs whose key is before the piece, as a mean
+        # over the devices.
         part = cost.share((reach - (count + 1) / 2) / (reach - 1 / 2), attend)
         far = part(own, keys[:, :S], values[:, :S], place * C, segments, left)
         return merge_stick_breaking(tuple(x[:, which] for x in near), far)

@@ -34,12 +34,13 @@ class Decoder(Family):
         """Return the loss of a batch, and its metrics.
 
         The loss is the mean cross-entropy over the targets for which `loss_mask` is True, plus the weighted losses of
-        all routers. `batch` has `tokens`, `targets` and `loss_mask`, [B,T] each, and `segment_ids` [B,T] if a sequence
-        contains several documents. `key` is a random key for a training step, or None.
+        the routers of all layers. `batch` has `tokens`, `targets` and `loss_mask`, [B,T] each, and `segment_ids` [B,T]
+        if a sequence contains several documents. `key` is a random key for a training step, or None for inference.
 
-        The metrics are `loss` (the cross-entropy alone), every router loss as a mean over the layers, and `load`: {kind
-        of router: array [L,E]}, the share of the (token, choice) pairs that chose each expert. The kind is "" for the
-        routers of the feed-forward networks, "attention_" for the routers of attention.
+        The metrics are `loss` (the cross-entropy alone), every router loss as a mean over the layers, and `load`. The
+        value of `load` is {kind of router: array [L,E]}. The array has the share of the (token, choice) pairs that
+        chose each expert. The kind is "" for the routers of the feed-forward networks, and "attention_" for the routers
+        of attention. The name of a router loss in the metrics begins with the kind.
         """
         output = transformer.apply(model, batch, key)
         nll = cross_entropy(output.logits, batch["targets"])
@@ -60,8 +61,8 @@ class Decoder(Family):
         """Convert the metrics to scalars: replace `load`, the loads of all experts, by `load_max`.
 
         The load of an expert is its share of the (token, choice) pairs. `load_max` is the largest load of any expert in
-        any layer, times the number of experts: 1 if all loads are equal. For the experts of attention, this scalar is
-        called `attention_load_max`.
+        any layer, times the number of experts of the layer. It is 1 if all loads are equal. For the experts of
+        attention, this scalar is called `attention_load_max`.
         """
         load = metrics.get("load", {})
         scalars = {name: value for name, value in metrics.items() if name != "load"}
@@ -71,8 +72,8 @@ class Decoder(Family):
         """Update the selection biases of the routers, so that the loads of the experts become more equal.
 
         Return the model with the new biases. A router has a selection bias if the config of its experts has a
-        `bias_rate` above 0. `metrics["load"]` has the loads of this step. A bias does not change if `trainable(name of
-        the bias)` is False.
+        `bias_rate` above 0. `metrics["load"]` has the loads of this step. A bias with the parameter name `name` changes
+        only if `trainable(name)` is True.
         """
         if not any(mixture.bias_rate for mixture in model.config.mixtures().values()):
             return model
@@ -89,8 +90,8 @@ class Decoder(Family):
     def parameter_counts(self, config: ModelConfig) -> tuple[int, int]:
         """Return (the number of all parameters, the number of active parameters).
 
-        Active parameters are the parameters that one token uses: of E experts only k count. The input embedding does
-        not count.
+        Active parameters are the parameters that one token uses: only k of the E experts count. The input embedding
+        does not count.
         """
         shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
         total, idle = sum(x.size for x in jax.tree.leaves(shapes)), shapes.embed.size
@@ -106,8 +107,8 @@ class Decoder(Family):
         """Return the number of floating-point operations of a training step per token, forward and backward together.
 
         T is the number of tokens of a sequence. Every active parameter takes 6 operations, and causal attention takes
-        6 N H T operations per layer. The output matrix counts, also if it is the embedding. Operations that
-        rematerialisation repeats count once.
+        6 N H T operations per layer. The output matrix also counts if it is the embedding. Operations that
+        rematerialisation repeats count only once.
         """
         _, active = self.parameter_counts(config)
         if config.tied:

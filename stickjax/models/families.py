@@ -1,4 +1,4 @@
-"""The registry of model families: {name: `Family` object}. A model config has the name in its field `family`."""
+"""The registry of model families: {name: `Family` object}. The field `family` of a config has this name."""
 
 import pkgutil
 
@@ -28,7 +28,7 @@ def register(family: Family) -> None:
     for module, rows in family.parameters.items():
         if others.get(module, rows) != rows:
             raise ValueError(
-                f"family={name!r}: the table of parameters has rows for another class with the "
+                f"family={name!r}: the table of parameters already has other rows for a module class with the "
                 f"name {module}; rename your class"
             )
     PARAMETERS.update({module: dict(rows) for module, rows in family.parameters.items()})
@@ -50,7 +50,7 @@ def family_of(config: FamilyConfig) -> Family:
     return FAMILIES[config.family]
 
 
-# The families of this project, one line each: "module:class of the family".
+# The families of this project, each as "module:class".
 for _name in (
     "stickjax.models.decoder:Decoder",
     "stickjax.models.universal:Universal",

@@ -34,21 +34,22 @@ class Family(ABC):
 
         The result is an object with the field `logits`, in float32. If the number of blocks can differ from token to
         token, as in a Universal Transformer, the object also has `depth`: for every token, the mean number of blocks
-        that were applied to it.
+        that were applied to it, weighted by the halting probabilities of the token.
         """
 
     @abstractmethod
     def loss(self, model, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, dict[str, Any]]:
         """Return the loss of a batch, and its metrics: `loss` (the cross-entropy alone) and other values for the log.
 
-        `key` is a random key for a training step; None for inference. On a mesh, an implementation must add the sums of
-        all devices with `stickjax.parallel.collectives.psum_over_batch`.
+        `key` is a random key for a training step; None for inference. On a mesh, every device has only a part of the
+        batch. So an implementation must add the sums of all devices with
+        `stickjax.parallel.collectives.psum_over_batch`.
 
         With gradient accumulation, this method runs once per microbatch, and the caller adds the losses and the metrics
         of all microbatches. The batch then also has `loss_scale`, which is 1 / (number of targets in the whole batch),
         and `share`, which is 1 / (number of microbatches). An implementation must multiply its sums over targets by
-        `loss_scale`, and its means by `share`. So the sum of the results over the microbatches is the result for the
-        whole batch.
+        `loss_scale`, and its means by `share`. Then the results of all microbatches add up to the result for the whole
+        batch.
         """
 
     def scalars(self, model, metrics: dict[str, Any]) -> dict[str, jax.Array]:

@@ -23,12 +23,16 @@ from stickjax.parallel.collectives import copy_to_tensor_parallel, reduce_from_t
 class MixtureOfHeads(Attention):
     """Attention whose query heads belong to experts. A router chooses the experts and gates of every token x.
 
-    The output is the sum over the chosen experts e of gate_e * attention(x W_query[e], x W_key, x W_value) W_output[e].
+    The output is the sum over the chosen experts e of
+
+      gate_e * attention(x W_query[e], x W_key, x W_value) W_output[e].
 
     `config.attention_experts` describes the experts. There are K key heads, and every expert has K query heads. The
     router chooses N / K experts for every token, so that a token has N query heads. A padding token uses no expert, and
-    its output is zero. Keys and values are x W_key and x W_value, plus biases if `config.key_value` is "biased". If it
-    is "input", keys and values are both x itself, and the cache stores x only once.
+    its output is zero.
+
+    If `config.key_value` is "biased", the keys and values have trainable biases. If it is "input", the keys and the
+    values are both x itself, and the cache stores x only once.
     """
 
     def __init__(self, config: ModelConfig, key):
@@ -88,10 +92,12 @@ class SharedHeads(nnx.Module):
       gate_e * attention(x W_query[e], source W_key, source W_value) W_output[e].
 
     gate_e is the weight that the router gave to the expert e. `source` is the sequence of x (self-attention) or another
-    sequence (cross-attention). A token for which the router chose no expert has the output zero. With `causal`, the
-    field `attention` of the config chooses stick-breaking or causal softmax attention. Without `causal`, the layer uses
-    softmax attention to all keys. With `relative`, softmax attention adds a trainable vector to each key: R [K,H,P] has
-    one vector per key head for each of the P = 2 * clip - 1 distances between a query and a key.
+    sequence (cross-attention). If the router chose no expert for a token, the output of this token is zero.
+
+    With `causal`, the field `attention` of the config chooses stick-breaking or causal softmax attention. Without
+    `causal`, the layer uses softmax attention to all keys. With `relative`, softmax attention adds a trainable vector
+    to each key. The parameter `relative` [K,H,P] has a vector for each key head and each of the P = 2 * clip - 1
+    distances between a query and a key.
     """
 
     def __init__(self, config: SutConfig, key, *, causal: bool, relative: bool):
@@ -140,7 +146,7 @@ def expert_queries(
 
     `weight` [E,D,KH] is W_query, and KH is K * H: every expert has K query heads. Query head j of an expert attends to
     key head j. The N = K * k query heads of a token are ordered by key head, as attention with shared key heads needs.
-    `implementation`: the kernel of the grouped GEMM, such as "triton"; None: the best one that works.
+    `implementation`: the kernel of the grouped GEMM, such as "triton"; None: the best kernel that works.
     """
     (B, T, D), k = x.shape, routing.expert_indices.shape[1]
     q = expert_linear(x.reshape(-1, D), weight, routing, implementation=implementation)

@@ -21,9 +21,9 @@ class SparseExperts(nnx.Module):
     """A feed-forward network of experts: the sum over the k chosen experts e of gate_e * act(x w_in[e]) w_out[e].
 
     A router chooses the experts and gates of every token x. A padding token uses no expert, and its output is zero.
-    w_in is [E,D,G,F], with G = 2 for an activation with a gate, else 1, and w_out is [E,F,D]. The weights of experts
-    that were added to a trained model are the parameters `new_w_in` and `new_w_out`; the indices of these experts come
-    last. If the config has `experts.bias`, a trainable `output_bias` [D] is added to the sum.
+    `w_in` is [E,D,G,F], and `w_out` is [E,F,D]. G is 2 for a gated activation, such as swiglu, else 1. If experts were
+    added to a trained model, their weights are the parameters `new_w_in` and `new_w_out`, and the indices of these
+    experts come last. If the config has `experts.bias`, a trainable `output_bias` [D] is added to the sum.
 
     If the mesh axis "expert" divides the experts, every device computes its own experts for the tokens of all devices
     along this axis. No (token, choice) pair is dropped, even if the load is not balanced.
@@ -60,9 +60,10 @@ class SparseExperts(nnx.Module):
 
 
 def add_output_bias(mixture, y: Float[Array, "B T D"], token_mask: Bool[Array, "B T"] | None) -> Float[Array, "B T D"]:
-    """Return y, the sum of the outputs of the experts, plus the output bias of the mixture, if it has one.
+    """Add the output bias of a mixture of experts to y, the sum of the outputs of the experts.
 
-    `mixture` is a module with a field `output_bias`, which is [D] or None. The output of a padding token stays zero.
+    `mixture` is a module with the field `output_bias`, which is [D]. If it is None, y is returned unchanged. The output
+    of a padding token stays zero.
     """
     if mixture.output_bias is None:
         return y

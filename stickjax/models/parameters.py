@@ -23,14 +23,14 @@ LABELS = ("matrix", "embedding", "vector", "frozen")
 class Parameter(NamedTuple):
     """A row of the table of parameters: the axes, the partition and the muP label of one parameter.
 
-    `axes`: the names of its axes, separated by spaces. "E D KH" has three axes; the last one has the size K * H. E is
+    `axes`: the names of its axes, separated by spaces. "E D KH" has three axes; the last axis has the size K * H. E is
       the axis of the experts, and C the axis of the router columns. An axis may also be a size: "2", or "4D" for 4 * D.
-      The axis L of a model with stacked layers, which comes first, is left out.
-    `partition`: for every axis the mesh axis that divides it, or "-" if none does. "-" at the end may be left out. With
-      "", every device has the whole parameter.
+      In a model with stacked layers, a parameter has the additional first axis L, which is left out here.
+    `partition`: for every axis, the mesh axis that divides it, or "-" if no mesh axis divides it. "-" at the end may be
+      left out. With "", every device has the whole parameter.
     `label`: the muP label. "matrix": an internal matrix; its learning rate is divided by m_width, the width multiplier
-      of muP. "embedding" and "vector": the learning rate is not divided; a vector has no weight decay. "frozen": it has
-      no gradient.
+      of muP. "embedding" and "vector": the learning rate is not divided; a vector has no weight decay. "frozen": the
+      parameter has no gradient.
     """
 
     axes: str
@@ -84,7 +84,7 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
         "w_out": Parameter("E F D", "expert tensor fsdp"),
         "output_bias": Parameter("D", label="vector"),
     },
-    # R is the hidden width of the router; in a linear router it is D.
+    # R is the width of the router's hidden layer. A linear router has no hidden layer, and R is D.
     "Router": {
         "hidden": Parameter("D R", "fsdp"),
         "hidden_bias": Parameter("R", label="vector"),
@@ -149,8 +149,8 @@ class Leaf(NamedTuple):
 def leaves_of(tree, owner: type | None = None, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
     """Yield a `Leaf` for every array of a tree, in the order of `jax.tree.leaves`.
 
-    `owner`: the module class of the arrays, if the tree is a dictionary with parameters of one module. `path`: the
-    names from the root of the whole tree to this part of it; leave it out, because only the recursion uses it.
+    `owner`: the module class of the arrays, if the tree is a dictionary with parameters of one module. Leave out
+    `path`, which only the recursion uses: the names from the root of the whole tree to `tree`.
     """
     inside = lambda node: node is not tree and isinstance(node, nnx.Module | nnx.Variable)  # noqa: E731
     owner = type(tree) if isinstance(tree, nnx.Module) else owner
@@ -158,7 +158,7 @@ def leaves_of(tree, owner: type | None = None, path: tuple[str, ...] = ()) -> It
         names = path + tuple(str(getattr(k, "name", getattr(k, "key", getattr(k, "idx", k)))) for k in keys)
         if isinstance(node, nnx.Module):
             yield from leaves_of(node, path=names)
-        else:  # the names stop at the variable, so a variable may itself be called "value"
+        else:  # an nnx.Variable or an array; the key of the array inside the variable is not a part of the names
             yield from (Leaf(array, names, owner) for array in jax.tree.leaves(node))
 
 
@@ -200,8 +200,8 @@ def parameter(leaf: Leaf) -> Parameter:
 def label(leaf: Leaf) -> str:
     """Return the muP label of a parameter: "matrix", "embedding", "vector" or "frozen" (see `Parameter`).
 
-    An array outside of Flax modules, such as an array in a dictionary, is looked up in PARAMETERS by the last name of
-    its path. Raises ValueError if PARAMETERS has no row for this name, or has rows with different labels.
+    For an array outside of Flax modules, such as an array in a dictionary, the function looks up the last name of its
+    path in PARAMETERS. It raises ValueError if PARAMETERS has no row for this name, or has rows with different labels.
     """
     if leaf.owner is not None:
         return parameter(leaf).label
@@ -258,11 +258,11 @@ def axes_by_name(tree) -> Mapping[str, str]:
 
 
 def gather(tree, dtype, owner: type | None = None):
-    """All-gather every parameter of a tree that the mesh axis "fsdp" divides, and return the tree with the results.
+    """All-gather the parameters that the mesh axis "fsdp" divides. Return `tree` with the gathered parameters.
 
-    `tree` is a module, or a dictionary with parameters of the module class `owner`. The parameters that are gathered
-    are first converted to `dtype`, the type of the computation. Parameters of routers are not converted, because
-    rounding changes which experts a router chooses. If the axis "fsdp" has one device, `tree` is returned unchanged.
+    `tree` is a module, or a dictionary with parameters of the module class `owner`. A parameter is first converted to
+    `dtype`, the type of the computation, and then gathered. Parameters of routers are not converted, because rounding
+    changes which experts a router chooses. If the axis "fsdp" has one device, `tree` is returned unchanged.
     """
     if size("fsdp") == 1:
         return tree

@@ -10,9 +10,9 @@ from stickjax.models.layers import dropout
 def relative_scores(q: Float[Array, "B T K X H"], relative: Float[Array, "K H P"], S: int) -> Float[Array, "B K X T S"]:
     """Compute the scores q_i . R[j - i] of every query i and key j: the part of the scores from relative positions.
 
-    In `q`, X query heads share each of the K key heads. `relative` is R. For every key head it has P = 2 * clip - 1
-    vectors of dimension H, one for each distance j - i from 1 - clip to clip - 1. A larger distance uses the vector of
-    clip - 1, and a smaller one the vector of 1 - clip. `S` is the number of keys.
+    In `q`, X query heads share each of the K key heads. `relative` is R. For every key head, R has P = 2 * clip - 1
+    vectors of dimension H, one for each distance j - i from 1 - clip to clip - 1. A distance above clip - 1 uses the
+    vector of clip - 1, and a distance below 1 - clip uses the vector of 1 - clip. `S` is the number of keys.
 
     >>> scores = relative_scores(jnp.ones((1, 2, 1, 1, 1)), jnp.array([[[-1.0, 0.0, 1.0]]]), 3)
     >>> scores[0, 0, 0].tolist()
@@ -47,7 +47,7 @@ def softmax_attention(
     scores = jnp.einsum("BTKXH,BSKH->BKXTS", q, k, preferred_element_type=jnp.float32)
     if relative is not None:
         scores += relative_scores(q, relative, S)
-    # The minimum is finite, so that a query without keys gives no NaN.
+    # The score of a masked key is finite, so that a query without keys gives no NaN.
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = dropout(jax.nn.softmax(scores, axis=-1), rate, key).astype(v.dtype)
     return jnp.einsum("BKXTS,BSKH->BTKXH", weights, v).reshape(B, T, N, H)

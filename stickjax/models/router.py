@@ -1,7 +1,7 @@
 """Routers choose the experts of every token, and compute the losses that balance or concentrate the load.
 
 The gate of an expert is the weight of its output. The load of an expert is its share of the (token, choice) pairs. The
-losses are means over all tokens of the batch, on all devices.
+losses are computed from means over all tokens of the batch, on all devices, without padding.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ NEVER = -1e9  # the logit of an expert that must not be chosen; finite, so that 
 
 
 class RouterSums(NamedTuple):
-    """Sums over the tokens of this device, without padding, from which `router_stats` computes the losses of a router.
+    """Sums over the tokens of this device, without padding. `router_stats` computes the losses of a router from them.
 
-    Every token has a weight (see `router_sums`), by default 1. g [E] is the softmax of the logits of a token.
+    Every token has a weight (see `router_sums`), by default 1. g [E] is the softmax of a token's logits.
 
     `tokens`: the sum of the weights, by default the number of tokens.
     `pairs`: the number of (token, choice) pairs. It is `tokens` * k, or in a Universal Transformer the sum of `rows`.
@@ -47,10 +47,10 @@ class RouterSums(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """The losses of the routers of L layers, [L] each, and the load of every expert.
+    """The losses of a router, and the loads of its experts. The docstring of `router_stats` has the formulas.
 
-    The losses are not yet multiplied by their weights from the config. `router_stats` has their formulas. `load` [L,E]
-    is the share of the (token, choice) pairs that chose each expert.
+    A loss is an array [L] for the routers of L layers, or a scalar for a single router. It is not yet multiplied by its
+    weight from the config. `load` [L,E] or [E] is the share of the (token, choice) pairs that chose each expert.
     """
 
     switch: jax.Array
@@ -61,16 +61,16 @@ class RouterStats(NamedTuple):
 
 
 def probabilities(logits: Float[Array, "T E"], trained: int | None = None) -> Float[Array, "T E"]:
-    """Return the softmax of the logits of every token, which added experts with logits of -inf do not change.
+    """Return the softmax of every token's logits. Added experts with logits of -inf change no bit of the other values.
 
     The first `trained` columns of `logits` are the experts of the trained model. The other columns are experts that
     were added to this model. If their logits are -inf, the probabilities of the trained experts are the same to the
     last bit as without the added experts. `trained` is None if no experts were added.
 
-    A usual softmax would change bits. In XLA, the last bit of an exponential depends on the shape of the loop that
-    computes it, and the last bit of a sum depends on the number of summands. So the exponentials of the trained and of
-    the added columns are computed separately, with an optimization barrier around each part. The sum is a pairwise
-    tree, so that zeros at its end do not change it.
+    `jax.nn.softmax` does not guarantee this. In XLA, the last bit of an exponential can depend on the shape of the loop
+    that computes it, and the last bit of a sum can depend on the number of summands. So this function computes the
+    exponentials of the trained columns and of the added columns separately, with an optimization barrier around each
+    part. It adds them up in a pairwise tree, so that zeros at the end do not change the sum.
 
     >>> probabilities(jnp.array([[1.0, 1.0, -jnp.inf]]), trained=2).tolist()
     [[0.5, 0.5, 0.0]]
@@ -101,17 +101,17 @@ def choose_experts(
 
     Args:
       logits: the router logits of every expert.
-      k: how many experts a token uses.
+      k: the number of experts per token.
       order: "topk_softmax": choose the experts with the k largest logits; the gates are the softmax of these k logits
         and sum to one. "softmax_topk": choose the experts with the k largest `probabilities`; the gates are these
         probabilities, and sum to at most one.
-      trained: the number of experts before experts were added to the model (see `probabilities`); None: no experts were
-        added.
+      trained: the number of columns of `logits` before experts were added to the model (see `probabilities`); None: no
+        experts were added.
       bias: [E], added to the logits or probabilities for the choice only; the gates do not contain it.
       pruned: [E], True for experts that are never chosen.
-      sample_topk, key: with a random key, only the first k - `sample_topk` experts are chosen as above. The others are
-        drawn by the softmax of the logits, without replacement (Gumbel top-k). `order` says how the gates of all k
-        experts are computed.
+      sample_topk, key: with a random key, only k - `sample_topk` experts are chosen as above. The other `sample_topk`
+        experts are drawn at random without replacement, with the probabilities softmax(logits) (Gumbel top-k). `order`
+        says how the gates of all k experts are computed.
     """
     logits = logits.astype(jnp.float32)
     scores = logits if order == "topk_softmax" else probabilities(logits, trained)
@@ -136,10 +136,10 @@ def round_tokens(
 
     If `multiple` is the number of rows of a kernel tile, no tile is partly empty.
 
-    Each expert drops its pairs with the smallest gates, at most `multiple` - 1 of them. Return the indices, in which a
-    dropped pair has the index E = `num_experts`, which means no expert. The method is from arXiv 2512.14080. The paper
-    also rounds up; this function only rounds down. Whether a pair is dropped depends on all tokens of the device, so
-    this function is for training only.
+    Each expert drops its pairs with the smallest gates, at most `multiple` - 1 of them. Return `expert_indices` with
+    the index E = `num_experts` in place of every dropped pair. The index E means no expert. The method is from arXiv
+    2512.14080. The paper also rounds up; this function only rounds down. Whether a pair is dropped depends on all
+    tokens of the device, so this function is for training only.
 
     >>> round_tokens(jnp.array([[0], [0], [1], [0]]), jnp.array([[0.3], [0.1], [0.9], [0.2]]), 2, 2).T
     Array([[0, 2, 2, 0]], dtype=int32)
@@ -161,8 +161,9 @@ def router_sums(
     """Compute the `RouterSums` of one router over its tokens.
 
     `expert_indices` are the chosen experts; the index E means no expert. `weight` is the weight of each token in the
-    sums; None: all are 1. The weights do not change `rows`: to leave a token out of `rows`, set its indices to E. A
-    logit of -inf, of an expert that does not exist, is replaced by the finite number `NEVER`, so that no sum is NaN.
+    sums; None: all are 1. The weights do not change `rows`: to leave a token out of `rows`, set its indices to E. The
+    logit of an expert that must not be chosen may be -inf. It is replaced by the finite number `NEVER`, so that no sum
+    is NaN.
     """
     logits = jnp.maximum(logits.astype(jnp.float32), NEVER)
     weight = jnp.ones(logits.shape[:1]) if weight is None else weight.astype(jnp.float32)
@@ -176,13 +177,15 @@ def router_sums(
 
 
 def router_stats(sums: RouterSums) -> RouterStats:
-    """Compute the losses and the load of one router, or of the routers of all layers, from the sums on all devices.
+    """Compute the losses of one router, or of the routers of L layers, and the loads of their experts.
 
-    Means are over tokens. g is the softmax of the logits of a token, P is the mean of g, and e is an expert. f_e is the
-    load of e: its share of the (token, choice) pairs.
+    `sums` are the sums over the tokens of this device. This function first adds the sums of all devices.
 
-    switch = E * sum_e f_e P_e (arXiv 2101.03961). It is 1 if all loads are equal. The loss of
-      Hugging Face is k times as large, because its f_e is the number of pairs of e per token.
+    All means are over tokens, with the weights of the tokens. g is the softmax of a token's logits, P is the mean of g,
+    and e is an expert. f_e is the load of e: its share of the (token, choice) pairs.
+
+    switch = E * sum_e f_e P_e (arXiv 2101.03961). It is 1 if all loads are equal. The corresponding loss in Hugging
+      Face transformers is k times as large, because its f_e is the number of pairs of e per token.
     z = mean(logsumexp(logits)^2) (arXiv 2202.08906).
     mutual_information = H(e|x) - H(e): the mean entropy of g minus the entropy of P (arXiv 2306.04640). It is minus
       the mutual information of the token x and the expert e.
@@ -203,7 +206,7 @@ def updated_router_bias(
     """Return the selection bias of each expert e for the next step: bias_e + rate * sign(mean load - load_e).
 
     This is the auxiliary-loss-free balancing of arXiv 2408.15664. `load` is the share of the (token, choice) pairs that
-    chose each expert. `experts` is the number of experts that exist, over which the mean is taken: after pruning, it is
+    chose each expert. The mean is over the experts that exist, and `experts` is their number. After pruning, it is
     smaller than E, the number of router columns.
     """
     return (bias + rate * jnp.sign(load.sum(-1, keepdims=True) / experts - load)).astype(bias.dtype)
@@ -214,9 +217,9 @@ class Experts:
     """The numbers of `old`, `new` and `pruned` experts of a router.
 
     Old experts belong to the trained model. New experts were added to it. Pruned experts were removed, but the router
-    still computes their logits. The columns of the logits are the old and the pruned experts, in the order that they
-    have in the trained model, and then the new experts. The weights of the experts contain the old and then the new
-    experts.
+    still computes their logits. The first columns of the logits are the old and the pruned experts, in the order that
+    they have in the trained model. The last columns are the new experts. The arrays with the weights of the experts
+    contain first the old experts and then the new experts, but not the pruned ones.
     """
 
     old: int
@@ -236,15 +239,19 @@ class Experts:
 class Router(nnx.Module):
     """A router: it computes a logit for every expert from a token x [D], always in fp32, and chooses k experts.
 
-    The config field `network` says how the logits are computed. "linear": x weight. "mlp": gelu(x hidden + hidden_bias)
-    weight. "gmm": exp(log_scale) cos(x hidden, weight_e), where weight_e is the centroid of expert e. `hidden` and
-    `weight` are matrices. `new_weight` has the further columns of `weight` for experts that were added to a trained
-    model.
+    The config field `network` says how the logits are computed from the matrices `hidden` and `weight`:
+
+      "linear": x @ weight
+      "mlp": gelu(x @ hidden + hidden_bias) @ weight
+      "gmm": for every expert e, exp(log_scale) * cos(x @ hidden, weight[:, e])
+
+    cos(a, b) is the cosine similarity of two vectors, and weight[:, e] is the centroid of expert e. For experts that
+    were added to a trained model, `new_weight` has further columns of `weight`.
 
     `selection_bias` balances the load without a loss: it changes which experts are chosen, but not their gates. In a
-    pruned model, column c of the logits belongs to the expert with the index `slot[c]` in the weights of the experts.
-    `slot[c]` is -1 if this expert was pruned. With `pruning="old_denominator"`, pruned experts still count in the
-    denominator of the softmax. With "new_denominator", they do not count.
+    pruned model, column c of the logits belongs to the expert with the index `slot[c]` in the arrays with the weights
+    of the experts. `slot[c]` is -1 if this expert was pruned. With `pruning="old_denominator"`, pruned experts still
+    count in the denominator of the softmax. With "new_denominator", they do not count.
     """
 
     normalized = False  # whether the gates of a token are divided by their sum
@@ -270,9 +277,10 @@ class Router(nnx.Module):
         self.slot = nnx.Param(jnp.arange(old + new, dtype=jnp.float32)) if mixture.pruning != "no" else None
 
     def logits(self, tokens: Float[Array, "T D"], key=None) -> tuple[Float[Array, "T E"], Any]:
-        """Return the logits of all router columns (see `Experts`), and a random key for the sampling of experts.
+        """Return (the logits of all router columns, a random key for the sampling of experts).
 
-        The returned key is `key`. A subclass that needs random numbers itself, such as for dropout, returns a new key.
+        `Experts` says which experts the columns belong to. This class returns `key` unchanged. A subclass that needs
+        random numbers itself, such as for dropout, returns a new key.
         """
         exact = lambda param: param[...].astype(jnp.float32)  # noqa: E731
         x = tokens.astype(jnp.float32)
@@ -319,6 +327,6 @@ class Router(nnx.Module):
 
 
 def _unit(x, axis):
-    """Divide the vectors of x along `axis` by their norms. If a norm is below 1e-12, result and gradient are 0."""
+    """Divide the vectors of x along `axis` by their norms. If a norm is at most 1e-12, result and gradient are 0."""
     square = jnp.square(x).sum(axis, keepdims=True)
     return x * jnp.where(square > 1e-24, jax.lax.rsqrt(jnp.maximum(square, 1e-24)), 0)

@@ -13,11 +13,11 @@ def attend(config: ModelConfig, q, k, v, context):
     q [B,T,N,H] are the queries, and k and v [B,S,K,H] are the keys and values. Queries and keys already have rotary
     positions. `context` is a `Context` of `stickjax.models.attention`.
 
-    Return (out [B,T,N,H], None). The second result of an attention variant is, for every query, 1 - the sum of its
+    Return (out [B,T,N,H], None). The second result of an attention variant is one minus the sum of each query's
     weights. None means that the weights always sum to 1.
     """
     c, T, S = config, q.shape[1], k.shape[1]
-    # Compute at most eight query tiles, each with only the keys up to its end. This is about half of all T * S scores.
+    # At most eight query tiles. Each computes scores only for the keys up to its end: about half of all T * S scores.
     tile = max(64, -(-T // 8)) if isinstance(context.offset, int) else T
 
     @jax.checkpoint  # saves q, k and v instead of the T * S weights of every head

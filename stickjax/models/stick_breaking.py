@@ -13,8 +13,8 @@ def attend(config: ModelConfig, q, k, v, context):
     `stickjax.models.attention`. If the mesh axis "context" divides the sequences, k and v are the keys and values of
     the tokens on this device, and the function all-gathers them.
 
-    Return (out [B,T,N,H], rest [B,T,N]). The rest is the part of a query's stick that no key takes: 1 - the sum of the
-    query's weights.
+    Return (out [B,T,N,H], rest [B,T,N]). `rest` is the part of each query's stick that no key takes: one minus the sum
+    of the query's weights.
     """
     c, segments = config, (context.segment_ids, context.key_segment_ids)
     options = dict(

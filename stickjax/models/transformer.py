@@ -21,7 +21,7 @@ from stickjax.parallel.collectives import copy_to_tensor_parallel, size
 
 
 class Cache(NamedTuple):
-    """The keys and values of all earlier tokens, in all L layers, for the generation of text.
+    """The cache for text generation: the keys and values of all earlier tokens in all L layers.
 
     `key` and `value` are [L,B,S,K,H], with room for S tokens per sequence. `length` is a scalar: the first `length`
     places are filled. `value` is None if the values equal the keys (`key_value="input"` in the config). `segment_ids`
@@ -52,7 +52,8 @@ class Output(NamedTuple):
 class Block(nnx.Module):
     """A layer: x becomes x + m_res * attention(norm(x)), and then x + m_res * feed_forward(norm(x)).
 
-    The multiplier `m_res` is a field of the config. Attention and feed-forward network may consist of experts.
+    The two norms have separate parameters. The multiplier `m_res` is a field of the config. The attention and the
+    feed-forward network may consist of experts.
     """
 
     def __init__(self, config: ModelConfig, key):
@@ -73,7 +74,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A decoder language model. Its field `blocks` has the parameters of all layers, stacked on a leading axis L."""
+    """A decoder language model. Its field `blocks` has the parameters of all L layers, stacked along the first axis."""
 
     def __init__(self, config: ModelConfig, key):
         self.config = c = config
@@ -119,7 +120,7 @@ class Transformer(nnx.Module):
 
         if c.remat != "none":
             policy = jax.checkpoint_policies.checkpoint_dots if c.remat == "dots" else None
-            # CSE cannot undo the recomputation inside a scan, so it need not be prevented.
+            # Inside a scan, XLA cannot merge the recomputation with the forward pass, so this need not be prevented.
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
         keys = None if key is None else jax.random.split(key, c.L)
         layer_caches = None if cache is None else (cache.key, cache.value)
@@ -138,8 +139,8 @@ class Transformer(nnx.Module):
 def _context(config: ModelConfig, tokens, segment_ids, cache: Cache | None) -> tuple[Context, Cache | None]:
     """Return (the `Context` that all attention layers get, the new cache). Without a cache, the second value is None.
 
-    The new cache already has the segment ids of `tokens`, and its `length` includes `tokens`. The layers add their keys
-    and values later.
+    The new cache already has the segment ids of `tokens`, and its `length` includes `tokens`. The attention layers add
+    the keys and values of `tokens` later.
     """
     rotary = variant(config.attention).rotary
     if size("context") > 1:

@@ -10,9 +10,9 @@ from stickjax.parallel.collectives import first_of, reduce_from_tensor_parallel,
 
 
 def _local(ids, count: int):
-    """Convert token ids to indices into the part of the vocabulary on this device, which has `count` entries.
+    """Convert token ids to indices into the part of the vocabulary on this device, which has `count` token ids.
 
-    Return the indices, and a mask that is True for the ids in this part. The other ids get the index 0.
+    Return the indices, and a mask that is True for the token ids in this part. All other token ids get the index 0.
     """
     ids = ids - first_of("tensor", count)
     here = (ids >= 0) & (ids < count)

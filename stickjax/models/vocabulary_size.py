@@ -1,4 +1,4 @@
-"""Set the sizes of a model that follow from its data, if the config leaves them None: V, V_target and classes."""
+"""Set the sizes V, V_target and classes of a model from its data, if they are None in the config."""
 
 from collections.abc import Mapping
 
@@ -10,20 +10,21 @@ SIZES = ("V", "V_target", "classes")
 
 
 def with_vocabulary(config: Config, ids: Mapping[str, int] | None = None, devices=None) -> Config:
-    """Return the config with `model.V` set, the vocabulary size, and for some families `V_target` and `classes`.
+    """Set the vocabulary size `model.V` from the data, if it is None. Return the new config.
 
-    A size that is None is set from the data. V and V_target are then rounded up to a multiple of the size of the mesh
-    axis "tensor". Sizes for which the model config has no field are ignored.
+    V_target (the vocabulary size of the targets of translations) and `classes` (the number of labels) are also set, if
+    the model config has these fields and they are None. A new V or V_target is the number of token ids, rounded up to a
+    multiple of the size of the mesh axis "tensor".
 
     Args:
       config: the config of the experiment.
-      ids: the sizes of the data, such as {"V": 257}. None: if a size is None, read them from the tokenizer or the
-        examples.
-      devices: the devices of the mesh, which matter if the size of an axis is -1; None: all devices.
+      ids: the sizes of the data, such as {"V": 257}. None: read them from the tokenizer or the examples. They are read
+        only if a size in the config is None.
+      devices: the devices of the mesh; None: all devices. They matter only if the size of a mesh axis is -1.
 
     Raises:
-      ValueError: the tokenizer or the examples cannot be read, V or V_target is smaller than the number of ids; or
-        `classes` is set, and is not the number of labels.
+      ValueError: the tokenizer or the examples cannot be read; V or V_target is smaller than the number of token ids;
+        or `classes` is not the number of labels.
 
     >>> with_vocabulary(Config()).model.V, with_vocabulary(Config().replace({"model.V": 512})).model.V
     (257, 512)
@@ -51,9 +52,10 @@ def with_vocabulary(config: Config, ids: Mapping[str, int] | None = None, device
 
 
 def with_sizes_of(config: Config, before: Config) -> Config:
-    """Return the config of a run that continues, with each of V, V_target and classes that is None taken from `before`.
+    """Return `config` with the sizes V, V_target and classes from `before`, where they are None in `config`.
 
-    `before` is the config of the run so far. Its V may have been rounded up for another mesh, so it must be kept.
+    `config` is the config of a run that continues, and `before` is the config of this run so far. V in `before` may
+    have been rounded up for another mesh. It must be kept, because the parameters of the run have this size.
     """
     names = [name for name in SIZES if getattr(config.model, name, 0) is None]
     return config.replace({f"model.{name}": getattr(before.model, name, None) for name in names}) if names else config

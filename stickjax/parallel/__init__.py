@@ -1,1 +1,1 @@
-"""Several devices and processes: the mesh, collectives, makes of GPU with their speeds, and how processes meet."""
+"""Training on several devices and in several processes: the mesh, the collectives, GPU models, and processes."""

@@ -22,7 +22,10 @@ TARGETS = Path(__file__).parent / "targets"
 
 
 class MissingWheels(ImportError):
-    """The package that compiles for NVIDIA GPUs, jax_cuda13_plugin, is missing. The message says how to install it."""
+    """Raised if the package jax_cuda13_plugin, which compiles for NVIDIA GPUs, is missing.
+
+    The message says how to install the package.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Chip:
     kind: str  # the beginning of `jax.Device.device_kind` for this model
     flops: float  # dense bf16 peak, FLOP/s
     link: float  # bandwidth of a GPU to the other GPUs of its host
-    network: float  # bandwidth to other hosts: one GPU's share of the network adapters of the host
+    network: float  # bandwidth of a GPU to other hosts, if the GPUs of its host share the network adapters equally
 
     @functools.cached_property
     def text(self) -> str:
@@ -84,7 +87,7 @@ def chip(name: str) -> Chip:
 
 
 def of_kind(device_kind: str) -> Chip | None:
-    """Return the GPU model for a `jax.Device.device_kind`, such as "NVIDIA H200". Return None if CHIPS has none."""
+    """Return the GPU model for a `jax.Device.device_kind`, such as "NVIDIA H200"; None if it is not in CHIPS."""
     return next((chip for chip in CHIPS.values() if device_kind.startswith(chip.kind)), None)
 
 
@@ -95,15 +98,15 @@ def has_wheels() -> bool:
 
 @functools.cache
 def absent_devices(name: str = "h200", devices: int = 1, hosts: int = 1) -> list[jax.Device]:
-    """Return JAX devices for which programs can be compiled. The GPUs need not exist on this machine.
+    """Return JAX devices for GPUs that this machine need not have. Programs can be compiled for them, but not run.
 
     Args:
       name: the GPU model, a name in CHIPS.
-      devices: the number of GPUs of all hosts together.
+      devices: the number of GPUs of all hosts together, a multiple of `hosts`.
       hosts: the number of hosts. Every host has devices / hosts GPUs.
 
     Raises:
-      MissingWheels: jax[cuda13] is not installed.
+      MissingWheels: the package jax_cuda13_plugin is not installed.
       ValueError: CHIPS has no such name.
     """
     if not has_wheels():
@@ -116,7 +119,7 @@ def absent_devices(name: str = "h200", devices: int = 1, hosts: int = 1) -> list
 
 @contextmanager
 def tracing_for(device: jax.Device) -> Iterator[None]:
-    """In this context, programs that JAX traces choose their kernels for `device`.
+    """A context in which the programs that JAX traces choose their kernels for `device`.
 
     `device` may be a GPU that this machine does not have (see `absent_devices`).
     """

@@ -5,8 +5,8 @@ On a single device there is no communication. On a mesh, gradients follow two ru
 Mesh axes that shard the batch ("data", "fsdp", "expert" and "context"): every device has its own tokens. The devices
 compute sums over the batch by a psum, so they all get the same loss. In the backward pass, a device computes the
 gradient of this loss with respect to its own summand. This needs no communication, so `psum_over_batch` has no psum in
-its backward pass. An array from `all_gather` affects the tokens of all devices. So the backward pass of `all_gather`
-sums the gradients of all devices.
+its backward pass. `all_gather` is different: after it, all devices compute with the array of every device. So the
+gradient of an array is the sum of the gradients from all devices, and the backward pass of `all_gather` computes it.
 
 Mesh axis "tensor": every device has the same tokens and the same loss, but only a part of the heads and hidden units. A
 layer calls `copy_to_tensor_parallel` on its input, computes its part, and calls `reduce_from_tensor_parallel` on its
@@ -37,10 +37,10 @@ def several(axes: tuple[str, ...]) -> tuple[str, ...]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def all_gather(x, name: str, axis: int, dtype):
-    """All-gather x over the mesh axis `name`: concatenate the x of all devices along the array axis `axis`.
+    """All-gather x over the mesh axis `name`: concatenate the arrays x of all devices along the array axis `axis`.
 
     x is first converted to `dtype`. The backward pass is a reduce-scatter: it sums the gradients from all devices in
-    fp32, and every device gets the part of the sum that belongs to its own x, in the dtype of this x.
+    fp32. Every device gets the part of the sum that is the gradient of its own x, in the dtype of x before conversion.
     """
     return lax.all_gather(x.astype(dtype), name, axis=axis, tiled=True)
 
@@ -75,7 +75,7 @@ _sum_gradients.defvjp(lambda tree, axes: (tree, None), lambda axes, _, gradients
 
 
 def psum_over_batch(tree):
-    """Compute the psum of every array in a pytree, over all mesh axes that shard the batch.
+    """Return the psum of every array in a pytree, over all mesh axes that shard the batch.
 
     The backward pass returns the gradient unchanged, without a second psum: every device computes only the gradient
     with respect to its own summand. `stickjax.training.gradients` adds the gradients of all devices at the end.
@@ -96,8 +96,8 @@ def copy_to_tensor_parallel(tree):
 def reduce_from_tensor_parallel(x):
     """Compute the psum of x over the mesh axis "tensor"; in the backward pass, return the gradient unchanged.
 
-    Every device along "tensor" computes a part of the heads or hidden units of a layer, and x is what this part adds to
-    the output of the layer. So the psum is the output of the layer.
+    Every device along "tensor" computes a part of the heads or hidden units of a layer. x is the contribution of this
+    part to the output of the layer. So the psum of x is the output.
     """
     return x if size("tensor") == 1 else _sum(x, "tensor")
 
@@ -125,11 +125,11 @@ def all_gather_for_experts(tokens, expert_indices, gates, count: int):
       count: the number of experts on each device.
 
     Returns:
-      tokens [P*T,D], expert_indices [P*T,k] and gates [P*T,k]. Here an index from 0 to `count` - 1 is an expert of this
-      device. The index `count` stands for an expert of another device, which this device does not compute.
+      tokens [P*T,D], expert_indices [P*T,k] and gates [P*T,k]. In this result, an index from 0 to `count` - 1 is an
+      expert of this device. The index `count` stands for an expert of another device, or for no expert.
 
     The all-gather sends every token to the P - 1 other devices. An all-to-all of the (token, choice) pairs would send
-    every token k (P - 1) / P times on average, which is more if P is below k.
+    every token k * (P - 1) / P times on average. This is more than P - 1 if k is larger than P.
     """
     if size("expert") == 1:
         return tokens, expert_indices, gates

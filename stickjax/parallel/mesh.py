@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stickjax.config import Config
 
-# Neighbours along the last axis are also neighbours in the machine. So the axis with the most communication is last.
+# Devices that are neighbours along the last axis are also neighbours in the machine. So the axis with the most
+# communication is last.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 ROW_AXES = ("data", "fsdp", "expert")  # mesh axes over which the sequences of a batch are sharded
 BATCH_AXES = (*ROW_AXES, "context")  # mesh axes over which the tokens of a batch are sharded
@@ -22,14 +23,14 @@ def make_mesh(config: Config, devices=None) -> Mesh | None:
     """Make the mesh that a config describes. Return None if all mesh axes have size 1.
 
     Args:
-      config: its section `mesh` has the sizes of the mesh axes. The size of one axis may be -1. This axis then gets all
-        devices that are left: the number of devices divided by the product of the other sizes.
+      config: its section `mesh` has the sizes of the mesh axes. The size of one axis may be -1. Its size is then the
+        number of devices divided by the product of the other sizes.
       devices: the devices to use; None: all devices.
 
     Raises:
-      ValueError: the mesh needs more devices than there are; there are several processes, and the mesh does not use all
-        devices; or a size of the model or of the batch is not a multiple of the size of the mesh axis over which it is
-        sharded.
+      ValueError: the mesh needs more devices than there are; an axis of size -1 cannot use all devices; with several
+        processes, the mesh does not use all devices; or a size of the model or of the batch is not a multiple of the
+        size of the mesh axis over which it is sharded.
 
     >>> make_mesh(Config()) is None
     True
@@ -87,10 +88,10 @@ def _check_sizes(config: Config, sizes: dict[str, int]) -> None:
 
 
 def rows_of_process(mesh: Mesh | None) -> tuple[int, int]:
-    """Return (index, count): every batch has `count` equal parts, and this process loads part `index`, counted from 0.
+    """Return which part of every batch this process loads, as (index of the part, number of parts).
 
-    A part consists of whole sequences. If the devices along the mesh axis "context" or "tensor" belong to several
-    processes, these processes load the same part. Without a mesh, return (0, 1).
+    The parts have the same size, and consist of whole sequences. If the devices along the mesh axis "context" or
+    "tensor" belong to several processes, these processes load the same part. Without a mesh, return (0, 1).
     """
     if mesh is None:
         return 0, 1
@@ -101,15 +102,15 @@ def rows_of_process(mesh: Mesh | None) -> tuple[int, int]:
 
 
 def batch_spec(x) -> PartitionSpec:
-    """Return the PartitionSpec of an array x [B,T] or [B] of a batch: over which mesh axes B and T are sharded."""
+    """Return the PartitionSpec of an array x [B,T] or [B] of a batch: the mesh axes over which B and T are sharded."""
     return PartitionSpec(*BATCH[: np.ndim(x)])
 
 
 def abstract_batch(mesh: Mesh | None, shapes: dict) -> dict:
-    """Return the shapes of a batch, each with the sharding that the array has on the mesh: {name: ShapeDtypeStruct}.
+    """Return {name: ShapeDtypeStruct} for the arrays of a batch, with the sharding of each array on the mesh.
 
-    `shapes` has the same structs without a sharding. A program can be compiled for the result without data. Without a
-    mesh, return `shapes` unchanged.
+    `shapes` has the same structs without a sharding. The result is enough to compile a program: no data are needed.
+    Without a mesh, return `shapes` unchanged.
     """
     if mesh is None:
         return shapes
@@ -123,8 +124,8 @@ def shard_batch(mesh: Mesh | None, batch: dict, accumulate: int = 1) -> dict:
     `batch` is {name: array [B,T] or [B]}, with the B sequences that this process loads (see `rows_of_process`).
     `accumulate` is the number of microbatches. The sequences are ordered so that the i-th microbatches of all devices
     together are the i-th microbatch of the whole batch. If T is sharded over the mesh axis "context", every device gets
-    two pieces of each of its sequences: one near the beginning and one near the end. So all devices have the same
-    number of (query, key) pairs.
+    two pieces of each of its sequences: one near the beginning of the sequence, and one near its end. So all devices
+    compute the same number of (query, key) pairs.
     """
     if mesh is None:
         return batch

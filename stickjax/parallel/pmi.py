@@ -8,7 +8,7 @@ import os
 
 
 def share(file: int, value: str | None) -> str:
-    """Send `value` from one process to all processes, and return it. Every process must call this function once.
+    """Share `value` of one process with all processes, and return it. Every process must call this function once.
 
     Args:
       file: the file descriptor of the process manager: the number in the environment variable PMI_FD.

@@ -1,7 +1,7 @@
 """Processes that train one model together: they find one another, share values, and end when one of them is lost.
 
 Every process has its own devices. Only process 0 writes files. Process 0 also runs JAX's coordination service. If a
-process ends or does not answer, the service tells all other processes within `HEARTBEAT_SECONDS`, and they end.
+process has ended or has sent no heartbeat for `HEARTBEAT_SECONDS`, the service tells all other processes, and they end.
 """
 
 import contextlib
@@ -25,51 +25,54 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stickjax.parallel import pmi
 
-# A process is lost after HEARTBEAT_SECONDS without a heartbeat. A process is missing if it has not joined after
-# JOIN_SECONDS. At the end, the other processes wait at most SHUTDOWN_SECONDS until process 0 has finished writing.
+# A process is lost after HEARTBEAT_SECONDS without a heartbeat. At the start, every process waits JOIN_SECONDS for the
+# others to join. At the end, the others wait at most SHUTDOWN_SECONDS until process 0 has finished writing.
 HEARTBEAT_SECONDS, JOIN_SECONDS, SHUTDOWN_SECONDS = 20, 300, 1800
 ERROR_GRACE_SECONDS = 1  # after an error, the other processes wait this long, so that process 0 reports it first
-_WAIT_MILLISECONDS = 24 * 3600 * 1000  # long, because the heartbeat detects a lost process, and not this limit
-# Exit codes: this process has printed its error; this process ends because another process failed or was lost.
+_WAIT_MILLISECONDS = 24 * 3600 * 1000  # long, because a lost process is detected by its heartbeat, not by this limit
+# Exit codes. EXIT_ERROR_PRINTED: this process has printed its error. EXIT_PEER_LOST: another process has failed or is
+# lost.
 EXIT_ERROR_PRINTED, EXIT_PEER_LOST = 3, 4
 
 # Exit codes of a process that saved and stopped, because of a signal or a closed output pipe.
 EXIT_STOPPED = tuple(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGTERM))
 
-RESUME_HINT = "the same command goes on from the last checkpoint"
+RESUME_HINT = "run the same command again to continue from the last checkpoint"
 
-# Environment variables of schedulers: the number of processes, the index of this one among all, and its index on this
-# machine. The fourth variable of SLURM is set in the processes of a job step, but not in the shell of an allocation.
+# Environment variables of schedulers: the number of processes, the index of this process among all processes, and its
+# index among the processes on this machine. The fourth variable of SLURM is set in the processes of a job step, but not
+# in the shell of an allocation.
 _SCHEDULERS = (
     ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST"),
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
 )
 PMI = ("PMI_SIZE", "PMI_RANK")  # of MPICH and Intel MPI; MPI_LOCALRANKID is the rank on this machine
-# Environment variables with the rank and the number of processes, of launchers that do not name a coordinator. PMIx
-# sets only the rank.
+# Environment variables of launchers that do not give the address of process 0: the rank of this process, and the number
+# of processes. PMIx sets only the rank.
 _UNKNOWN = (("PMIX_RANK", ""), ("FLUX_TASK_RANK", "FLUX_JOB_SIZE"), ("RANK", "WORLD_SIZE"))
 # Parts of the messages that XLA raises when another process is lost.
 _PEER_GONE = re.compile(r"Gloo|NCCL|coordination service|CoordinationService|[Cc]onnection (closed|reset|refused)")
 
 
 def initialize(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
-    """Connect this process with the others that train together. Call this before any other use of JAX.
+    """Connect this process with the other processes that train the same model. Call this before any other use of JAX.
 
-    Without arguments, the number of processes and the index of this one come from the environment variables of a
+    Without arguments, the number of processes and the index of this process come from the environment variables of a
     launcher: SLURM, Open MPI, MPICH or Intel MPI. Each process then uses one device of its machine: the device whose
     number is the rank of the process on this machine. If the launcher does not give the address of process 0, set
     JAX_COORDINATOR_ADDRESS to HOST:PORT. Without arguments and without the variables of a launcher, this process trains
     alone, and this function does nothing.
 
     Args:
-      coordinator: HOST:PORT, where HOST is the machine of process 0 and PORT is a free port of this machine.
+      coordinator: HOST:PORT, where HOST is the machine of process 0 and PORT is a free port on HOST.
       count: the number of processes.
       index: the index of this process, from 0.
 
     Raises:
-      ValueError: only some of the three arguments are given; one of them is out of range; the port is in use; or the
-        environment says that there are several processes, but not how they find one another.
-      RuntimeError: JAX cannot find the address of process 0 in the environment.
+      ValueError: only some of the three arguments are given; one of them is out of range; the port is in use; fewer
+        than `count` processes have connected; or the environment says that there are several processes, but not how
+        they find one another.
+      RuntimeError: JAX cannot find the address of process 0 in the environment of Open MPI.
     """
     rank = _find(coordinator, count, index)
     if rank is None:
@@ -87,18 +90,18 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
             _check_free(port, coordinator)
     _join(rank)
     if jax.process_count() != count:  # otherwise every process would write
-        found = f"process {index} of {count} has found only {jax.process_count() - 1} of the {count - 1} others"
+        found = f"process {index} of {count} has found only {jax.process_count() - 1} of {count - 1} other processes"
         raise ValueError(f"{found}; give every process the same --coordinator and --processes, and its own --process")
     if index:
         logging.getLogger("stickjax").setLevel(logging.ERROR)  # process 0 warns for all
 
 
 class _Rank(NamedTuple):
-    """How this process joins the other processes: the arguments for `jax.distributed.initialize`.
+    """The arguments for `jax.distributed.initialize`, with which this process joins the other processes.
 
     `coordinator`: HOST:PORT of process 0; None: JAX finds it in the environment.
     `count`, `index`: the number of processes, and the index of this process.
-    `local`: the number, on this machine, of the device for this process; None: JAX chooses the devices.
+    `local`: the index of the device for this process among the devices of this machine; None: JAX chooses the devices.
     `method`: "deactivate" if JAX must ignore the environment variables of schedulers, else None.
     """
 
@@ -112,7 +115,7 @@ class _Rank(NamedTuple):
 def _find(coordinator: str | None, count: int | None, index: int | None) -> "_Rank | None":
     """Find out how this process joins the other processes. Return None if this process trains alone.
 
-    `initialize` has the same arguments. If `count` and `index` are None, they come from environment variables.
+    The arguments are as in `initialize`. If `count` and `index` are None, they come from environment variables.
     Raise ValueError if the arguments or the variables are incomplete.
     """
     local, method = None, None
@@ -139,7 +142,7 @@ def _find(coordinator: str | None, count: int | None, index: int | None) -> "_Ra
 def _join(rank: _Rank) -> None:
     """Join the other processes. If one of them is missing after JOIN_SECONDS, print an error and end this process."""
     coordinator, count, index, local, method = rank
-    # When the time is over, JAX aborts with a stack trace. Shortly before, this timer prints which process is missing.
+    # After JOIN_SECONDS, JAX aborts with a stack trace. Shortly before, this timer prints which process is missing.
     missing = f"process 0{f' at {coordinator}' if coordinator else ''}" if index else "the other processes"
     late = f"error: process {index} of {count} has waited {JOIN_SECONDS} s for {missing}"
     end = lambda: (print(late, file=sys.stderr, flush=True), os._exit(EXIT_ERROR_PRINTED))  # noqa: E731
@@ -176,8 +179,8 @@ def _number(name: str) -> int | None:
 def _check_alone() -> None:
     """Raise ValueError if the environment has the rank of this process, but not the address of process 0.
 
-    Some launchers set only the rank (see _UNKNOWN). Then every process would train a separate model, if this check did
-    not stop it.
+    Some launchers do not give this address (see _UNKNOWN). Without this check, every process would train a separate
+    model.
     """
     for rank, size in _UNKNOWN:
         if rank in os.environ and (not size or (_number(size) or 1) > 1):
@@ -201,7 +204,7 @@ def _agree(count: int, index: int) -> str:
 
 
 def check_address(address: str) -> tuple[str, int]:
-    """Parse an address HOST:PORT into (host, port). Raise ValueError if it has another form.
+    """Parse an address HOST:PORT into (host, port). Raise ValueError if it does not have this form.
 
     >>> check_address("localhost:1234")
     ('localhost', 1234)
@@ -213,7 +216,7 @@ def check_address(address: str) -> tuple[str, int]:
 
 
 def free_port() -> int:
-    """Return the number of a TCP port of this machine that no program uses at the moment."""
+    """Return a TCP port of this machine that no program uses at the moment."""
     with socket.create_server(("", 0)) as one:
         return one.getsockname()[1]
 
@@ -256,9 +259,10 @@ _turn = {"shared": 0, "barrier": 0}
 
 
 def _name(kind: str) -> str:
-    """Return a new key for JAX's key-value store: "stickjax/KIND/NUMBER", where NUMBER counts the calls with this kind.
+    """Return a new key for JAX's key-value store: "stickjax/KIND/NUMBER".
 
-    `kind` is "shared" or "barrier". All processes get the same key, because they make their calls in the same order.
+    KIND is `kind`, which is "shared" or "barrier". NUMBER is the number of calls with this `kind` so far. All processes
+    get the same key, because they make the same calls in the same order.
     """
     _turn[kind] += 1
     return f"stickjax/{kind}/{_turn[kind]}"
@@ -267,7 +271,7 @@ def _name(kind: str) -> str:
 def shared(function: Callable, raises: type[Exception] = ()):
     """Call `function` in process 0 only, and return its value in all processes.
 
-    All processes must call `shared` equally often, and in the same order.
+    All processes must make the same calls of `shared`, in the same order.
 
     Args:
       function: a function without arguments, whose value can be stored as JSON.
@@ -297,8 +301,8 @@ def shared(function: Callable, raises: type[Exception] = ()):
 def check_same(facts: dict) -> None:
     """Check that this process and process 0 have the same `facts`, {name: JSON value}.
 
-    All processes must call this function, and it waits for all of them. It raises ValueError in a process that has
-    another value than process 0.
+    All processes must call this function, and it waits for all of them. In a process whose facts differ from the facts
+    of process 0, it raises ValueError.
 
     >>> check_same({"text": "914b8a1bc21f6cbc", "data.T": 256})
     """
@@ -322,13 +326,14 @@ def _any(mesh: Mesh) -> tuple[Callable, NamedSharding]:
 def any_process(mesh: Mesh | None, flag: int, after=0):
     """Return the largest `flag` of all processes. All processes must call this function, and get the same result.
 
+    The result is an array that may not be computed yet. `int(result)` waits for it. With one process, the result is
+    `flag` itself.
+
     Args:
       mesh: the devices of all processes; None: there is one process.
       flag: a whole number of this process, 0 or larger, such as the number of a signal that asks it to stop.
       after: an array on the mesh. The flags are compared after the program that computes this array, because programs
         that communicate must run in the same order in all processes.
-
-    Returns an array that may not be computed yet; `int(...)` of it waits. With one process, returns `flag`.
 
     >>> any_process(None, 15)
     15
@@ -343,19 +348,19 @@ def any_process(mesh: Mesh | None, flag: int, after=0):
 def orphaned() -> bool:
     """Return whether the launcher that started this process has ended. Without a launcher, return False.
 
-    The launcher ends all its processes if one of them is lost. After the launcher has ended, no program does this, so
-    the training must stop.
+    The launcher is `python -m stickjax.launch`. It ends all its processes if one of them is lost. After the launcher
+    has ended, no program does this, so the training must stop.
     """
     return os.environ.get("STICKJAX_LAUNCHER", str(os.getppid())) != str(os.getppid())
 
 
 def fail(message: str, error: BaseException | None = None) -> int:
-    """Print the error `message`. If this process trains alone, return the exit code 1; else end this process.
+    """Print the error `message`. If this process trains alone, return the exit code 1; otherwise end this process.
 
     `error` is the exception, if there is one. If XLA raised it because another process is lost, this function prints a
-    message about the lost process instead of `message`. If another process has already printed its error, nothing is
-    printed, because most errors are the same in all processes. The process ends by `os._exit`, because Python's normal
-    exit would wait for the other processes.
+    message about the lost process instead of `message`. If another process has already printed its error, this process
+    prints nothing, because most errors are the same in all processes. The process ends by `os._exit`, because Python's
+    normal exit would wait for the other processes.
     """
     if not jax.distributed.is_initialized():
         print(message, file=sys.stderr)
@@ -366,7 +371,7 @@ def fail(message: str, error: BaseException | None = None) -> int:
         message = f"error: {lost(index, count)} ({reason})"
         code = EXIT_PEER_LOST
     else:
-        if index:  # give process 0 the time to print an error that all processes have
+        if index:  # if all processes have the same error, process 0 prints it first
             message = message.replace("error:", f"error: process {index}:", 1)
             time.sleep(ERROR_GRACE_SECONDS)
         try:
@@ -384,7 +389,7 @@ def fail(message: str, error: BaseException | None = None) -> int:
 
 
 def lost(index: int, count: int) -> str:
-    """Return the message of process `index` of `count`, which ends because another process is lost."""
+    """Return the error message for process `index` of `count` processes: it ends because another process is lost."""
     return f"process {index} of {count} has lost another process; {RESUME_HINT}"
 
 

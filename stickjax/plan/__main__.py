@@ -4,7 +4,7 @@ python -m stickjax.plan configs/powermoe_3b.py --gpu h200 --devices 64 [--sweep]
 
 The command compiles the training step ahead of time. It prints the numbers of parameters, bytes and floating-point
 operations, the collectives and an estimated time. If the step does not fit into memory, the command also prints the
-smallest changes of the config that make it fit; the changed steps are compiled, too. If the CUDA wheels are installed,
+smallest changes of the config that make it fit, and compiles the changed steps too. If the CUDA wheels are installed,
 the step is compiled for the GPUs, otherwise for virtual CPU devices.
 """
 
@@ -23,7 +23,7 @@ from stickjax.plan.search import SWEPT
 
 
 def _hosts(devices: int) -> int:
-    """Return the smallest number of hosts that can share `devices` devices equally, with at most 8 devices each."""
+    """Return the smallest number of hosts among which `devices` can be divided evenly, with at most 8 devices each."""
     return next(hosts for hosts in range(max(1, -(-devices // 8)), max(1, devices) + 1) if devices % hosts == 0)
 
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpu", default="h200", help=f"one of {', '.join(CHIPS)}; h200 by default")
     parser.add_argument("--devices", type=number(int, at_least=1), default=8, help="number of GPUs; 8 by default")
     parser.add_argument("--hosts", type=number(int, at_least=1), help="number of hosts; one per 8 GPUs by default")
-    parser.add_argument("--sweep", action="store_true", help=f"compare mesh shapes, {SWEPT} at most")
+    parser.add_argument("--sweep", action="store_true", help=f"compare at most {SWEPT} meshes")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("-h", "--help", action="store_true")
     words, rest = parser.parse_with_fields(argv)

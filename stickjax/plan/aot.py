@@ -1,7 +1,7 @@
 """Compile a training step ahead of time: for absent GPUs, for virtual CPU devices, or for the devices of this process.
 
-The compiled step gives the exact bytes of its arguments, the bytes of its temporaries, and its collectives. The traced
-step, a jaxpr, gives its floating-point operations and its memory traffic.
+From the compiled step, this module reads the exact bytes of the arguments, the bytes of the temporaries, and the
+collectives. From the traced step, a jaxpr, it counts the floating-point operations and the memory traffic.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from stickjax.training.step import TrainState, init_state, jit_step
 
 
 class Machine(NamedTuple):
-    """The devices for which a step is compiled. Every host has the same number of them.
+    """The devices for which a step is compiled. Every host has the same number of devices.
 
     `chip`: the GPU model and its peak rates; None for an unknown device. `memory`: the bytes of memory of one device;
     None if not known.
@@ -36,7 +36,7 @@ class Machine(NamedTuple):
     chip: Chip | None
     memory: int | None
     description: str  # for the report
-    platforms: tuple[str, ...] | None = None  # for which to lower; None: the platform of the devices
+    platforms: tuple[str, ...] | None = None  # the step is lowered for them; None: for the platform of the devices
 
     @property
     def per_host(self) -> int:
@@ -47,8 +47,9 @@ class Machine(NamedTuple):
 class Compiled:
     """The numbers of a compiled training step that a plan needs.
 
-    `arguments`, `temporaries` and `peak` are bytes on one device: the peak is the most that the step needs at once.
-    `work` is the floating-point operations and the memory traffic of all devices together.
+    `arguments`, `temporaries` and `peak` are bytes on one device. The peak is the sum of the arguments, of the
+    temporaries, and of the results that do not reuse the memory of an argument. `work` has the floating-point
+    operations and the memory traffic of all devices together.
     """
 
     config: Config
@@ -75,12 +76,12 @@ class Compiled:
 def absent_machine(chip: Chip, devices: int, hosts: int) -> Machine:
     """Return a `Machine` of GPUs of the model `chip`, which need not be present.
 
-    `devices` is the number of GPUs on all hosts together. Without the CUDA wheels, the machine has the same number of
-    virtual CPU devices instead.
+    `devices` is the number of GPUs on all hosts together. If the CUDA wheels are not installed, the machine has
+    virtual CPU devices instead, in the same number.
 
     Raises:
-      ValueError: the number of devices is not a multiple of the number of hosts, or this process has fewer CPU devices
-        than needed (see `virtual_devices`).
+      ValueError: the number of devices is not a multiple of the number of hosts; or the CUDA wheels are not installed,
+        and this process has fewer CPU devices than needed (see `virtual_devices`).
     """
     if devices < 1 or hosts < 1 or devices % hosts:
         raise ValueError(f"devices={devices} must be a multiple of hosts={hosts}, and both at least 1")
@@ -114,7 +115,8 @@ def present_machine() -> Machine:
 def make_mesh(config: Config, machine: Machine) -> Mesh | None:
     """Return the mesh of a config on a machine, or None for one device.
 
-    Raises ValueError if the mesh does not fit the config, or does not use all devices of the machine.
+    Raise ValueError if the mesh cannot shard the batch and the model evenly, or does not use all devices of the
+    machine.
     """
     mesh = mesh_module.make_mesh(config, list(machine.devices))
     if (used := 1 if mesh is None else mesh.size) != len(machine.devices):
@@ -140,7 +142,7 @@ def abstract_arguments(config: Config, mesh: Mesh | None, device: jax.Device) ->
 def compile_step(config: Config, machine: Machine) -> Compiled:
     """Compile the training step that `python -m stickjax.train` would run for a config, for the devices of a machine.
 
-    The step is not executed. Raises ValueError if the mesh does not fit the config or the machine.
+    The step is not executed. Raise ValueError if `make_mesh` cannot make the mesh.
     """
     begun = time.perf_counter()
     mesh, device = make_mesh(config, machine), machine.devices[0]
@@ -148,7 +150,8 @@ def compile_step(config: Config, machine: Machine) -> Compiled:
     with tracing_for(device), dispatch.recorded() as choices:
         traced = jit_step(config, mesh, state).trace(state, batch)
         lowered = traced.lower(lowering_platforms=machine.platforms)
-    # The step never runs, so its machine code need not be fast. Its memory and collectives are the same.
+    # The step never runs, so its machine code need not be fast. The lowest optimization level of the backend does not
+    # change its memory and collectives.
     compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
     memory = compiled.memory_analysis()
     kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -169,7 +172,7 @@ def compile_step(config: Config, machine: Machine) -> Compiled:
 def virtual_devices(number: int) -> None:
     """Give this process at least `number` virtual CPU devices.
 
-    This has no effect if JAX has already initialised its devices.
+    If JAX has already initialised its devices, this function does nothing.
     """
     try:
         jax.config.update("jax_num_cpu_devices", max(number, jax.config.jax_num_cpu_devices))

@@ -9,10 +9,10 @@ from stickjax.models.families import family_of
 from stickjax.parallel.chips import Chip
 from stickjax.plan.aot import Compiled
 
-# Shares of the vendor's peaks that large matrix products and large copies reach. On an H200 they are 770 of 989 TFLOP/s
-# and 4.3 of 4.8 TB/s.
+# The shares of the vendor's peak rates that large matrix products (COMPUTE) and large copies (MEMORY) reach. On an
+# H200, these are 770 of 989 TFLOP/s and 4.3 of 4.8 TB/s.
 COMPUTE, MEMORY = 0.78, 0.9
-MEMORY_SHARE = 0.92  # of the device's memory: the rest is for CUDA, NCCL's buffers and fragmentation
+MEMORY_SHARE = 0.92  # the share of the memory that a step may use; the rest is for CUDA, NCCL and fragmentation
 ASSUMPTIONS = (
     f"compute: {COMPUTE:.0%} of the bf16 peak, which large matrix products reach on an H200; only matrix products and "
     "kernels count",
@@ -29,8 +29,8 @@ ASSUMPTIONS = (
 class Estimate(NamedTuple):
     """The seconds that a step spends on compute, on memory traffic and on the network.
 
-    `overlapped` is the time of the step if these three overlap completely: their maximum. `serial` is the time if they
-    run one after the other: their sum.
+    `overlapped` is the time of the step if the three overlap completely: the maximum of the three times. `serial` is
+    the time if they run one after the other: the sum of the three times.
     """
 
     compute: float
@@ -47,9 +47,9 @@ class Estimate(NamedTuple):
 
 
 def model_flops(compiled: Compiled) -> float:
-    """Return the floating-point operations that the model needs for a step, on all devices together.
+    """Return the number of floating-point operations that the model needs for a step, on all devices together.
 
-    Operations that are recomputed count only once.
+    Operations that rematerialisation repeats count once.
     """
     data = compiled.config.data
     return family_of(compiled.config.model).flops_per_token(compiled.config.model, data.T) * data.tokens_per_step
@@ -64,15 +64,16 @@ def estimate(compiled: Compiled, chip: Chip) -> Estimate:
 
 
 def mfu(compiled: Compiled, chip: Chip, seconds: float) -> float:
-    """Return the MFU (model FLOP utilisation): `model_flops` divided by the peak operations of all devices.
+    """Return the MFU (model FLOPs utilisation) of a step that takes `seconds`.
 
-    The peak operations are the ones that the devices can do in `seconds`, the time of the step, at the peak of `chip`.
+    The MFU is `model_flops` divided by the number of operations that all devices together can do in this time at the
+    peak rate of `chip`.
     """
     return model_flops(compiled) / (compiled.devices * chip.flops * seconds)
 
 
 def fits(compiled: Compiled, memory: int | None) -> bool:
-    """Return whether the step fits into a device with `memory` bytes, of which it may use the share MEMORY_SHARE.
+    """Return whether the peak memory of the step is at most MEMORY_SHARE * `memory`, the bytes of a device.
 
     If `memory` is None (not known), return True.
     """

@@ -1,6 +1,6 @@
-"""Count the floating-point operations and the memory traffic of a jaxpr, as it is executed.
+"""Count the floating-point operations and the memory traffic of a program, given as a jaxpr.
 
-The body of a loop counts as often as it runs. Operations that a remat policy computes again count again. The body of a
+The body of a loop counts as often as it runs. Operations that rematerialisation repeats count again. The body of a
 shard_map counts once for each device. XLA's cost analysis is not used: it counts the body of a loop only once, and it
 does not exist for an absent GPU.
 """
@@ -18,10 +18,10 @@ from stickjax.system.memory import itemsize
 class Work(NamedTuple):
     """The work of a program: its operations and its memory traffic. Elementwise operations are not included.
 
-    `flops`: the floating-point operations of matrix products and kernels; a multiply-add counts as two.
-    `bytes`: the size of the operands and results of matrix products and kernels.
-    `unknown`: the number of `while` loops whose number of passes is not known; each of these loops counts as one
-      pass. The number of passes is known if `pallas_kernels.cost.loop` states it.
+    `flops`: the number of floating-point operations of matrix products and kernels; a multiply-add counts as two.
+    `bytes`: the size of the operands and results of matrix products and kernels, in bytes.
+    `unknown`: how many `while` loops have an unknown number of passes. One pass is counted for each of these loops. The
+      number of passes is known if `pallas_kernels.cost.loop` states it.
     """
 
     flops: float = 0.0
@@ -36,7 +36,7 @@ class Work(NamedTuple):
 
 
 def count(jaxpr: Jaxpr | ClosedJaxpr) -> Work:
-    """Return the `Work` of a program, given as a jaxpr, for all devices together.
+    """Return the `Work` of a program for all devices together. The program is given as a jaxpr.
 
     >>> import jax.numpy as jnp
     >>> def f(x, w):
@@ -50,8 +50,8 @@ def count(jaxpr: Jaxpr | ClosedJaxpr) -> Work:
 def _count(jaxpr, trips: float | None) -> Work:
     """Return the `Work` of a jaxpr.
 
-    `trips`: how many passes each `while` loop in the jaxpr makes; None: this is not known. A jaxpr does not say it, so
-    `pallas_kernels.cost.loop` puts the number into the name of the function that encloses the loop.
+    `trips`: the expected number of passes of each `while` loop in the jaxpr; None: not known. A jaxpr does not contain
+    this number, so `pallas_kernels.cost.loop` puts it into the name of the function that encloses the loop.
     """
     total = Work()
     for equation in jaxpr.jaxpr.eqns if isinstance(jaxpr, ClosedJaxpr) else jaxpr.eqns:

@@ -1,6 +1,6 @@
 """Find the collectives of a compiled program: how often each runs, its bytes, and the mesh axes over which it runs.
 
-They are read from the text (HLO) of the optimised program, because XLA merges, splits and moves collectives.
+The collectives are read from the text (HLO) of the optimised program, because XLA merges, splits and moves them.
 """
 
 import math
@@ -28,20 +28,20 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 class Collective(NamedTuple):
     """A collective of a compiled program. `kind` is one of KINDS, such as "all-gather".
 
-    `bytes`: the size of its input or its output on one device, whichever is larger. `count`: how often it runs when the
-    program runs once.
+    The devices are divided into groups, and the devices of a group communicate. `bytes`: the size of the input or of
+    the output on one device, whichever is larger. `count`: how often the collective runs when the program runs once.
     """
 
     kind: str
-    axes: tuple[str, ...]  # of the mesh, only axes with more than one device
-    devices: int  # number in each group of devices that communicate
+    axes: tuple[str, ...]  # the mesh axes over which it runs
+    devices: int  # the number of devices in a group
     bytes: int
     count: float
     local: bool  # whether every group is within one host
 
     @property
     def sent(self) -> float:
-        """Return the bytes that one device sends when the collective runs once, if each group of devices is a ring."""
+        """The number of bytes that one device sends when the collective runs once, if each group is a ring."""
         share = (self.devices - 1) / self.devices
         if self.kind in ("collective-permute", "collective-broadcast"):
             return self.bytes
@@ -49,7 +49,7 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str, mesh: Mesh | None, per_host: int | None = None) -> list[Collective]:
-    """Return the collectives of a compiled program. Collectives within a single device are left out: they move nothing.
+    """Return the collectives of a compiled program that send data: a group has more than one device.
 
     Args:
       text: the HLO of the program, `compiled.as_text()`.
@@ -158,9 +158,10 @@ def _bytes(type_: str) -> int:
 
 
 def _groups(line: str, mesh: Mesh) -> np.ndarray | list[list[int]]:
-    """Return the groups of devices that communicate in the collective of this line of HLO.
+    """Return the groups of devices that communicate in a collective. `line` is its line of HLO.
 
-    A device is given as its index in `mesh.devices.flat`. If the line names no groups, all devices are one group.
+    A device is given as its index in `mesh.devices.flat`. For a collective-permute, each pair of a source and a target
+    is a group. If the line has no groups, all devices are one group.
     """
     everything = [list(range(mesh.size))]
     if pairs := re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", line):
@@ -180,9 +181,9 @@ def _named_groups(mesh: str, axes: str) -> list[list[int]]:
     """Return the groups of devices that XLA writes in the form mesh['a'=2,'b'=8] {'a','b':(2)4}.
 
     `mesh` is the text in the square brackets: all mesh axes with their sizes. `axes` is the text in the braces: the
-    axes along which the devices of a group differ. Here 'b':(2)4 means that the axis b of size 8 is divided into 2
-    outer times 4 inner parts, and that the devices of a group differ only along the 4 inner parts. So there are 2
-    groups of 8 devices.
+    axes along which the devices of a group differ. In the example, 'b':(2)4 means that the axis b of size 8 is reshaped
+    to (2, 4), and that the devices of a group differ only along the second part, of size 4. So there are 2 groups of
+    2 * 4 = 8 devices.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'(.*?)'=(\d+)", mesh)}
     chosen = re.findall(r"'(.*?)'(?::\((\d+)\)(\d+))?", axes)
@@ -206,7 +207,7 @@ def _named_groups(mesh: str, axes: str) -> list[list[int]]:
 def _axes(groups, mesh: Mesh) -> tuple[str, ...]:
     """Return the names of the mesh axes over which a collective runs: the devices of a group differ along these axes.
 
-    `groups`: lists of devices, each device as its index in `mesh.devices.flat`.
+    `groups` is a list of groups. A group is a list of devices, given as indices in `mesh.devices.flat`.
     """
     at = np.stack(np.unravel_index(np.arange(mesh.size), mesh.devices.shape), axis=1)
     differs = np.zeros(at.shape[1], bool)

@@ -16,11 +16,11 @@ from stickjax.system.memory import gib
 
 
 def by_axes(compiled: Compiled) -> list[dict]:
-    """Return a dictionary for every group of collectives with the same `kind`, mesh `axes` and `local`.
+    """Group the collectives of a step by `kind`, mesh `axes` and `local`. Return a dictionary for each group.
 
-    `count` is how often the collectives of the group run in a step. `bytes` is the sum of their sizes on one device,
-    and `sent` is the number of bytes that one device sends, both per step. `local` says whether the collectives stay
-    within a host. The group that sends the most bytes comes first.
+    The dictionary has `kind`, `axes` and `local` (whether the collectives stay within a host), and three sums over the
+    group: `count` is how often the collectives run in a step, `bytes` is their size on one device, and `sent` is the
+    number of bytes that one device sends in a step. The group with the largest `sent` comes first.
     """
     groups = defaultdict(lambda: dict(count=0.0, bytes=0.0, sent=0.0))
     for c in compiled.collectives:
@@ -37,7 +37,7 @@ def mesh_words(axes: dict[str, int]) -> str:
 
 
 def as_dict(compiled: Compiled, machine: Machine) -> dict:
-    """Return all numbers of the report on a compiled step as a dictionary for JSON.
+    """Return all numbers of the report on a compiled step as a dictionary that can be stored as JSON.
 
     Sizes are in bytes, times in seconds. If the GPU model of `machine` is known, the estimated times are included.
     """
@@ -137,7 +137,7 @@ def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, C
 def print_sweep(steps: list[Compiled], left_out: list, machine: Machine) -> None:
     """Print a table of compiled steps on different meshes, the shortest estimated time first.
 
-    `left_out`: the configs of the meshes for which no step was compiled. The first six of these meshes are printed
+    `left_out`: the configs with the meshes for which no step was compiled. The first six of these meshes are printed
     below the table.
     """
     table = Table(title=machine.description)
@@ -162,8 +162,8 @@ def show(config: Config, machine: Machine, *, as_json: bool = False, swept: bool
     """Compile the step of a config for a machine, and print the report.
 
     If the step does not fit into memory, the report also has changes of the config that make it fit. With `swept`, the
-    report is a table that compares several meshes. `as_json`: print JSON. Raises ValueError if the mesh does not divide
-    the batch and the model.
+    report is a table that compares several meshes. `as_json`: print JSON. Raise ValueError if the mesh cannot shard the
+    batch and the model evenly.
     """
     config = with_vocabulary(config, devices=machine.devices)
     if swept:

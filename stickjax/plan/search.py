@@ -9,7 +9,7 @@ from stickjax.parallel.mesh import ROW_AXES
 from stickjax.plan import estimate
 from stickjax.plan.aot import Compiled, Machine, compile_step, make_mesh
 
-SWEPT = 8  # meshes that a sweep compiles
+SWEPT = 8  # the largest number of meshes for which `sweep` compiles the step
 
 
 class Change(NamedTuple):
@@ -43,7 +43,7 @@ def _first_that_fits(config: Config, candidates: list[dict], machine: Machine) -
     for changes in candidates:
         try:
             compiled = compile_step(config.replace(changes), machine)
-        except ValueError:  # the mesh does not divide the config
+        except ValueError:  # the mesh cannot shard the batch and the model evenly
             continue
         if estimate.fits(compiled, machine.memory):
             return [Change(changes, compiled)]
@@ -59,9 +59,9 @@ def _more_remat(compiled: Compiled) -> Iterator[dict]:
 def _smaller_microbatches(compiled: Compiled, room: float) -> Iterator[dict]:
     """Return at most three changes {"train.accumulate": number} that make the microbatches smaller.
 
-    The changes give the two largest microbatches that may fit, and the smallest, with one sequence per device. `room`:
-    the bytes of a device that the arguments leave free. Temporaries shrink at most in proportion to the microbatch, so
-    microbatches that cannot fit are left out.
+    The changes give the two largest microbatches that may fit, and the smallest one, with one sequence per device.
+    `room` is the number of bytes of a device that the arguments leave free. The temporaries of a microbatch that is n
+    times smaller are at most n times smaller. So a microbatch is left out if its temporaries cannot fit into `room`.
     """
     accumulate, B = compiled.config.train.accumulate, compiled.config.data.B
     rows = B // accumulate // math.prod(compiled.axes.get(axis, 1) for axis in ROW_AXES)
@@ -81,10 +81,10 @@ def _more_parts(compiled: Compiled) -> Iterator[dict]:
 
 
 def meshes(config: Config, machine: Machine) -> list[Config]:
-    """Return a copy of the config for every mesh that uses all devices and can divide the batch and the model.
+    """Return a copy of the config for every mesh that uses all devices and can shard the batch and the model evenly.
 
-    Meshes with fewer axes larger than 1 come first. Among meshes with the same number of such axes, the meshes with a
-    large axis "data" come first.
+    Meshes with fewer axes larger than 1 come first. Meshes with the same number of such axes are sorted by the size of
+    the last axis, "tensor", then of the axis before it, and so on, always the smallest size first.
     """
     axes = list(config.to_dict()["mesh"])
 
@@ -110,12 +110,12 @@ def meshes(config: Config, machine: Machine) -> list[Config]:
 def sweep(config: Config, machine: Machine) -> tuple[list[Compiled], list[Config]]:
     """Compile the training step of a config for several meshes: for the first SWEPT results of `meshes`.
 
-    Return (the compiled steps, the configs with the other meshes, which were not compiled). Raises ValueError if no
-    mesh divides the batch and the model.
+    Return (the compiled steps, the configs with the other meshes, which were not compiled). Raise ValueError if no mesh
+    can shard the batch and the model evenly.
     """
     configs = meshes(config, machine)
     if not configs:
-        make_mesh(config, machine)  # its message says what does not divide
+        make_mesh(config, machine)  # raises an error that says which size is not a multiple
         raise ValueError(
             "no mesh of all devices can shard the batch and the model evenly; change data.B or the number of devices"
         )

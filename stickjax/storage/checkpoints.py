@@ -7,9 +7,9 @@ A run folder contains only data; nothing in it is ever executed. The checkpoint 
                                         the crc32 of every file and of the manifest itself
 
 A checkpoint is written as `<step>.tmp` and renamed when it is complete. Every file has a checksum, so that Orbax never
-reads a damaged file: Orbax would print pages of errors, and trust the sizes in the file. Every array has a checksum,
-because Orbax might write other values than the array has on the device. The first checkpoint that a process writes is
-read again before it is renamed. This detects a path or a file system that loses data.
+reads a damaged file: Orbax would print pages of errors, and would trust the sizes in the file. Every array has a
+checksum too, because the values that Orbax writes might differ from the values on the device. The first checkpoint that
+a `Checkpoints` object saves is read again before it is renamed. This detects a path or a file system that loses data.
 """
 
 import base64
@@ -39,7 +39,7 @@ from stickjax.system.disk import REASONS, remove, sync_folder, system_error
 from stickjax.system.lock import Lock
 from stickjax.system.plain_path import plain_path
 
-READ_BACK_BYTES = 2**28  # bytes that are read at a time to verify a new checkpoint; a larger array is read whole
+READ_BACK_BYTES = 2**28  # bytes that are read at once to verify a new checkpoint; a larger array is read as a whole
 
 # Orbax raises an error and also logs a traceback of it for every thread. The raised error is enough.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -58,8 +58,8 @@ class Restored(NamedTuple):
 class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of a run, in `run_folder/checkpoints/<step>`. `save` deletes all but the newest `keep` of them.
 
-    Only one process at a time may save. So `with Checkpoints(folder)` takes the lock of the run folder, and raises
-    ValueError if another process has the lock. To restore a checkpoint, no lock is needed.
+    Only one training at a time may save into a run folder. So `with Checkpoints(folder)` takes the lock of the folder,
+    and raises ValueError if another training has the lock. To restore a checkpoint, no lock is needed.
 
     >>> import tempfile
     >>> folder, state = tempfile.mkdtemp(), {"params": {"w": jnp.arange(3.0)}, "key": jax.random.key(0)}
@@ -95,13 +95,14 @@ class Checkpoints(contextlib.AbstractContextManager):
         steps. They are renamed to `<step>.aside`, and never overwritten or deleted.
 
         Args:
-          step: the number of training steps so far; larger than the step that this object saved or restored last.
+          step: the number of training steps so far. It must be larger than the step that this object last saved or
+            restored.
           state: any pytree of arrays, typed PRNG keys and numbers (stored as JAX arrays).
           extra: a dictionary of JSON values and bytes, which `restore` returns.
 
         Raises:
           ValueError: `step` is too small, or two leaves of `state` have the same name.
-          TypeError: `extra` has other values, or JAX would convert a NumPy array to a type with fewer bits.
+          TypeError: `extra` has a value of another type, or JAX would convert a NumPy array to a type with fewer bits.
           OSError: this save or the previous one failed (errno ENOSPC: the disk is full). Older checkpoints are intact.
         """
         self.wait()
@@ -160,11 +161,12 @@ class Checkpoints(contextlib.AbstractContextManager):
           abstract_state: a pytree with the structure of the saved state; its leaves are arrays or ShapeDtypeStructs. A
             restored array gets the `sharding` of its leaf, or is on the first device if the leaf has no sharding.
           step: the step of the checkpoint; None: the newest intact checkpoint.
-          prefix: the part of the saved state to read, such as "params". Then `abstract_state` has only this part.
+          prefix: the name of the part of the saved state to read, such as "params". `abstract_state` must then be this
+            part alone. With "", the whole state is read.
 
         Raises:
           ValueError: no checkpoint of `step` exists, or its arrays differ from `abstract_state` in name, shape or type.
-          DamagedCheckpoint: there are checkpoints, but none is intact, or the checkpoint of `step` is damaged.
+          DamagedCheckpoint: the checkpoint of `step` is damaged; or `step` is None, and all checkpoints are damaged.
         """
         self.wait()
         steps, leaves, reasons = processes.shared(self.steps), named_leaves(abstract_state, prefix), []
@@ -192,7 +194,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def _make_room(self, step: int) -> None:
         for path in _entries(self.folder):
-            if path.suffix in (".tmp", ".deleting"):  # left by a process that was killed
+            if path.suffix in (".tmp", ".deleting"):  # a process that was killed has left it
                 remove(path)
             elif _is_step(path.name) and int(path.name) >= step:
                 names = (f"{path.name}.aside{n or ''}" for n in itertools.count())
@@ -203,7 +205,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         (self.folder / f"{step}.tmp").mkdir(parents=True)
 
     def _complete(self, step: int, response, manifest: str) -> None:
-        """Wait for Orbax's save, the future `response`. Then write `manifest` and file checksums to manifest.json."""
+        """Wait for Orbax's save, the future `response`. Then write manifest.json: `manifest` and the file checksums."""
         response.result()
         path = self.folder / f"{step}.tmp" / "manifest.json"
         if not processes.is_writer():
@@ -330,8 +332,10 @@ def _rebuild(leaf, array):
 
 
 def _read_manifest(folder: Path, step: int) -> dict:
-    """Return the manifest in `folder`. Raise DamagedCheckpoint if its step is not `step`, or if the crc32 of the
-    manifest or of a file that it lists is wrong.
+    """Read manifest.json in `folder`, check it and all files that it lists, and return its content.
+
+    Raise DamagedCheckpoint if the file cannot be read, if its step is not `step`, or if the crc32 of the manifest or of
+    a file that it lists is wrong.
     """
     try:
         outer = json.loads((folder / "manifest.json").read_text())
@@ -355,7 +359,7 @@ def _match(leaves: dict, rows: dict, prefix: str, folder: Path) -> dict[str, jax
     """Compare the leaves of a state with a checkpoint. Return {name: ShapeDtypeStruct} of the arrays to read from it.
 
     `leaves` is {name: leaf}, and `rows` is {name: [shape, type, checksum]} of the arrays in the checkpoint `folder`.
-    Raise ValueError if the names that begin with `prefix`, the shapes or the types differ.
+    Only the arrays whose names begin with `prefix` are compared. Raise ValueError if names, shapes or types differ.
     """
     specs = {name: _spec(leaf) for name, leaf in leaves.items()}
     saved = {n for n in rows if not prefix or n == prefix or n.startswith(f"{prefix}/")}
@@ -389,7 +393,7 @@ def _read_arrays(folder: Path, specs: dict, rows: dict) -> dict[str, jax.Array]:
 def _encode_bytes(value):
     if isinstance(value, bytes):
         return {"base64": base64.b64encode(value).decode()}
-    raise TypeError(f"extra has a {type(value).__name__}, which JSON cannot store: {value!r:.80}")
+    raise TypeError(f"'extra' has a value of type {type(value).__name__}, which JSON cannot store: {value!r:.80}")
 
 
 def _decode_bytes(value: dict):

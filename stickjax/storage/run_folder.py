@@ -1,8 +1,8 @@
 """Read and write run folders, which have config.json, metrics.jsonl and checkpoints. Nothing in them is executed.
 
 Two other kinds of folders can be read like a run folder: a Hugging Face folder, and a folder of one model, which `save`
-or `stickjax.convert` writes. A folder of one model has config.json, and model.safetensors instead of checkpoints,
-because a safetensors file can be written piece by piece. Orbax can write an array only if all of it is in memory.
+or `stickjax.convert` writes. A folder of one model has config.json, and model.safetensors instead of checkpoints. A
+safetensors file can be written piece by piece. Orbax, which writes checkpoints, needs a whole array in memory.
 """
 
 import os
@@ -51,9 +51,9 @@ _FREE = (
 class Loaded(NamedTuple):
     """A trained model with its config and tokenizer: the result of `load`.
 
-    `model`: it is called as `model(tokens).logits`. A Universal Transformer is called as `model(batch).logits` with a
-      dictionary of arrays, such as {"tokens": tokens}.
-    `config`: the config in the folder, with the changes that were given to `load`.
+    `model`: the trained model. Call a decoder as `model(tokens).logits`. Call a Universal Transformer as
+      `model(batch).logits`, with a dictionary of arrays, such as {"tokens": tokens}.
+    `config`: the config in the folder, with the `changes` that were passed to `load`.
     `tokenizer`: the tokenizer of the model; None if the model was converted from a folder without a tokenizer.
     `step`: the training step of the checkpoint; 0 if the folder has one model without checkpoints.
     """
@@ -67,7 +67,7 @@ class Loaded(NamedTuple):
 def read_config(run: str | os.PathLike) -> Config:
     """Return the config in a run folder, or a config for the model in a Hugging Face folder.
 
-    If the folder has a tokenizer.json or a words.json, `data.tokenizer` of the result is the path of this file. If it
+    If a run folder has a tokenizer.json or a words.json, `data.tokenizer` of the result is the path of this file. If it
     has a labels.json, `data.labels` is the path of this file. Raise ValueError if the folder has no config.json, or if
     config.json cannot be read.
     """
@@ -76,14 +76,14 @@ def read_config(run: str | os.PathLike) -> Config:
         raise ValueError(f"{run} is not a run folder: it has no config.json")
     if hugging_face.is_folder(Path(run)):
         return hugging_face.read_config(Path(run))
-    # The files of the training are also there after the folder was moved.
+    # Use the copies in the run folder: unlike the recorded paths, they are still there after the folder was moved.
     return read_json(path).replace(_own_files(run))
 
 
 def _own_files(run: str | os.PathLike) -> dict[str, str]:
-    """Return the paths of the copies of the tokenizer and of the labels in a run folder.
+    """Return the paths of the tokenizer file and of the labels file in a run folder.
 
-    The result is {"data.tokenizer": path, "data.labels": path}; an entry is left out if its file does not exist.
+    The result is {"data.tokenizer": path, "data.labels": path}. An entry is left out if its file does not exist.
     """
     folder = Path(run)
     files = {"data.tokenizer": "tokenizer.json", "data.labels": LABELS_FILE}
@@ -95,8 +95,9 @@ def _own_files(run: str | os.PathLike) -> dict[str, str]:
 def with_own_files(run: str | os.PathLike, config: Config) -> Config:
     """Return a copy of `config` in which `data.tokenizer` and `data.labels` are the files in the run folder `run`.
 
-    If the run folder has no such file, the field stays unchanged. `data.tokenizer` also stays unchanged if the config
-    uses the byte tokenizer. Raise ValueError if the config names a tokenizer or labels with another content.
+    A field stays unchanged if the run folder has no file for it, or if the config uses no such file: for example, the
+    byte tokenizer has no file. Raise ValueError if the config names a tokenizer file or a labels file whose content
+    differs from the file in the run folder.
     """
     changes = {}
     for place, own in _own_files(run).items():
@@ -118,32 +119,34 @@ def with_own_files(run: str | os.PathLike, config: Config) -> Config:
 
 
 def _content(place: str, path: str, config: Config):
-    """Return a value that is equal for two paths if their files have the same tokenizer or the same labels.
+    """Return a value by which two tokenizer files, or two labels files, can be compared.
 
-    `place` is "data.tokenizer" or "data.labels", the config field that has the `path`. For a tokenizer the value is its
-    name, which contains a hash; for labels it is the tuple of the labels.
+    `place` is the config field of the file at `path`: "data.tokenizer" or "data.labels". For a tokenizer file, the
+    value is the name of the tokenizer, which contains a hash. For a labels file, it is the tuple of the labels.
     """
     return load_tokenizer(path, config.data.eot).name if place == "data.tokenizer" else read_labels(path)
 
 
 def check_tokenizer(extra: dict, config: Config, tokenizer: Tokenizer | None, source: str) -> None:
-    """Raise ValueError if `tokenizer` is not the tokenizer with which a model was trained.
+    """Raise ValueError if a model was trained with another tokenizer than `tokenizer`.
 
-    `extra` is the dictionary in the checkpoint of the model: extra["tokenizer"] is the name of its tokenizer. If this
-    entry is missing, or if `tokenizer` is None, nothing is checked. `config` and `source`, the name of the checkpoint,
-    are for the message.
+    `extra` is the dictionary in the model's checkpoint: extra["tokenizer"] is the name of the tokenizer of the
+    training. If this entry is missing, or if `tokenizer` is None, nothing is checked. Only the message uses `config`
+    and `source`, the name of the checkpoint.
     """
     recorded = extra.get("tokenizer")
     if recorded and tokenizer and recorded != tokenizer.name:
         where = f"data.tokenizer={config.data.tokenizer!r}"
-        raise ValueError(f"{where} is the tokenizer {tokenizer.name}, but {source} was trained with {recorded}")
+        raise ValueError(
+            f"{where} is the tokenizer {tokenizer.name}, but {source} was trained with {recorded}; use that tokenizer"
+        )
 
 
 def check_trained(extra: dict, config: Config, tokenizer: Tokenizer | None, source: str) -> None:
     """Raise ValueError if training cannot continue from a checkpoint.
 
     Two things are checked: a training run has saved the checkpoint, and the model was trained with `tokenizer`. `extra`
-    is the dictionary in the checkpoint. `config` and `source`, the name of the checkpoint, are for the message.
+    is the dictionary in the checkpoint. Only the message uses `config` and `source`, the name of the checkpoint.
     """
     if missing := {"config", "corpus", "data"} - extra.keys():
         raise ValueError(f"{source} was not saved by a training run: it does not record {', '.join(sorted(missing))}")
@@ -153,9 +156,9 @@ def check_trained(extra: dict, config: Config, tokenizer: Tokenizer | None, sour
 def check_config(run: str | os.PathLike, config: Config) -> None:
     """Raise ValueError if training with `config` cannot begin or continue in the folder `run`.
 
-    Training can begin if the folder has no config.json. It can continue if the config.json there differs from `config`
-    only in fields that do not change the training, such as paths. The message lists the fields that must not change.
-    Training cannot continue in a folder with a converted model.
+    Training can begin if the folder has no config.json. It can continue if the config.json in the folder differs from
+    `config` only in fields that do not change the training, such as paths. The message lists all other fields that
+    differ. Training cannot continue in a folder with a converted model.
     """
     if not (Path(run) / "config.json").exists():
         return
@@ -180,8 +183,8 @@ def write_config(
 ) -> None:
     """Create the run folder `run`, and write config.json, the files of the tokenizer and other files into it.
 
-    `files` is {name: content} of the other files; None: the labels that the config names, if there are any. Each file
-    is written completely or not at all. Paths in the config are converted to absolute paths, so that the run can be
+    `files` is {name: content} of the other files; None: only the labels file that the config names, if it exists. Each
+    file is written completely or not at all. In the written config.json, paths are absolute, so that the run can be
     read from any working directory.
     """
     folder, labels = Path(run), config.data.labels
@@ -203,11 +206,11 @@ def _is_model(folder: str | os.PathLike) -> bool:
 
 
 def model_leaves(folder: str | os.PathLike, model: ModelConfig) -> dict[str, Lazy] | None:
-    """Return {name: parameter} of the model in a folder; None if the folder is a run folder with checkpoints.
+    """Return {name: parameter} of a folder that has one model and no checkpoints. For any other folder, return None.
 
-    A folder with a model is a Hugging Face folder, or a folder that `save` or `stickjax.convert` has written. Each
-    parameter is read when it is used. Raise ValueError if the names or shapes differ from a model with the config
-    `model`.
+    A folder of one model is a Hugging Face folder, or a folder that `save` or `stickjax.convert` has written. Each
+    parameter is read when it is used. Raise ValueError if the parameters have other names or shapes than in a model
+    with the config `model`.
     """
     if not _is_model(folder):
         return None
@@ -253,13 +256,14 @@ def load(
     Args:
       run: a run folder, a Hugging Face folder, or a folder that `save` or `stickjax.convert` has written.
       step: the step of the checkpoint to load; None: the newest intact checkpoint. Only a run folder has checkpoints.
-      changes: config fields to change, such as {"model.window": 128}. They must not change the shapes of parameters.
-      mesh: the mesh of devices on which the parameters are placed; it may differ from the mesh in training. None: the
-        first device.
+      changes: config fields to change, such as {"model.window": 128}. The shapes of the parameters must not change.
+      mesh: the mesh of devices on which the parameters are placed; it may differ from the mesh of the training. None:
+        the first device.
 
     Raises:
-      ValueError: there is no run folder or no checkpoint. The parameters do not have the shapes of the config, are not
-        finite, or do not fit into the free memory. A Hugging Face folder is damaged, or its model is not supported.
+      ValueError: `run` is not such a folder, or it has no checkpoint (of this `step`). The parameters are not finite,
+        do not have the shapes that the config says, or do not fit into the free memory. A Hugging Face folder is
+        damaged, or its model is not supported.
     """
     config = read_config(run).replace(changes or {})
     shapes = jax.eval_shape(lambda: family_of(config.model).init(config.model, jax.random.key(0)))
@@ -284,20 +288,20 @@ def load(
 
 
 def tokenizer_of(config: Config) -> Tokenizer | None:
-    """Load the tokenizer of a config. Return None if its file does not exist: a converted model may have none."""
+    """Load the tokenizer of a config. Return None if its file does not exist, as for some converted models."""
     name = config.data.tokenizer
     return load_tokenizer(name, config.data.eot) if name == "byte" or Path(name).exists() else None
 
 
 def _on_devices(leaf: Lazy, spec: jax.ShapeDtypeStruct) -> jax.Array:
-    """Read an array from its file, and place it on devices, with the type and the sharding that `spec` has."""
+    """Read an array from its file, and place it on devices, with the type and the sharding of `spec`."""
     host = leaf.read(None).astype(spec.dtype, copy=False)
     sharding = spec.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.make_array_from_callback(spec.shape, sharding, lambda index: host[index])
 
 
 def save(run: str | os.PathLike, model: Transformer, config: Config) -> None:
-    """Write a model, its config and the files of its tokenizer into a new folder. `load` and --init-from can read it.
+    """Write a model, its config and its tokenizer into the new folder `run`, which `load` and --init-from can read.
 
     Raises:
       ValueError: the folder exists, or the parameters have other names, shapes or types than `config.model` says.
@@ -319,7 +323,7 @@ def _shape(leaf) -> tuple | None:
 
 
 def in_memory(params: Transformer) -> dict[str, Lazy]:
-    """Return {name: parameter} of a model in memory. The parameters are `Lazy` arrays, for `write_safetensors`."""
+    """Return the parameters of a model in memory as `Lazy` arrays, {name: array}, for `write_safetensors`."""
 
     def leaf(array) -> Lazy:
         return Lazy(array.shape, array.dtype, lambda i: np.asarray(array if i is None else array[i]))

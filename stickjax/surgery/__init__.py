@@ -2,8 +2,8 @@
 
 A module is an expert of a feed-forward network ("ffn") or of the attention heads ("attention"), as in ModuleFormer
 (Shen et al., arXiv 2306.04640). `change.py` makes larger and smaller models from a trained one. `tune.py` freezes
-parameters, and trains a model so that it uses few modules. `usage.py` counts the use of modules. The command
-`python -m stickjax.surgery` (`__main__.py`) does all of this on run folders.
+parameters, and trains a model so that it uses few modules. `usage.py` counts how often a text uses each module. The
+command `python -m stickjax.surgery` (`__main__.py`) does all of this with run folders.
 """
 
 from stickjax.surgery.change import extend, merged, prune

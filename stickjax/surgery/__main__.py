@@ -6,9 +6,10 @@ python -m stickjax.surgery concentrate RUN OUT [--weight 0.1]
 python -m stickjax.surgery prune RUN OUT (--count N | --threshold X) [--kind ffn|attention|both] [--denominator old|new]
 python -m stickjax.surgery report RUN [--source stdlib --source text:FOLDER] [--plot PNG]
 
-concentrate trains the model further, so that it uses few modules. Then prune can remove the other modules.
-extend, freeze and prune write a run folder OUT with parameters, but without an optimizer state. Train its model by
-python -m stickjax.train OUT/config.json --run NEW --init-from OUT. All commands take --section.field=value.
+concentrate continues the training, so that the model uses few modules. Then prune can remove the other modules.
+extend, freeze and prune write a folder OUT with parameters, but without an optimizer state. The command
+python -m stickjax.train OUT/config.json --run NEW --init-from OUT trains the model in OUT.
+All commands also take changes of config fields: --section.field=value.
 """
 
 import dataclasses
@@ -33,10 +34,10 @@ from stickjax.system.text import json_text
 
 
 def source_of(data: DataConfig, words: str) -> DataConfig:
-    """Return a copy of the data config `data` that reads one source of text.
+    """Return a copy of the data config `data` that reads only one source of text.
 
-    `words` names the source as in `--source`: "stdlib" or "text:PATH". If `words` has no path, and `data` has this
-    source already, the source keeps its path.
+    `words` names the source as the option `--source` does: "stdlib" or "text:PATH". If `words` has no path, but `data`
+    has this source, the copy keeps the path of the source.
 
     >>> source_of(DataConfig(source="stdlib,logic"), "logic").source
     'logic'
@@ -51,10 +52,10 @@ def source_of(data: DataConfig, words: str) -> DataConfig:
 
 
 def table(result: dict) -> Table:
-    """Return a table of `result`, the result of `usage.report`, with a row for each kind of modules (experts).
+    """Return `result`, the result of `usage.report`, as a table with a row for each kind of modules (experts).
 
-    The columns are the number of modules, for each source the number of modules that it does not use, and for each
-    layer the mutual information of modules and sources in bits.
+    The columns have the number of modules, the number of modules that each source does not use, and the mutual
+    information of modules and sources in bits, one number for each layer.
     """
     shown = Table(title=f"modules, on {result['max_tokens']} held-out tokens of each source")
     shown.add_column("kind")
@@ -67,7 +68,7 @@ def table(result: dict) -> Table:
 
 
 def _how_to_train(out: str) -> str:
-    return f"{out}: train it by python -m stickjax.train {out}/config.json --run NEW --init-from {out}"
+    return f"{out}: train this model by python -m stickjax.train {out}/config.json --run NEW --init-from {out}"
 
 
 def _extend(words, changes: dict) -> str:
@@ -104,7 +105,7 @@ def _prune(words, changes: dict) -> str:
     model = prune(loaded.model, counts, count=words.count, threshold=words.threshold, denominator=words.denominator)
     before, config = loaded.config.model, dataclasses.replace(loaded.config, model=model.config)
     if any(mixture.added for mixture in before.mixtures().values()):
-        # The added modules are old ones now, so "*.new_*" matches nothing.
+        # `prune` has merged the added modules into the old ones, so the pattern "*.new_*" would match nothing.
         config = config.replace({"optim.trainable": "*"} | changes)
     save(words.out, model, config)
     kept = ", ".join(f"at most {KINDS[kind].mixture(model.config).E} {kind} modules in a layer" for kind in kinds)
@@ -115,7 +116,7 @@ def _concentrate(words, changes: dict) -> str | int:
     result = concentrate(words.run, words.out, weight=words.weight, changes=changes)
     if result.stopped_by:
         return 128 + result.stopped_by
-    return f"{words.out}: remove its unused modules by python -m stickjax.surgery prune"
+    return f"{words.out}: remove the unused modules by python -m stickjax.surgery prune {words.out} NEW --threshold X"
 
 
 def _report(words, changes: dict) -> str:
@@ -139,14 +140,18 @@ def _parser() -> Parser:
     def command(name, function, doc, out=True):
         added = commands.add_parser(name, help=doc, description=doc)
         added.set_defaults(function=function)
-        added.add_argument("run", metavar="RUN", help="folder of a trained run")
+        added.add_argument("run", metavar="RUN", help="run folder of a trained model")
         if out:
             added.add_argument("out", metavar="OUT", help="run folder to write")
         return added
 
     def read(added, doc):
-        added.add_argument("--source", action="append", metavar="SOURCE[:PATH]", help=f"{doc}; the run's by default")
-        added.add_argument("--tokens", type=number(int, at_least=1), default=2**15, help="tokens from each source")
+        added.add_argument(
+            "--source", action="append", metavar="SOURCE[:PATH]", help=f"{doc}; default: the sources of RUN"
+        )
+        added.add_argument(
+            "--tokens", type=number(int, at_least=1), default=2**15, help="about how many tokens to read of each source"
+        )
 
     added = command("extend", _extend, "add modules to every layer")
     added.add_argument(
@@ -160,16 +165,18 @@ def _parser() -> Parser:
     )
     added.add_argument("--seed", type=SEED_TYPE, default=0, help="random seed of the new parameters")
     added = command("freeze", _freeze, "make only a part of the model trainable")
-    added.add_argument("patterns", nargs="+", metavar="PATTERN", help="pattern of names, '*.router.*' or embed")
+    added.add_argument(
+        "patterns", nargs="+", metavar="PATTERN", help="freeze the parameters with these names: '*.router.*' or embed"
+    )
     added = command("prune", _prune, "remove the modules that are used least")
     how = added.add_mutually_exclusive_group(required=True)
-    how.add_argument("--count", type=int, help="how many modules of a kind each layer keeps")
+    how.add_argument("--count", type=int, help="number of modules of each kind that a layer keeps")
     how.add_argument(
-        "--threshold", type=float, help="keep modules with at least this share of the (token, choice) pairs of a layer"
+        "--threshold", type=float, help="keep modules with at least this share of their layer's (token, choice) pairs"
     )
     added.add_argument("--kind", choices=("ffn", "attention", "both"), default="both", help="kind of modules to prune")
     added.add_argument(
-        "--denominator", choices=("old", "new"), default="old", help="old: the softmax also includes pruned modules"
+        "--denominator", choices=("old", "new"), default="old", help="old: router softmax still includes pruned modules"
     )
     read(added, "training text for which the use is counted")
     added = command("concentrate", _concentrate, "fine-tune with the load-concentration loss; the same command resumes")
@@ -179,7 +186,7 @@ def _parser() -> Parser:
     added.add_argument("--step", type=int, help="report on the checkpoint of this step")
     share = number(float, at_least=0, at_most=1)
     added.add_argument(
-        "--below", type=share, default=0.01, help="with a smaller share of the pairs of its layer, a module is unused"
+        "--below", type=share, default=0.01, help="a module is unused if its share of its layer's pairs is smaller"
     )
     added.add_argument("--plot", metavar="PNG", help="path of the picture; RUN/modules.png by default")
     return parser

@@ -15,19 +15,22 @@ from stickjax.surgery.kinds import KINDS, Kind, axes_of, kinds_of, rebuilt, slot
 def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_experts: int = 0) -> Transformer:
     """Return a larger model, which has new modules (experts) in every layer.
 
-    A router computes softmax([A; A'] r(x)) for a token x. The matrix A gives the logits of the old modules, and the
-    matrix A' the logits of the new modules. r(x) is the input of both matrices. The new modules and A' are separate
-    arrays (`new_*`), initialised as in a new model, so that patterns of `optim.trainable` can select them (see
-    `tune.TRAINABLE`). Modules from an earlier call of `extend` are first merged into the old modules (see `merged`).
+    A router computes softmax([A; A'] r(x)) for a token x. The matrix A gives the logits of the old modules, the matrix
+    A' gives the logits of the new modules, and r(x) is the input of both matrices. The new modules and A' are separate
+    arrays (`new_*`), so that patterns of `optim.trainable` can select them (see `tune.TRAINABLE`). They have the
+    initial values of a new model. Modules from an earlier call of `extend` are first merged into the old modules (see
+    `merged`).
 
-    The weights of the old modules do not change. If the logits A' r(x) are -inf, the routers return the same bits as
+    The weights of the old modules do not change. If all logits A' r(x) are -inf, the routers return the same bits as
     before, and so does the model with implementation="reference". With implementation="xla" on a CPU, the last bit may
     change, because the number of experts decides how many rows are multiplied at once.
 
     Args:
       model: a trained model with experts.
       key: random key of the new parameters.
-      experts, attention_experts: how many modules to add to each feed-forward network and to each attention.
+      experts: how many modules to add to each feed-forward network.
+      attention_experts: how many modules to add to each attention layer.
+
     Raises:
       ValueError: nothing is added, a number is negative, or the model has no modules of the kind to add.
 
@@ -96,26 +99,29 @@ def prune(
     threshold: float | Mapping[str, float] | None = None,
     denominator: str = "old",
 ) -> Transformer:
-    """Return the model without the least used modules (experts of the attention or of the feed-forward network).
+    """Return a smaller model, without the least used modules (experts of attention or of feed-forward networks).
 
-    The weights of the layers are stacked, so every layer has room for as many modules as the layer that keeps the most.
-    Room that a layer does not need is filled with zeros. The parameter `slot` of a router has, for each router column,
-    the index of its module, or -1 if the module was pruned.
+    The weights of all layers are in one array, so each layer has as many places for modules as the layer that keeps
+    the most modules. Places that a layer does not need are filled with zeros. The parameter `slot` of a router has one
+    value for each router column: the index of its module, or -1 if the module was pruned.
 
     Args:
       model: a trained model. Modules that `extend` added are first merged into the old modules (see `merged`).
       use: {kind: [L, columns]} for the kinds "ffn" and "attention": the number of (token, choice) pairs of each router
         column in each of the L layers, as `usage.use` returns it. A kind that is missing here, or in `count` or
         `threshold`, is not pruned.
-      count: how many modules each layer keeps, the most used modules first. One number, or {kind: number}.
-      threshold: a module is kept if it has at least this share of the (token, choice) pairs of its layer. Each layer
-        keeps at least as many modules as a token uses: the field k of its experts. One number, or {kind: number}.
-      denominator: what the softmax of a router sums over. "old": the columns of all modules, also the pruned ones. Then
-        a layer returns the same bits as before for a token that uses no pruned module (for an exception, see `extend`).
-        "new": only the columns of the kept modules, so gates grow. With order="topk_softmax" both give the same gates.
+      count: the number of modules that each layer keeps: its most used ones. One number, or {kind: number}.
+      threshold: a layer keeps the modules that have at least this share of its (token, choice) pairs. If a token uses k
+        modules, each layer keeps at least its k most used modules. One number, or {kind: number}.
+      denominator: the columns over which the softmax of a router sums. "old": the columns of all modules, also of the
+        pruned modules. Then a layer returns the same bits as before for a token that uses no pruned module, with the
+        exception that `extend` describes. "new": only the columns of the kept modules, so the gates grow. If the
+        config field `order` of the experts is "topk_softmax", both give the same gates.
+
     Raises:
-      ValueError: not exactly one of count and threshold is given, the count is too small or too large, the model has no
-        modules, `use` has another shape, or denominator="old" after an earlier pruning with "new".
+      ValueError: not exactly one of count and threshold is given, or its value is out of range; the model has no
+        modules of a kind in `use`; an array in `use` has a wrong shape; or denominator="old" after an earlier pruning
+        with "new".
 
     >>> from stickjax.config import ExpertsConfig, ModelConfig
     >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, experts=ExpertsConfig(4, 2, "softmax_topk"))
@@ -134,7 +140,9 @@ def prune(
             "pruned modules are no longer there; use denominator='new'"
         )
     if missing := use.keys() - {kind.name for kind in kinds_of(config)}:
-        raise ValueError(f"the argument use names {', '.join(sorted(missing))}, but the model has no such modules")
+        raise ValueError(
+            f"`use` has counts of {', '.join(sorted(missing))} modules, but the model has no such modules (experts)"
+        )
     sizes = {}
     for kind in kinds_of(config):
         slot = slots(model, kind)
@@ -150,12 +158,12 @@ def prune(
 
 
 def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | None) -> np.ndarray:
-    """Return a mask [L, columns] that is True for the router columns of the modules (experts) that `prune` keeps.
+    """Choose the modules (experts) that `prune` keeps. Return a mask [L, columns]: True for their router columns.
 
-    `alive` [L, columns] is True for the columns whose module exists now, and `use` [L, columns] has the number of
-    (token, choice) pairs of each column. `k` is the number of modules that a token uses. A layer keeps the `count` most
-    used modules if `threshold` is None. If `count` is None, it keeps the modules whose share of the pairs is at least
-    `threshold`, and at least the `k` most used modules.
+    `alive` [L, columns] is False for the columns of modules that were pruned earlier. `use` [L, columns] has the number
+    of (token, choice) pairs of each column. `k` is the number of modules that a token uses. If `threshold` is None, a
+    layer keeps its `count` most used modules. If `count` is None, a layer keeps its `k` most used modules, and all
+    modules that have at least the share `threshold` of its pairs.
     """
     if use.shape != alive.shape:
         raise ValueError(
@@ -166,11 +174,11 @@ def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | 
     if count is not None and not k <= count <= fewest:
         raise ValueError(
             f"count={count} of {kind.name} modules per layer must be at least {k}, the number that a token uses, and "
-            f"at most {fewest}, the number in the layer with the fewest"
+            f"at most {fewest}, the number in the layer that has the fewest modules"
         )
     if threshold is not None and not 0 <= threshold <= 1:
-        raise ValueError(f"threshold={threshold} must be a share, from 0 to 1")
-    # Modules that were pruned before come last. Among equally used modules, the first columns are kept.
+        raise ValueError(f"threshold={threshold} must be a share: a number from 0 to 1")
+    # Modules that were pruned earlier come last. Of equally used modules, the module with the lower column comes first.
     order = np.argsort(np.where(alive, -use.astype(float), np.inf), axis=1, kind="stable")
     rank = np.argsort(order, axis=1)
     if count is not None:
@@ -182,10 +190,10 @@ def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | 
 def _keep(model: Transformer, leaves: dict, kind: Kind, slot, keep, denominator: str) -> dict[str, int]:
     """Remove the pruned modules (experts) of one kind from `leaves`, {name: array}. Return the changed config fields.
 
-    The fields are in the `ExpertsConfig` of the kind: "E" is the number of modules for which a layer has room, and
-    "pruned" is the number of router columns beyond E. `slot` [L, columns] has the index of each column's module (see
-    `slots`), and `keep` [L, columns] is True for the columns of the modules that remain. With `denominator` "new", the
-    router columns of the pruned modules are removed, too; with "old", the router keeps them.
+    These are fields of the kind's `ExpertsConfig`: "E" is the largest number of modules that a layer keeps. "pruned" is
+    the number of router columns minus E. `slot` [L, columns] has the index of each column's module (see `slots`).
+    `keep` [L, columns] is True for the columns of the modules that remain. With `denominator` "new", the router columns
+    of the pruned modules are removed, too. With "old", the router keeps them.
     """
     E = int(keep.sum(1).max())
     columns = np.argsort(~keep, axis=1, kind="stable")[:, :E]  # indices of the kept columns, in their order

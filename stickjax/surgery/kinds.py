@@ -16,10 +16,10 @@ from stickjax.storage.checkpoints import named_leaves
 
 
 class Kind(NamedTuple):
-    """A kind of modules (experts): `name` is "attention" or "ffn".
+    """A kind of modules (experts). `name` is "attention" or "ffn".
 
-    The modules are in the part `blocks.<name>` of a model. `field` is the field of the model config that describes
-    them with an `ExpertsConfig`.
+    In a model, the modules are in `blocks.attention` or `blocks.ffn`. In a model config, the field `field` describes
+    them: an `ExpertsConfig`.
     """
 
     name: str
@@ -43,7 +43,7 @@ KINDS = {"attention": Kind("attention", "attention_experts"), "ffn": Kind("ffn",
 def kinds_of(config: FamilyConfig) -> list[Kind]:
     """Return the kinds of modules (experts) that a model with this config has.
 
-    Raises ValueError if it has none, or if modules of this model family cannot be added or pruned.
+    Raise ValueError if the model has no modules, or if its family does not support adding and pruning modules.
     """
     if not config.can_change_experts:
         raise ValueError(
@@ -67,7 +67,7 @@ def axes_of(model: Transformer, kind: Kind, letter: str) -> dict[str, int]:
 
 
 def slots(model: Transformer, kind: Kind) -> np.ndarray:
-    """Return an array [L, router columns] with the index of each column's expert in the weights; -1 if pruned."""
+    """Return an array [L, router columns]: the index of each column's expert in the weights, or -1 if it was pruned."""
     router = getattr(model.blocks, kind.name).router
     if router.slot is not None:
         return np.asarray(router.slot[...], int)
@@ -75,10 +75,10 @@ def slots(model: Transformer, kind: Kind) -> np.ndarray:
 
 
 def rebuilt(config: ModelConfig, leaves: dict[str, jax.Array], fresh: Transformer | None = None) -> Transformer:
-    """Return a model for `config` whose arrays are `leaves`, {name: array}.
+    """Return a model with the config `config` and the arrays `leaves`, {name: array}.
 
-    The names are the ones of `named_leaves`, such as "blocks/ffn/w_in". An array that is missing in `leaves` is taken
-    from the model `fresh`.
+    A name has the form that `named_leaves` uses, such as "blocks/ffn/w_in". An array that is missing in `leaves` is
+    taken from the model `fresh`.
     """
     shape = fresh or jax.eval_shape(lambda: init(config, jax.random.key(0)))
     values = []

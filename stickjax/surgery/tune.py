@@ -18,9 +18,10 @@ TRAINABLE = {"frozen": "*.new_*", "full": "*.new_*,*.router.*"}
 
 
 def freeze(config: Config, patterns: str) -> Config:
-    """Return a copy of a config that also freezes the parameters whose names match one of `patterns`.
+    """Return a copy of a config in which the parameters whose names match one of `patterns` are frozen, too.
 
-    `patterns` are separated by commas. They are added to `optim.trainable`, each with a ! in front.
+    `patterns` is a text with patterns that are separated by commas. Each pattern is added to `optim.trainable`, with a
+    ! in front.
 
     >>> freeze(Config(), "*.router.*,embed").optim.trainable
     '*,!*.router.*,!embed'
@@ -31,9 +32,9 @@ def freeze(config: Config, patterns: str) -> Config:
 
 
 def frozen(model: Transformer, trainable: str):
-    """Return a mask for an optimizer of your own: a tree like the model, with True for every frozen parameter.
+    """Return a mask for optax transforms: a tree like the model, with True for every frozen parameter.
 
-    `trainable` is a value of the config field `optim.trainable`. Raises ValueError for a pattern that matches no
+    `trainable` is a value of the config field `optim.trainable`. Raise ValueError if one of its patterns matches no
     parameter.
 
     >>> import optax
@@ -59,14 +60,14 @@ def concentrate(
 
     Args:
       run: folder of a trained run.
-      out: folder of the new run. If `out` has a checkpoint already, the training resumes.
+      out: folder of the new run. If `out` already has a checkpoint, the training resumes from it.
       weight: the weight of the load-concentration loss H(e), the entropy of the mean router probabilities over the
         modules (see `models.router.router_stats`).
       changes: changes of the config, as in `Config.replace`: {"data.source": "logic", "train.steps": 200}. They
         override the weights of the losses and the value of `optim.trainable` that this function sets.
 
     Raises:
-      ValueError: the model has no modules, a change is not valid, or for the reasons of `training.loop.fit`.
+      ValueError: the model has no modules, or a change is not valid. `training.loop.fit` raises further errors.
     """
     config = read_config(run)
     kinds_of(config.model)

@@ -24,19 +24,19 @@ def _rows(model: Transformer, batch: dict) -> dict[str, jax.Array]:
 
 
 def use(model: Transformer, batches: Iterable[Mapping[str, np.ndarray]]) -> Use:
-    """Count how many (token, choice) pairs every module gets. A module is an expert of a layer.
+    """Count the (token, choice) pairs that are routed to each module. A module is an expert of one layer.
 
-    A token that uses k modules of a layer has k pairs there.
+    A token that uses k modules of a layer has k pairs in this layer.
 
     Args:
       model: a model with experts.
       batches: each batch has `tokens` [B,T] and, if there is padding, `segment_ids` [B,T], negative for padding.
-        Padding tokens do not count.
+        Padding tokens are not counted.
 
     Returns:
-      The numbers of pairs as whole numbers, in a dictionary with an entry for each kind of modules,
-      {"attention": [L, columns], "ffn": [L, columns]}. A router has a column for every module. The columns of added
-      modules are last. A pruned module keeps its column if its logit is still in the softmax of the router.
+      {"attention": [L, columns], "ffn": [L, columns]}: the number of pairs of each router column in each layer, as
+      integers. A kind of modules that the model does not have is left out. A router has a column for each module. The
+      columns of added modules come last. A pruned module has a column if its logit is still in the router's softmax.
 
     Raises:
       ValueError: the model has no modules.
@@ -62,14 +62,14 @@ def use(model: Transformer, batches: Iterable[Mapping[str, np.ndarray]]) -> Use:
 def mutual_information(uses: Mapping[str, Use]) -> dict[str, np.ndarray]:
     r"""Return the mutual information of modules (experts) and sources in bits, for each of the L layers: {kind: [L]}.
 
-    It says how much the module m that a token uses tells about the source s of its text. `uses` is {source: the result
-    of `use` for a text of this source}.
+    The mutual information I says how much the module m of a token tells about the source s of the token's text. `uses`
+    is {source: the result of `use` for a text of this source}.
 
     .. math::
         I(m; s) = \frac1S \sum_s \sum_m p(m|s) \log_2 \frac{p(m|s)}{p(m)}, \qquad p(m) = \frac1S \sum_s p(m|s)
 
-    with p(m|s) the share of the (token, choice) pairs of source s that went to module m. All S sources have the same
-    weight. I is 0 if every source uses the modules in the same way, and log2 S if no two sources share a module.
+    p(m|s) is the share of the (token, choice) pairs of source s that went to module m. All S sources have the same
+    weight. I is 0 if all sources use the modules in the same way. I is log2 S if no module is used by two sources.
 
     >>> mutual_information({"a": {"ffn": np.array([[4, 0], [1, 1]])}, "b": {"ffn": np.array([[0, 7], [3, 3]])}})
     {'ffn': array([1., 0.])}
@@ -79,7 +79,7 @@ def mutual_information(uses: Mapping[str, Use]) -> dict[str, np.ndarray]:
 
 
 def _information(p: np.ndarray) -> np.ndarray:
-    """Return the mutual information in bits [L] for `p`, the shares p(m|s) [S, L, columns] of `mutual_information`."""
+    """Return the mutual information in bits [L] for the shares p(m|s) [S, L, columns] (see `mutual_information`)."""
     mean = np.broadcast_to(p.mean(0), p.shape)
     ratio = np.divide(p, mean, out=np.ones_like(p), where=p > 0)
     return (p * np.log2(ratio)).sum(-1).mean(0)
@@ -91,11 +91,11 @@ def shares(use: np.ndarray) -> np.ndarray:
 
 
 def batches_of(data: DataConfig, *, heldout: bool, max_tokens: int, batch_tokens: int = 2**12) -> list[dict]:
-    """Return batches of random windows of T tokens from the training text, or with `heldout` from the held-out text.
+    """Return batches of random windows of T tokens of the training text, or of the held-out text if `heldout` is True.
 
-    A batch has `tokens` and `segment_ids` [B,T], with B * T about `batch_tokens`. All batches together have about
-    `max_tokens` tokens, or all tokens of a shorter text. The last batch may end with rows of padding, whose
-    `segment_ids` are -1. Raises ValueError if the text has fewer than T + 1 tokens.
+    A batch has `tokens` [B,T] and `segment_ids` [B,T], and B * T is about `batch_tokens`. All batches together have
+    about `max_tokens` tokens, or all tokens of a shorter text. The last batch may end with sequences of padding, whose
+    `segment_ids` are -1. Raise ValueError if the text has fewer than T + 1 tokens.
     """
     corpus, T = load_corpus(data)[heldout], data.T
     windows = (len(corpus.tokens) - 1) // T
@@ -114,22 +114,25 @@ def batches_of(data: DataConfig, *, heldout: bool, max_tokens: int, batch_tokens
 def report(
     model: Transformer, sources: Mapping[str, DataConfig], *, max_tokens: int = 2**15, below: float = 0.01
 ) -> dict[str, Any]:
-    """Return how much the held-out text of each source uses each module (expert), as numbers and lists for JSON.
+    """Measure how much the held-out text of each source uses each module (expert). The result can be written as JSON.
 
     Args:
       model: a model with experts.
       sources: {name: the `DataConfig` of the text}.
       max_tokens: about how many tokens of each source are read.
-      below: a module with a smaller share of the (token, choice) pairs of its layer counts as unused.
+      below: a module counts as unused if its share of the (token, choice) pairs of its layer is smaller than `below`.
 
     Returns:
-      A dictionary with the following entries.
-      "use": {source: {kind: [L, columns]}}, the share of the (token, choice) pairs of each router column;
-      "mutual_information": {kind: [L]}, the result of `mutual_information` in bits; "modules": {kind: how many modules
-      all layers have together}; "unused": {source: {kind: the number of unused modules}}; "below" and "max_tokens": the
-      arguments.
+      A dictionary with the following entries. Arrays are nested lists.
+
+      "use": {source: {kind: [L, columns]}}, each router column's share of the (token, choice) pairs of its layer.
+      "mutual_information": {kind: [L]}, the result of `mutual_information` in bits.
+      "modules": {kind: the number of modules in all layers together}.
+      "unused": {source: {kind: the number of modules in all layers that the source does not use}}.
+      "below", "max_tokens": the arguments.
+
     Raises:
-      ValueError: the model has no modules, there are no sources, or one of them is too short.
+      ValueError: the model has no modules, there are no sources, or the text of a source has fewer than T + 1 tokens.
     """
     if not sources:
         raise ValueError("a report needs at least one source of text")

@@ -36,10 +36,11 @@ def system_error(error: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Convert an error in a `with` block that writes the file `path` into an OSError with a clear reason.
+    """A context for a block that writes the file `path`: an error in the block becomes an OSError with a clear reason.
 
     The message of the OSError has the reason, such as "the disk is full", and `path`, even if the block writes a
-    temporary file. A RuntimeError without an errno, or an exception of another type, is raised unchanged.
+    temporary file. An OSError, and a RuntimeError that has an errno (see `system_error`), are converted. All other
+    exceptions are raised unchanged.
 
     >>> with writing("run/config.json"):
     ...     raise OSError(errno.ENOSPC, "No space left on device", "run/config.json.tmp")
@@ -57,10 +58,10 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 def write_file(path: str | os.PathLike, content: str | bytes) -> None:
-    """Write `content` as the file `path`, atomically: a reader finds the old content or the new, never a mixture.
+    """Write `content` to the file `path` atomically: a reader finds the old or the new content, never a mixture.
 
-    If several processes write the same file, it has the content of the last process. If the file cannot be written, it
-    keeps its old content, and OSError with the reason and `path` is raised.
+    If several processes write the same file, the file has the content of the last process. If the file cannot be
+    written, it keeps its old content, and an OSError with the reason and `path` is raised.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # a name that no other process has

@@ -24,7 +24,9 @@ from stickjax.system.disk import remove, writing
 
 HEARTBEAT_SECONDS, DEAD_AFTER_SECONDS = 5, 20
 LEASE = 180  # seconds after which a file server has released the flock of a machine that crashed
-SETTLE = 1  # seconds to wait if there is no flock: of two processes that start at once, only one then has the lock
+# Without flock, a process writes its record into the lock file, waits for this number of seconds, and reads the file
+# again. If two processes start at the same time, only the process that wrote last finds its own record.
+SETTLE = 1
 NAME = "lock"
 _NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK}
 
@@ -67,7 +69,7 @@ class Lock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise OSError if another process has taken the lock. A process takes it if its owner seems to be dead."""
+        """Raise OSError if another process has taken the lock from this process, because this process seemed dead."""
         owner = _read(self._path)
         if owner is not None and owner.get("token") != self._record["token"]:
             raise OSError(f"{self.folder} was taken over by {_name(owner)}; this process must not write there any more")
@@ -79,7 +81,7 @@ class Lock:
                 remove(path)
 
     def release(self, folder: Path | None = None) -> None:
-        """Release the lock, and delete the lock file. Delete the folder too, if this object created it and it is empty.
+        """Release the lock, and delete the lock file. Also delete the folder if this object created it and it is empty.
 
         If the folder was renamed while it was locked, `folder` is its new path.
         """
@@ -102,7 +104,7 @@ class Lock:
             raise NotADirectoryError(errno.ENOTDIR, "this is not a folder", os.fspath(self.folder))
 
     def _remove_folder(self) -> None:
-        with contextlib.suppress(OSError):  # rmdir refuses a folder that is not empty: it stays
+        with contextlib.suppress(OSError):  # a folder that is not empty remains, because rmdir raises OSError
             for path in reversed(self._made):
                 path.rmdir()
 
@@ -121,9 +123,9 @@ class Lock:
                 elif _is_at(file, self._path):
                     self._own(file, has_flock, machine)
                     return file
-                os.close(file)  # the owner removed it meanwhile, or the machine of the owner crashed
+                os.close(file)  # try again: the owner has just removed the lock file, or the owner's machine crashed
             except BaseException:
-                # On a full disk our file is still empty: remove it, but never the file of another process.
+                # On a full disk, our lock file is still empty: delete it. Never delete the file of another process.
                 if has_flock is not False and os.fstat(file).st_size == 0 and _is_at(file, self._path):
                     self._path.unlink()
                 os.close(file)
@@ -144,10 +146,10 @@ class Lock:
                 raise self._taken()
 
     def _is_alive(self, owner: dict) -> bool:
-        """Return whether the process that wrote `owner`, the content of the lock file, still runs.
+        """Return whether the owner of the lock still runs. `owner` is the content of the lock file.
 
         A running owner increases the counter in the file. So this function waits up to DEAD_AFTER_SECONDS for a change
-        of the file. False means that the owner is dead or has released the lock.
+        of the file. It returns False if the owner is dead or has released the lock.
         """
         log.warning(
             "%s is locked by %s: waiting up to %s s to find out whether that process still runs",
@@ -179,9 +181,9 @@ class Lock:
 
 
 def _flock(file: int) -> bool | None:
-    """Try to take the flock of an open file. Return True if this process has it now, False if another process has it.
+    """Try to take the flock of an open file. Return True if this process now has the flock.
 
-    Return None if the file system has no flock. `file` is the file descriptor.
+    Return False if another process has it, and None if the file system has no flock. `file` is the file descriptor.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -202,9 +204,9 @@ def _is_at(file: int, path: Path) -> bool:
 
 
 def _kernel() -> str:
-    """Return an id of the running kernel, to find out whether two processes run on the same machine.
+    """Return an id of the running Linux kernel. Two processes on the same machine have the same id.
 
-    All containers of a machine have the same id. A reboot changes the id.
+    All containers of a machine have the same id, too. A reboot changes the id.
     """
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -231,7 +233,7 @@ def _read(path: Path) -> dict | None:
 
 
 def _write(file: int, owner: dict) -> None:
-    text = json.dumps(owner).ljust(512) + "\n"  # of constant length, because it overwrites the text before
+    text = json.dumps(owner).ljust(512) + "\n"  # of constant length, because it overwrites the previous text
     os.pwrite(file, text.encode(), 0)
     os.fsync(file)
 
@@ -244,10 +246,11 @@ def _name(owner: dict | None) -> str:
 
 @contextlib.contextmanager
 def complete_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A context in which a `with` block creates the folder `path` completely or not at all.
+    """A context for a block that creates the folder `path`, so that the folder is created completely or not at all.
 
-    The context yields the path of a temporary folder, into which the block writes. The temporary folder is renamed to
-    `path` if the block succeeds, and deleted if the block raises an exception. Raise ValueError if `path` exists.
+    The context yields the path of a temporary folder, and the block writes into this folder. If the block succeeds, the
+    temporary folder is renamed to `path`. If the block raises an exception, the temporary folder is deleted. Raise
+    ValueError if `path` exists.
     """
     target = Path(path)
     if target.exists():
@@ -261,7 +264,8 @@ def complete_folder(path: str | os.PathLike) -> Iterator[Path]:
             current = temporary.rename(target)
     except OSError as error:
         if error.filename is not None and Path(error.filename).is_relative_to(temporary):
-            error.filename = os.fspath(target / Path(error.filename).relative_to(temporary))  # known to the caller
+            # Name the path in the target folder: the caller does not know the temporary folder.
+            error.filename = os.fspath(target / Path(error.filename).relative_to(temporary))
         raise
     finally:
         if current == temporary:

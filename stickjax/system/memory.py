@@ -22,7 +22,7 @@ _WHAT_TO_DO = "use a smaller model, a smaller batch, more devices or more memory
 
 
 class Free(NamedTuple):
-    """Free memory: `bytes` is its size, and `source` says what limits it, such as "available on this machine"."""
+    """The size of free memory, `bytes`. `source` says what limits it, such as "available on this machine"."""
 
     bytes: int
     source: str
@@ -41,9 +41,10 @@ def gib(size: float) -> str:
 
 
 def local_bytes(tree) -> int:
-    """Return the number of bytes that a pytree needs on each device. Its leaves are arrays or ShapeDtypeStructs.
+    """Return the number of bytes that the arrays in a pytree need on each device.
 
-    Of a sharded array, only the part on one device is counted. An array without a sharding is counted in full.
+    The leaves of the pytree are arrays or ShapeDtypeStructs. For a sharded array, only the part on one device is
+    counted. An array without a sharding is counted in full.
     """
     return sum(math.prod(_local_shape(x)) * itemsize(x.dtype) for x in jax.tree.leaves(tree))
 
@@ -54,7 +55,7 @@ def _local_shape(x) -> tuple[int, ...]:
 
 
 def itemsize(dtype) -> int:
-    """Return the number of bytes of one element of the type `dtype`. For a typed PRNG key, its key data is counted.
+    """Return the number of bytes of one element of the type `dtype`. An element may also be a typed PRNG key of JAX.
 
     >>> itemsize(jnp.bfloat16), itemsize(jax.eval_shape(lambda: jax.random.key(0)).dtype)
     (2, 8)
@@ -68,9 +69,9 @@ def itemsize(dtype) -> int:
 def state_parts(state) -> dict[str, int]:
     """Return the number of bytes that a training state needs on each device, as {purpose: bytes}.
 
-    The purposes are "parameters", "float32 masters" (the optimizer's copy of the parameters in float32) and "moments".
-    A purpose that needs no memory is left out. `state` has the attributes `params` and `opt_state`: two pytrees of
-    arrays or ShapeDtypeStructs.
+    The purposes are "parameters", "float32 masters" (float32 copies of parameters in the optimizer state) and "moments"
+    (the rest of the optimizer state). A purpose that needs no memory is left out. `state` has the attributes `params`
+    and `opt_state`: two pytrees of arrays or ShapeDtypeStructs.
     """
     masters = local_bytes(optax.tree.get(state.opt_state, "masters"))
     moments = local_bytes(state.opt_state) - masters
@@ -79,7 +80,7 @@ def state_parts(state) -> dict[str, int]:
 
 
 def check_fits(parts: dict[str, int], mesh: Mesh | None = None) -> None:
-    """Raise ValueError if arrays need more memory than a device has free. Call this before the arrays are allocated.
+    """Raise ValueError if a device has less free memory than new arrays need. Call this before they are allocated.
 
     Args:
       parts: the memory that the arrays need on each device, as {purpose: bytes}, such as {"parameters": 4096}. The
@@ -96,7 +97,7 @@ def check_fits(parts: dict[str, int], mesh: Mesh | None = None) -> None:
 
 
 def check_program(compiled: jax.stages.Compiled, what: str, mesh: Mesh | None = None) -> None:
-    """Raise ValueError if a compiled program needs more memory than a device has free. Call this before it runs.
+    """Raise ValueError if a device has less free memory than a compiled program needs. Call this before it runs.
 
     The program needs memory for its results and its temporary arrays. Its arguments must be in memory already.
 
@@ -121,8 +122,8 @@ def check_program(compiled: jax.stages.Compiled, what: str, mesh: Mesh | None = 
 def free_memory(mesh: Mesh | None = None) -> Free | None:
     """Return the free memory of one device of the mesh; None if it is unknown. Without a mesh, use the first device.
 
-    If the devices are CPUs, this is the free memory of the machine, divided by the number of mesh devices in this
-    process.
+    For CPU devices, it is the free memory of this process (see `host_memory`), divided by the number of mesh devices in
+    this process.
     """
     devices = [jax.local_devices()[0]] if mesh is None else mesh.local_devices
     if devices[0].platform == "cpu":

@@ -7,19 +7,19 @@ import tempfile
 import threading
 from pathlib import Path
 
-# Letters of any alphabet, and signs without a meaning in a pattern or an address. A path must not begin with one of the
-# four folders: it would be read as the address of a remote store.
+# A path may have letters of any alphabet, and signs that have no meaning in a pattern or an address. It must not begin
+# with /gs/, /s3/, /az/ or /hf/: TensorStore would read such a path as the address of a remote store.
 _PLAIN = re.compile(r"(?!/(gs|s3|az|hf)/)[\w/.,+=@~ -]*")
-MOST_BYTES = 3800  # the longest path; Linux allows 4096, and the files below the folder need the rest
+MOST_BYTES = 3800  # the longest path of a folder; Linux allows 4096, and the names of files in the folder need the rest
 
 
 def plain_path(folder: Path) -> Path:
     r"""Return a path of `folder` that Orbax and TensorStore read correctly: its real path, or a symbolic link to it.
 
-    Orbax finds files by `glob`, in which `[0.1]`, `*` and `?` are patterns. TensorStore reads a backslash as a slash,
-    and cannot open a path that is not UTF-8. If the real path has such characters, a symbolic link to the folder is
-    made in the folder for temporary files, and the path of the link is returned. The link has the same name in all
-    processes.
+    Orbax finds files by `glob`, for which `[0.1]`, `*` and `?` are patterns. TensorStore reads a backslash as a slash,
+    and cannot open a path that is not UTF-8. If the real path has such characters, this function makes a symbolic link
+    to `folder` in the system's folder for temporary files, and returns the path of the link. The link has the same name
+    in all processes.
 
     Raise ValueError if the link cannot be made, or if the path is too long.
 

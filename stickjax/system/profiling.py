@@ -1,4 +1,4 @@
-"""Write a profiler trace of a few steps of a training run, to find out what takes the time of a step."""
+"""Write a profiler trace of a few steps of a training run. The trace shows where a step spends its time."""
 
 import contextlib
 from collections.abc import Callable
@@ -9,19 +9,19 @@ import jax
 from stickjax.system.disk import remove, writing
 
 STEPS = 3  # the number of steps in a trace
-WARMUP = 3  # a long run is traced after this many steps
+WARMUP = 3  # the number of steps before the trace, if the run has enough steps
 
 
 class StepTrace(contextlib.AbstractContextManager):
-    """A context around a training loop, which writes a profiler trace of STEPS training steps into a folder.
+    """A context for a training loop that writes a profiler trace of STEPS training steps into a folder.
 
-    The trace begins after WARMUP steps, or earlier if fewer than WARMUP + STEPS steps are left. It is written after
-    its last step, or at the end of the `with` block if the run stops earlier. Then `say` prints which steps were
-    traced. The loop calls `before` and `after` for each step.
+    The loop calls `before` and `after` for each step. The trace begins after WARMUP steps of the loop, or earlier if
+    the loop has fewer than WARMUP + STEPS steps. The trace is written after its last step, or at the end of the `with`
+    block if the run stops earlier. Then `say` prints which steps were traced.
 
     Args:
       folder: the folder for the trace; None: nothing is traced.
-      first: the number of training steps that were done before this loop, which is not 0 if a run is resumed.
+      first: the number of training steps that were done before this loop. It is not 0 if a run is resumed.
       last: the number of training steps that will be done at the end of the loop.
       say: a function that prints one line of text.
     """
@@ -29,10 +29,10 @@ class StepTrace(contextlib.AbstractContextManager):
     def __init__(self, folder: Path | None, first: int, last: int, say: Callable[[str], None]):
         self._folder, self._say = folder, say
         self._begin = max(first, min(first + WARMUP, last - STEPS))
-        self._begun = self._done = None  # number of steps done when the trace began, and number done now
+        self._begun = self._done = None  # numbers of done steps: when the trace began, and now
 
     def before(self, step: int) -> None:
-        """Call this before each step. It starts the trace if the next step is the first to trace.
+        """Start the trace if the next step is the first step to trace. Call this before each step.
 
         `step` is the number of training steps that are done.
         """
@@ -41,7 +41,7 @@ class StepTrace(contextlib.AbstractContextManager):
             self._begun = self._done = step
 
     def after(self, step: int) -> None:
-        """Call this after each step. It stops and writes the trace if this step was the last to trace.
+        """Stop and write the trace if this step was the last step to trace. Call this after each step.
 
         `step` is the number of training steps that are done, including this step.
         """

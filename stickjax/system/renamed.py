@@ -1,6 +1,6 @@
-"""Keep the module names of version 0.1 working: an import of an old name gives the module with the new name.
+"""Keep the module names of version 0.1 working: an import of an old name returns the module with the new name.
 
-A FutureWarning says the new name. The next version will remove the old names.
+A FutureWarning tells the user the new name. The next version will remove the old names.
 """
 
 import importlib
@@ -61,9 +61,9 @@ class RenamedModules(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module) -> None:
-        """Restore the `__spec__` of a module, which the import system has replaced by the spec of the old name.
+        """Restore the attribute `__spec__` of a module. The import system has replaced it by the spec of the old name.
 
-        The code of the module is not run again, because the import of the new name in `create_module` has run it.
+        The code of the module is not run again: `create_module` has imported the new name, which ran the code.
         """
         module.__spec__ = module.__spec__.loader_state
 

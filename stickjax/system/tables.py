@@ -11,7 +11,7 @@ from rich.table import Table
 
 
 def print_table(table: Table) -> None:
-    """Print a table of the package rich. If rich would cut a word in a narrow terminal, print one cell per line.
+    """Print a table of the Python package rich. If the terminal is so narrow that words are cut, print a cell per line.
 
     Square brackets in a cell are printed unchanged: they are not read as markup.
 
@@ -51,7 +51,7 @@ class Columns(dict):
        2  2.25     7
     """
 
-    SHOWN = 10  # the most rows that are shown
+    SHOWN = 10  # a longer table is shown with only this number of rows
 
     @classmethod
     def of(cls, rows: Iterable[dict]) -> "Columns":

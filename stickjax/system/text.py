@@ -1,4 +1,4 @@
-"""Paths and numbers as text that terminals and other programs can read."""
+"""Convert paths to text that a terminal can print, and values to JSON text that other programs can read."""
 
 import json
 import math

@@ -16,7 +16,7 @@ from stickjax.parallel.mesh import AXES
 def banner(config: Config, data: TrainingData, mesh: Mesh | None = None) -> str:
     """Return the first lines that a training run prints: parameter counts, data, number of steps and devices.
 
-    `data`: the training data that the run has loaded. `mesh`: the mesh of the run; None: it uses one device.
+    `data` is the training data that the run has loaded. `mesh` is the mesh of the run; None: the run uses one device.
     """
     m, d, family = config.model, config.data, family_of(config.model)
     (total, active), flops = family.parameter_counts(m), family.flops_per_token(m, d.T)
@@ -35,7 +35,7 @@ def banner(config: Config, data: TrainingData, mesh: Mesh | None = None) -> str:
 def kernels(choices: Iterable[Choice]) -> str:
     """Return the lines of the banner that say which kernels a training step uses.
 
-    A line names an op, such as attention, the implementation that was chosen for it, and the reason. `choices`: the
-    different choices of implementations that `dispatch.recorded` collected while JAX traced the step.
+    A line names an op, such as attention, the implementation that was chosen for the op, and the reason. `choices` are
+    the choices of implementations that `dispatch.recorded` collected while JAX traced the step.
     """
     return "\n".join(map(str, choices)) or "the step has neither an attention kernel nor an expert kernel"

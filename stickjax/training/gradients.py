@@ -1,7 +1,7 @@
-"""Compute the gradients of a batch: their sum over the microbatches, and over the devices of a mesh.
+"""Compute the gradients of a batch: the sum over its microbatches, and over the devices of a mesh.
 
-On a mesh the gradients are computed in one `jax.shard_map`. A kernel or a router gets only the part of the batch on its
-device, and all collectives are explicit calls (`stickjax.parallel.collectives`).
+On a mesh the gradients are computed in one `jax.shard_map`. So on each device, kernels and routers see only the part of
+the batch on this device, and all collectives are explicit calls (`stickjax.parallel.collectives`).
 """
 
 from collections.abc import Callable
@@ -21,11 +21,11 @@ from stickjax.training.optimizer import stop_frozen_gradients
 
 
 def batch_gradients(config: Config) -> Callable:
-    """Return a function `f(params, batch, key)` that computes (the gradients of the loss, the metrics) of a batch.
+    """Return a function `f(params, batch, key)` that returns (the gradients of the loss, the metrics) of a batch.
 
-    The model family of `config` defines the loss. f splits the batch into `train.accumulate` microbatches, and sums
-    their gradients and their metrics, which are scaled so that the sums are the results for the whole batch. The
-    gradients of frozen parameters are zero.
+    The model family of `config` defines the loss. f splits the batch into `train.accumulate` microbatches, and adds
+    their gradients and their metrics. The loss and the metrics of a microbatch are scaled so that these sums are the
+    results for the whole batch. The gradients of frozen parameters are zero.
     """
     loss, accumulate = family_of(config.model).loss, config.train.accumulate
     grad = jax.grad(lambda params, *inputs: loss(stop_frozen_gradients(config, params), *inputs), has_aux=True)
@@ -35,7 +35,7 @@ def batch_gradients(config: Config) -> Callable:
         scale = 1 / jnp.maximum(psum_over_batch(batch["loss_mask"].astype(jnp.float32).sum()), 1)
         shared = {"loss_scale": scale, "share": jnp.float32(1 / accumulate)}
 
-        def one(total, inputs):  # in float32: a sum in bfloat16 loses small gradients
+        def one(total, inputs):  # the totals are float32, because a sum in bfloat16 loses small gradients
             part, k = inputs
             add = lambda total, x: total + x.astype(total.dtype)  # noqa: E731
             return jax.tree.map(add, total, grad(params, part | shared, k)), None
@@ -49,11 +49,12 @@ def batch_gradients(config: Config) -> Callable:
 
 
 def mesh_gradients(mesh: Mesh | None, gradients: Callable) -> Callable:
-    """Return a function that runs `gradients` on all devices of a mesh, and has the same arguments and results.
+    """Return a function that runs the function `gradients` on all devices of a mesh.
 
-    `gradients(params, batch, key)` returns (gradients, metrics). Every device runs it on its own part of the batch.
-    Then the gradients are summed over the devices. `gradients` itself must sum the metrics over the devices. Without a
-    mesh, the result is `gradients`.
+    `gradients(params, batch, key)` returns (gradients, metrics). The returned function has the same arguments and
+    results. Every device runs `gradients` on its part of the batch. Then the returned function sums the gradients over
+    the devices. The metrics are not summed here: `gradients` itself must sum them over the devices. Without a mesh,
+    return `gradients` unchanged.
     """
     if mesh is None:
         return gradients

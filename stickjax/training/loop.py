@@ -46,11 +46,13 @@ from stickjax.training.stopping import stop_requests
 class Result(NamedTuple):
     """The result of `fit`: the last training state, and how the training ended.
 
-    `state`: the last training state; None if the run was interrupted before its first step. `finished`: whether the
-      last step was reached.
-    `tokens_per_second`: the speed after the first step; None if fewer than two steps ran. `outside`: the share of the
-      wall time after the first step that was spent outside the jitted step, from 0 to 1.
-    `stopped_by`: the number of the signal that stopped the run before its last step, or 0. `run`: the run folder.
+    `state`: the last training state; None if the run was interrupted before its first step.
+    `finished`: whether the last step was reached.
+    `tokens_per_second`: the speed, measured after the first step; None if fewer than two steps ran.
+    `outside`: the share of the wall time that was spent outside the jitted step, from 0 to 1, measured after the first
+      step.
+    `stopped_by`: the number of the signal that stopped the run before its last step, or 0.
+    `run`: the run folder.
     """
 
     state: TrainState | None
@@ -62,7 +64,7 @@ class Result(NamedTuple):
 
     @property
     def metrics(self) -> Columns:
-        """All rows of metrics.jsonl in the run folder as columns, {name of a metric: numpy array}."""
+        """All rows of metrics.jsonl in the run folder as columns, {name of a metric: NumPy array}."""
         return metrics_of(self.run)
 
     def __repr__(self) -> str:  # for notebooks; the full state would be too long to print
@@ -76,12 +78,14 @@ class Result(NamedTuple):
 
 @dataclasses.dataclass
 class Run:
-    """A run while it trains: its config, its data, its files, its display, and requests to stop it.
+    """All that the training loop needs: the config, the data, the files, the display, and the requests to stop.
 
-    `folder`: the run folder. `abstract`: the training state as shapes and types with shardings. `loader`: the iterator
-    over the batches of this process. `asked`: a function that returns the number of the signal that asks for a stop, or
-    0. `log`: the writer of metrics.jsonl; None in a process that writes no files. `trace`: the writer of a profiler
-    trace of a few steps.
+    `folder`: the run folder.
+    `abstract`: the training state as ShapeDtypeStructs with shardings.
+    `loader`: the iterator over the batches of this process.
+    `asked`: a function that returns the number of the signal that asks for a stop, or 0.
+    `log`: the writer of metrics.jsonl; None in a process that writes no files.
+    `trace`: the writer of a profiler trace of a few steps.
     """
 
     folder: str
@@ -109,9 +113,9 @@ class Run:
         self.progress.update(row)
 
     def save(self, state: TrainState, data_state: dict) -> None:
-        """Save a checkpoint: training state, position in the data, config, hashes of the training and held-out text.
+        """Save a checkpoint: the training state, the position in the data, the config, and hashes of the texts.
 
-        `data_state` is the state of the data iterator after the batches that `state` was trained on. Raises
+        `data_state` is the state of the data iterator after the last batch on which `state` was trained. Raise
         FloatingPointError if a parameter is not finite.
         """
         step, data = int(state.step), self.data
@@ -131,10 +135,10 @@ class Run:
 
 
 def _start(run: Run, init_from: str | None, branch: str | None) -> tuple[TrainState, dict | None]:
-    """Return (the training state to start with, the state of the data iterator to start with).
+    """Return (the first training state, the first state of the data iterator) of a run that starts or resumes.
 
-    The second value is None if the run begins with the first batch. If the run folder has a checkpoint, the run resumes
-    from it. Otherwise it continues from `branch`, "RUN@STEP", a checkpoint of another run. Without `branch`, the
+    The second value is None if the run starts with the first batch. If the run folder has a checkpoint, the run resumes
+    from it. Otherwise the run continues from `branch`, "RUN@STEP", a checkpoint of another run. Without `branch`, the
     training state is new; its parameters are random, or copied from the run `init_from`.
     """
     config, data = run.config, run.data
@@ -157,7 +161,7 @@ def _start(run: Run, init_from: str | None, branch: str | None) -> tuple[TrainSt
             steps = f"train.steps={config.train.steps} must be more than {restored.step}, the step of the checkpoint"
             raise ValueError(f"--from {source}: {steps}")
         config.check_lengths(restored.step, tokens_of(restored.state))
-        # A decay phase often uses another text. A new text is read from its start.
+        # The new run may use another text, as decay phases often do. Then the text is read from its start.
         same_text = restored.extra["corpus"] == data.hash
         data_state = _position(restored.extra, config.data) if same_text else None
         run.say(f"continuing from {source}" + ("" if data_state else ", with another text"))
@@ -169,10 +173,10 @@ def _start(run: Run, init_from: str | None, branch: str | None) -> tuple[TrainSt
 
 
 def _check_text(what: str, where: str | None, found: str | None, recorded: str | None, source: str) -> None:
-    """Raise ValueError if the training text or the held-out text has changed since a checkpoint was saved.
+    """Raise ValueError if a text has changed since a checkpoint was saved.
 
-    `what` and `where` name the text in the message, and `source` names the checkpoint. `found` is the hash of the text
-    now, and `recorded` is the hash in the checkpoint. If one of the hashes is None, there is nothing to compare.
+    `found` is the present hash of the text, and `recorded` is the hash in the checkpoint. If one of the two is None,
+    nothing is checked. In the message, `what` and `where` name the text, and `source` names the checkpoint.
     """
     if None not in (found, recorded) and found != recorded:
         raise ValueError(
@@ -186,7 +190,7 @@ def _new(run: Run, init_from: str | None) -> TrainState:
     config, mesh = run.config, run.mesh
     run.say("making the parameters")
     places = None if mesh is None else shardings(mesh, run.abstract)
-    # Pass the key as an argument. XLA would evaluate a constant key at compile time.
+    # The key is an argument, because XLA would compute all random numbers of a constant key at compile time.
     key = jax.random.key(config.train.seed)
     program = jax.jit(lambda key: init_state(config, key), out_shardings=places).lower(key).compile()
     check_program(program, "making the parameters", mesh)
@@ -209,21 +213,21 @@ def _new(run: Run, init_from: str | None) -> TrainState:
 
 
 def _position(extra: dict, data: DataConfig) -> dict:
-    """Return the data iterator's first state in a run that continues from a checkpoint of another run on the same text.
+    """Return the first state of the data iterator in a new run that continues another run on the same text.
 
-    `extra` is what the checkpoint stores besides the training state, and `data` is the data config of the new run. The
-    checkpoint stores the position in the text as a number of batches. If B or T has changed, this number is converted,
-    and rounded up.
+    `extra` is what the checkpoint of the other run stores besides the training state. `data` is the data config of the
+    new run. The checkpoint stores the position in the text as a number of batches. If the new run has another B or T,
+    this number is converted to batches of the new run, and rounded up.
     """
     before, index = extra["config"]["data"], extra["data"]["next_index"]
     return extra["data"] | {"next_index": -(-index * before["B"] * before["T"] // data.tokens_per_step)}
 
 
 def split_branch(branch: str) -> tuple[str, int | None]:
-    """Split 'RUN@STEP' into (folder, step). 'RUN' alone gives the step None, which means the newest checkpoint.
+    """Split "RUN@STEP" into (folder, step). Without "@STEP", the step is None, which means the newest checkpoint.
 
-    If `branch` is an existing folder, it is a RUN, even if its name contains an @. Raises ValueError if STEP is not a
-    number.
+    If `branch` is the path of an existing folder, it is not split, even if it contains an @. Raise ValueError if STEP
+    is not a number.
     """
     run, at, step = branch.rpartition("@")
     if not at or Path(branch).is_dir():
@@ -244,13 +248,15 @@ def fit(
     profile: bool = False,
     quiet: bool = False,
 ) -> Result:
-    """Train the model of `config` in the run folder `run`. If the folder has a checkpoint, resume from it, bit for bit.
+    """Train the model of `config` in the run folder `run`. If the folder has a checkpoint, resume from it.
+
+    On a CPU, a resumed run computes the same bits as a run without an interruption.
 
     Args:
       config: the experiment.
       run: folder for config.json, metrics.jsonl and checkpoints.
-      init_from: the folder of a trained run. A new run starts with its parameters, a new optimizer and the first
-        batch.
+      init_from: the folder of a trained model. A new run starts with the parameters of this model, a new optimizer
+        state and the first batch.
       branch: "RUN@STEP", a checkpoint from which a new run continues with this config, for example to decay the
         learning rate.
       profile: write a profiler trace of a few steps to `run/profile` (see `StepTrace`).
@@ -262,14 +268,14 @@ def fit(
     Raises:
       ValueError: the config does not fit the data, the devices or their memory; the folder has a run of another
         config; or another process trains in the folder.
-      FloatingPointError: the loss or the gradient was not finite in `max_bad_steps` steps in a row, or in all steps.
-        The last good checkpoint is kept.
+      FloatingPointError: the loss or the gradient was not finite in `max_bad_steps` steps in a row, or in all steps;
+        or a new parameter is not finite. The last good checkpoint is kept.
       OSError: a checkpoint or the metrics could not be written.
     """
     config = with_own_files(run, config)
     data = training_data(config)
     if (Path(run) / "config.json").exists():
-        config = with_sizes_of(config, read_config(run))  # another mesh could need another V
+        config = with_sizes_of(config, read_config(run))  # keep V, even if another mesh would round it differently
     config = with_vocabulary(config, data.ids)
     mesh = make_mesh(config)
     abstract = with_shardings(mesh, jax.eval_shape(lambda: init_state(config, jax.random.key(config.train.seed))))
@@ -278,10 +284,10 @@ def fit(
     _check_same(config, data)
     quiet = quiet or not processes.is_writer()
     with progress_of(run, config, quiet=quiet) as progress, Checkpoints(run, config.train.keep) as checkpoints:
-        check_config(run, config)  # this process has locked the folder
+        check_config(run, config)  # no other process changes the folder now, because `Checkpoints` has locked it
         this = Run(run, config, mesh, abstract, data, loader, checkpoints, progress)
         words, steps = banner(config, data, mesh), config.train.steps
-        perhaps_finished = max(checkpoints.steps(), default=0) >= steps  # the newest one may be damaged
+        perhaps_finished = max(checkpoints.steps(), default=0) >= steps  # not if the newest one is damaged
         if not perhaps_finished:
             this.say(words)
         state, data_state = _start(this, init_from, branch)
@@ -297,7 +303,7 @@ def fit(
 
 
 def _check_same(config: Config, data: TrainingData) -> None:
-    """Raise ValueError if this process has another config or other data than process 0. Paths of files may differ."""
+    """Raise ValueError if this process and process 0 have different configs or data. Paths of files may differ."""
     fields = {f"{s}.{n}": value for s, section in config.to_dict().items() for n, value in section.items()}
     tokenizer = data.tokenizer and data.tokenizer.name
     content = {"text": data.hash, "held-out text": data.heldout_hash, "tokenizer": tokenizer}
@@ -305,7 +311,7 @@ def _check_same(config: Config, data: TrainingData) -> None:
 
 
 def _batch_part(config: Config, mesh) -> dict[str, int]:
-    """Return the size of a batch on one device, {description: bytes}, for the check that a run fits into memory."""
+    """Return the memory of a batch on one device as {description: bytes}, for `check_fits`."""
     batch = abstract_batch(mesh, family_of(config.model).example_batch(config))
     return {f"a batch of B={config.data.B} x T={config.data.T}": local_bytes(batch)}
 
@@ -324,7 +330,7 @@ def _train(run: Run, state: TrainState, profile: bool) -> Result:
     check_program(traced.lower().compile(), "the step", run.mesh)
     folder = None
     if processes.is_writer():
-        # Only now, so that a failed start leaves no folder.
+        # The folder is written only now, so that a failed start leaves no folder.
         write_config(run.folder, run.config, run.data.tokenizer, run.data.files)
         run.log, folder = MetricsLog(run.folder, after_step=step), Path(run.folder) / "profile" if profile else None
     run.trace = StepTrace(folder, step, run.config.train.steps, run.say)
@@ -337,7 +343,7 @@ def _loop(run: Run, step_function: Callable, state: TrainState, batch: dict) -> 
     pace = Pace(
         config.data.tokens_per_step, family_of(config.model).flops_per_token(config.model, config.data.T), _peak(mesh)
     )
-    first = step = good = saved = int(state.step)  # good: the last step with a finite loss and gradient
+    first = step = good = saved = int(state.step)  # `good`: the last step with a finite loss and gradient
     bad_steps, stopped_by = 0, int(processes.any_process(mesh, run.asked()))
     while not stopped_by and step < steps:
         data_state = run.loader.get_state()  # the position of the data after the batch of this step
@@ -345,7 +351,7 @@ def _loop(run: Run, step_function: Callable, state: TrainState, batch: dict) -> 
         pace.before()
         state, metrics = step_function(state, batch)
         asked_any = processes.any_process(mesh, run.asked(), after=metrics["loss"])  # all processes stop together
-        batch = run.next_batch()  # while the device works
+        batch = run.next_batch()  # prepared while the device computes the step
         metrics = jax.device_get(metrics)
         pace.after()
         step += 1
@@ -359,7 +365,7 @@ def _loop(run: Run, step_function: Callable, state: TrainState, batch: dict) -> 
         if step % config.train.log_every == 0 or step == steps:
             row = {"step": step, "tokens": tokens_of(state), **{k: float(v) for k, v in metrics.items()}}
             run.report(row | pace.row())
-        # A skipped step leaves the state of the last good step.
+        # If the last steps were skipped, `state` still has the parameters of the last good step, so it can be saved.
         if good > first and (ends or (not bad_steps and step % config.train.checkpoint_every == 0)):
             run.save(state, data_state)
             saved = step

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 def peak_flops(devices: int = 1) -> float | None:
     """Return the peak bf16 performance of `devices` devices together, in FLOP per second; None if it is not known.
 
-    All devices are taken to be of the same kind as the first device of JAX.
+    The function assumes that all devices are of the same kind as the first device of JAX.
     """
     chip = of_kind(jax.devices()[0].device_kind)
     return None if chip is None else devices * chip.flops
@@ -30,15 +30,17 @@ def peak_flops(devices: int = 1) -> float | None:
 class Pace:
     """Measures the speed of a training run. The first step is not measured, because it takes longer.
 
-    `tokens_per_step`: the tokens in a step. `flops_per_token`: the floating-point operations of the forward
-    and the backward pass per token. `peak`: the peak performance of all devices together in FLOP per second; None if it
-    is not known. The property `rate` is the tokens per second, None before two steps are done. `outside` is the share
-    of the wall time that was spent outside the jitted step, from 0 to 1.
+    `tokens_per_step`: the number of tokens in a step.
+    `flops_per_token`: the floating-point operations per token, of the forward and the backward pass together.
+    `peak`: the peak performance of all devices together in FLOP per second; None if it is not known.
+
+    The property `rate` is the number of tokens per second; it is None before two steps are done. The property `outside`
+    is the share of the wall time that was spent outside the jitted step, from 0 to 1.
     """
 
     def __init__(self, tokens_per_step: int, flops_per_token: float, peak: float | None):
         self._tokens, self._flops, self._peak = tokens_per_step, flops_per_token, peak
-        self._measured, self._inside = -1, 0.0  # steps after the first one, and their seconds
+        self._measured, self._inside = -1, 0.0  # the number of steps after the first step, and their seconds
         self._started = self._now = time.perf_counter()
 
     def before(self) -> None:
@@ -57,7 +59,7 @@ class Pace:
     def end(self) -> None:
         """End the measurement of the run.
 
-        Call this after the last checkpoint is written, so that the time of writing counts as time outside the step.
+        Call this after the last checkpoint is written. Then the time of writing counts as time outside the step.
         """
         self._now = time.perf_counter()
 
@@ -100,7 +102,7 @@ class MetricsLog:
     def write(self, row: dict) -> None:
         line = json_text(row).encode() + b"\n"
         with writing(self.path):
-            while line:  # a disk that is almost full writes only a part
+            while line:  # on an almost full disk, `write` may write only a part of the line
                 line = line[self._file.write(line) :]
 
     def close(self) -> None:
@@ -114,9 +116,9 @@ def _is_number(value: Any) -> bool:
 def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
     """Return the rows of metrics.jsonl in a run folder. Each row has at least step, tokens, loss and learning_rate.
 
-    Damaged lines, and lines in which one of these four values is not a number, are left out, and a warning is logged.
-    An incomplete last line, which a crash leaves, is left out without a warning. A JSON null becomes NaN. If there is
-    no file, the result is empty.
+    A damaged line, or a line in which one of these four values is not a number, is left out, and a warning is logged.
+    An incomplete last line, which a crash can leave, is left out without a warning. A JSON null becomes NaN. If there
+    is no file, the result is an empty list.
     """
     path, rows, bad = Path(run_folder) / "metrics.jsonl", [], []
     *lines, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
@@ -138,9 +140,9 @@ def read_metrics(run_folder: str | os.PathLike) -> list[dict]:
 
 
 def metrics_of(run_folder: str | os.PathLike) -> Columns:
-    """Return the metrics of a run as columns, {name of a metric: numpy array with one value per row of metrics.jsonl}.
+    """Return the metrics of a run as columns, {name of a metric: NumPy array with one value per row of metrics.jsonl}.
 
-    The columns step, tokens, loss and learning_rate come first. A value that a row does not have is NaN.
+    The columns step, tokens, loss and learning_rate come first. If a row lacks a metric, its value is NaN.
     """
     first = ("step", "tokens", "loss", "learning_rate")
     return Columns.of({name: row[name] for name in first} | row for row in read_metrics(run_folder))

@@ -13,8 +13,8 @@ from stickjax.evaluation.plots import plot_training
 from stickjax.training.metrics import read_metrics
 from stickjax.training.progress import Progress
 
-BAR_SECONDS, PICTURE_SECONDS = 0.5, 3.0  # the shortest time between two updates of each
-PICTURE_SHARE = 0.05  # the largest share of the time of a run that is spent on pictures
+BAR_SECONDS, PICTURE_SECONDS = 0.5, 3.0  # the shortest time between two updates of the bar, and of the plot
+PICTURE_SHARE = 0.05  # the largest share of a run's time that is spent on making plots
 
 
 def in_notebook() -> bool:
@@ -24,7 +24,7 @@ def in_notebook() -> bool:
 
 
 def progress_of(run: str, config: Config, *, quiet: bool) -> Progress:
-    """Return the display of the run in the folder `run`: for a notebook, or else for a terminal or a file.
+    """Return the display of the run in the folder `run`: a `NotebookProgress` in a notebook, otherwise a `Progress`.
 
     With `quiet`, the display shows nothing.
     """
@@ -43,14 +43,14 @@ class NotebookProgress(Progress):
         super().__init__(config)
         self._run, self._rows, self._handles, self._next = run, [], {}, {"bar": 0.0, "picture": 0.0}
         try:
-            import matplotlib.figure  # noqa: F401, takes a second, now instead of in a step
+            import matplotlib.figure  # noqa: F401, imported before the first step, because it takes a second
         except ImportError:
             self._draws = False
         else:
             self._draws = True
 
     def update(self, row: dict) -> None:
-        # The file of a resumed run has earlier rows. It already has the newest row, too.
+        # The first call reads metrics.jsonl, which already has `row`, and the earlier rows of a resumed run.
         self._rows = [*self._rows, row] if self._rows else read_metrics(self._run) or [row]
         self._show()
 
@@ -79,9 +79,9 @@ class NotebookProgress(Progress):
         return f"{text.getvalue()} {row['step']}/{self._steps}  {self.words(row)}"
 
     def _display(self, name: str, content: dict[str, str]) -> None:
-        """Show `content`, {MIME type: data}, below the cell. `name`: the part of the display, "bar" or "picture".
+        """Show `content`, {MIME type: data}, below the notebook cell, as the bar or as the picture of the display.
 
-        If this part is already there, `content` replaces it.
+        `name` is "bar" or "picture". If the display already has a bar or a picture, it is replaced.
         """
         from IPython.display import display
 

@@ -1,7 +1,7 @@
 """AdamW under muP, with a learning rate that depends on the tokens trained so far, and with float32 masters.
 
-If a parameter is stored in a smaller type than float32, the optimizer state has a float32 copy of it, its master. The
-updates are added to the master, and the parameter is set to the rounded master.
+If a parameter is stored in a smaller type than float32, the optimizer state has a float32 copy of it: its master. An
+update is added to the master, and then the parameter is set to the rounded master.
 """
 
 import fnmatch
@@ -18,11 +18,11 @@ from stickjax.training.schedules import Transform, make_token_schedule, scale_by
 
 
 def is_trainable(name: str, trainable: str) -> bool:
-    """Return whether the parameter `name` is trainable, for a value `trainable` of the config field `optim.trainable`.
+    """Return whether the parameter `name` is trainable. `trainable` is a value of the config field `optim.trainable`.
 
-    `trainable` has patterns, separated by commas, such as `*,!embed`. A parameter is trainable if its name matches a
-    pattern without a "!" and does not match any pattern after a "!". If all patterns have a "!", only the second
-    condition counts.
+    `trainable` is a text with patterns that are separated by commas, such as `*,!embed`. A parameter is trainable if
+    its name matches a pattern without a "!", and does not match any pattern after a "!". If all patterns have a "!", a
+    parameter is trainable if its name does not match any of them.
 
     >>> [is_trainable("blocks.ffn.router.weight", patterns) for patterns in ("*.router.*", "!*.router.*", "*,!embed")]
     [True, False, True]
@@ -37,11 +37,9 @@ def is_trainable(name: str, trainable: str) -> bool:
 def label_tree(params, trainable: str = "*"):
     """Return a tree like `params` with the label of every parameter: "matrix", "embedding", "vector" or "frozen".
 
-    The optimizer chooses the learning rate and the weight decay of a parameter by its label.
-
-    `trainable` is a value of the config field `optim.trainable`: patterns of the names of trainable parameters, such as
-    blocks.ffn.router.weight, separated by commas. A pattern after a ! names frozen parameters. If all patterns have
-    a !, all other parameters are trainable. Raises ValueError for a pattern that matches no name.
+    The optimizer chooses the learning rate and the weight decay of a parameter by its label. `trainable` is a value of
+    the config field `optim.trainable` (see `is_trainable`). Names of parameters look like blocks.ffn.router.weight.
+    Raise ValueError if a pattern in `trainable` matches no name.
     """
     patterns, names = [pattern.removeprefix("!") for pattern in trainable.split(",")], []
 
@@ -57,7 +55,7 @@ def label_tree(params, trainable: str = "*"):
 
 
 def stop_frozen_gradients(config: Config, params):
-    """Return `params`, with `stop_gradient` applied to every frozen parameter. Its gradient is then zero."""
+    """Apply `stop_gradient` to every frozen parameter in `params`, so that its gradient is zero."""
     freeze = lambda label, x: jax.lax.stop_gradient(x) if label == "frozen" else x  # noqa: E731
     return jax.tree.map(freeze, label_tree(params, config.optim.trainable), params)
 
@@ -65,21 +63,23 @@ def stop_frozen_gradients(config: Config, params):
 def make_optimizer(config: Config, params) -> Transform:
     """Return AdamW under muP, with the learning rate eta / m_width for matrices and eta for all other parameters.
 
-    eta is the learning rate of the schedule, and m_width is the width multiplier of muP, a field of the model config.
-    The optimizer is a chain: gradient clipping, Adam, decoupled weight decay (not of norms and biases), multiplication
-    by -eta, and finally multiplication by 1 / m_width for matrices. The factor 1 / m_width also reduces the weight
-    decay of the matrices, as in the published models. If `optim.scale_decay` is True (strict muP), it does not, because
-    this weight decay is multiplied by m_width first. All computations are in float32. A trainable parameter of a
-    smaller type has a float32 master in the state, which keeps small updates; `optax.apply_updates` sets the parameter
-    to the rounded master.
+    eta is the learning rate of the schedule, and m_width is the width multiplier of muP, `config.model.m_width`. The
+    optimizer is a chain: gradient clipping, Adam, decoupled weight decay (not of norms and biases), multiplication by
+    -eta, and finally multiplication by 1 / m_width for matrices. So the weight decay of matrices is divided by m_width,
+    too, as in the published models. If `optim.scale_decay` is True (strict muP), this weight decay is first multiplied
+    by m_width, so that the two factors cancel. All computations are in float32. A trainable parameter of a smaller type
+    has a float32 master in the optimizer state, so that small updates are not lost. `optax.apply_updates` sets the
+    parameter to the rounded master.
 
     Args:
       config: the experiment. A step has B * T tokens, unless you call `update` with `tokens=` (see `scale_by_tokens`).
       params: the parameters, or their ShapeDtypeStructs; their values are not used.
+
     Returns:
-      The optimizer. For logs, `optax.tree.get(state, name)` returns "learning_rate", "tokens" (`int()` converts it) or,
-      if there are masters, "masters". `init` also accepts parameters in a larger type than `params`; then the masters
-      keep the values of these parameters without rounding.
+      The optimizer. `optax.tree.get(state, name)` returns a value of its state for logs: "learning_rate", "tokens" (the
+      tokens trained so far, which `int()` converts) or, if there are masters, "masters". `init` also accepts parameters
+      in a larger type than `params`; then the masters keep the values of these parameters without rounding.
+
     Raises:
       ValueError: a parameter is not in the table of `models.parameters`, a pattern of `optim.trainable` matches no
         parameter, or all parameters are frozen.
@@ -88,7 +88,7 @@ def make_optimizer(config: Config, params) -> Transform:
     labels = label_tree(params, o.trainable)
     rate = dict(matrix=1 / m_width, embedding=1.0, vector=1.0, frozen=0.0)
     decay = dict(matrix=m_width if o.scale_decay else 1.0, embedding=1.0, vector=0.0, frozen=0.0)
-    moving = jax.tree.map(lambda label: label != "frozen", labels)  # a frozen parameter has no moments either
+    moving = jax.tree.map(lambda label: label != "frozen", labels)  # a frozen parameter has no moments
     if not any(jax.tree.leaves(moving)):
         raise ValueError(f"optim.trainable={o.trainable!r} freezes every parameter: nothing would be trained")
 
@@ -107,18 +107,18 @@ def make_optimizer(config: Config, params) -> Transform:
 
 
 class Masters(NamedTuple):
-    """The float32 masters (copies) of parameters of a smaller type. They are the last part of an optimizer state."""
+    """The float32 masters (copies) of parameters of a smaller type. They are the last item of the optimizer state."""
 
-    masters: Any  # a tree like the parameters, with MaskedNode for a parameter without a master
+    masters: Any  # a tree like the parameters, with a MaskedNode for every parameter that has no master
 
 
 def _in_float32(tx: Transform, small) -> Transform:
     """Return the optimizer `tx`, changed so that it computes everything in float32.
 
-    `small` is a tree like the parameters, with True for every trainable parameter of a smaller type than float32. These
-    parameters get a float32 master. Without masters most updates of a bfloat16 parameter would be lost, because they
-    are smaller than half the distance to the next bfloat16 number. Adam's moments in bfloat16 would lose small changes,
-    and moments in float16 would underflow to 0 / 0.
+    `small` is a tree like the parameters, with True for every trainable parameter of a smaller type than float32. Each
+    of these parameters has a float32 master. Without masters most updates of a bfloat16 parameter would be lost: they
+    are smaller than half the distance to the next bfloat16 number. Adam's moments are float32, too. In bfloat16 they
+    would lose small changes, and in float16 they would underflow to zero, so that an update would be 0 / 0.
     """
     cast = lambda tree: optax.tree.cast(tree, jnp.float32)  # noqa: E731
     keep = lambda tree: Masters(jax.tree.map(lambda s, x: x if s else optax.MaskedNode(), small, tree))  # noqa: E731
@@ -136,7 +136,7 @@ def _in_float32(tx: Transform, small) -> Transform:
         values = jax.tree.map(lambda s, p, master: master if s else p, small, cast(params), state[-1].masters)
         updates, inner = tx.update(cast(updates), state[:-1], values, **extra)
         new = optax.apply_updates(values, updates)
-        # The update is (rounded master - parameter), so adding it gives exactly the rounded master.
+        # Return (rounded master - parameter): adding this update to the parameter gives exactly the rounded master.
         rounded = lambda s, u, new, p: new.astype(p.dtype).astype(u.dtype) - p.astype(u.dtype) if s else u  # noqa: E731
         return jax.tree.map(rounded, small, updates, new, params), (*inner, keep(new))
 

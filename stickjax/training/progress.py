@@ -1,4 +1,4 @@
-"""Display a run: with a progress bar on a terminal, with plain lines otherwise, or not at all if quiet."""
+"""Display a training run: with a progress bar in a terminal, or with plain lines in a file or a pipe."""
 
 import math
 import sys
@@ -46,9 +46,9 @@ class Progress:
             self._console.print(text)
 
     def words(self, row: dict) -> str:
-        """Return a row of metrics, {name: value}, as one line: loss, learning rate, speed, MFU and the time left.
+        """Return a row of metrics, {name: value}, as one line: loss, learning rate, speed, MFU and remaining time.
 
-        Without `tokens_per_second` in the row, the speed and the time left are "-".
+        If the row has no `tokens_per_second`, the speed and the remaining time are "-".
         """
         share = f"{row['accuracy']:.1%} right" if "accuracy" in row else f"{row['loss'] / math.log(2):.3f} bits/token"
         rate = row.get("tokens_per_second")
@@ -59,7 +59,7 @@ class Progress:
         return words + f"  {left} left"
 
     def update(self, row: dict) -> None:
-        """Show a row of metrics, {name: value}: next to the bar on a terminal, otherwise as a line."""
+        """Show a row of metrics, {name: value}: next to the progress bar in a terminal, otherwise as a line."""
         if self._bar:
             self._bar.update(self._task, completed=row["step"], description=self.words(row))
         elif not self._quiet:

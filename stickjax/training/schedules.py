@@ -1,8 +1,9 @@
 """The Power learning-rate schedule (arXiv 2408.13359) and similar schedules. All lengths are in tokens.
 
-A *token schedule* is a pure function `(tokens, batch_size, left) -> learning rate`, with the tokens trained so far, the
-batch size in sequences of 4096 tokens, and the tokens still to come. `power_schedule` computes the tokens from the
-number of steps. `scale_by_tokens` counts the tokens exactly, even if the batch size changes.
+A *token schedule* is a pure function `(tokens, batch_size, left) -> learning rate`. `tokens` is the number of tokens
+trained so far, `batch_size` is in sequences of 4096 tokens, and `left` is the number of tokens still to come.
+`power_schedule` computes the number of tokens from the number of steps. `scale_by_tokens` counts the tokens exactly,
+even if the batch size changes.
 """
 
 import math
@@ -16,13 +17,13 @@ import optax
 from stickjax.config import Config
 from stickjax.config.fields import nearest
 
-SEQUENCE = 4096  # tokens; the law measures the size of a batch in sequences of this length
+SEQUENCE = 4096  # tokens; the Power schedule measures the size of a batch in sequences of this length
 UNIT = 2.0**36  # tokens, about 7e10; a power of two, because dividing by it is exact
 Transform = optax.GradientTransformationExtraArgs
 TokenSchedule = Callable[..., jax.Array]
 
-# r is the share of the decay that remains. Each shape falls from 1 to 0 while r falls from 1 to 0. At the last step r
-# is exactly 0 in float32; the share of the decay that has passed would not be exactly 1.
+# r is the share of the decay phase that is still to come. Each shape falls from 1 to 0 while r falls from 1 to 0. The
+# functions use r and not 1 - r, because r is exactly 0 at the end in float32, but 1 - r would not be exactly 1.
 DECAYS = {
     "exponential": lambda r: jnp.expm1(r) / math.expm1(1),
     "linear": lambda r: r,
@@ -40,23 +41,30 @@ def power_by_tokens(
         \eta(n) = \min(\eta_{max}, \beta a n^b), \qquad
         Power(n) = \min(1, n/W) \; \eta(clip(n, W, N - M)) \; f(x), \quad x = clip((n - (N - M)) / M, 0, 1)
 
-    beta is the batch size in sequences of 4096 tokens. The other letters are explained with the arguments.
+    beta is the batch size in sequences of 4096 tokens. The other letters are explained with the arguments. x goes from
+    0 at the start of the decay to 1 at its end, and f falls from 1 to d: f(x) = d + (1 - d) s(x). The argument `decay`
+    chooses s:
+
+    `"exponential"`: s(x) = (exp(1 - x) - 1) / (e - 1)
+    `"linear"`: s(x) = 1 - x
+    `"sqrt"`: s(x) = 1 - sqrt(x)
+    `"cosine"`: s(x) = cos(pi x / 2)^2
 
     Args:
-      warmup_tokens: W, length of the linear warmup (to eta(W), not to eta_max), in tokens.
-      total_tokens: N, length of the run including the warmup, in tokens. None: the learning rate never decays. Any
-        checkpoint of a run with None can be continued with a decay, as if the decay had been planned from the start.
-      decay_tokens: M, length of the decay at the end, in tokens; it starts from eta(N - M). None: M is N - W, so that
-        the decay begins where the warmup ends.
-      decay: the shape of f, which falls from 1 to d: "exponential", (1 - d) e/(e-1) exp(-x) + (d e - 1)/(e-1);
-        "linear"; "sqrt", 1 - sqrt(x) for d = 0; "cosine".
-      a, b, max_value: scale and exponent of the law beta a n^b, and its cap eta_max.
+      warmup_tokens: W, length of the linear warmup, in tokens. At its end the learning rate is eta(W), not eta_max.
+      total_tokens: N, length of the run including the warmup, in tokens. None: there is no decay at the end. Any
+        checkpoint of such a run can be continued with a decay, as if the decay had been planned from the start.
+      decay_tokens: M, length of the decay at the end, in tokens. The decay starts from eta(N - M). 0: no decay. None: M
+        is N - W, so that the decay begins where the warmup ends.
+      decay: the shape of the decay: "exponential", "linear", "sqrt" or "cosine".
+      a, b, max_value: the scale a, the exponent b and the cap eta_max of eta(n).
       end_ratio: d, the last learning rate divided by the learning rate at the start of the decay.
 
     Returns:
-      `(tokens, batch_size, left=None) -> learning rate`, in float32, not weakly typed. `tokens` is n, and batch_size is
-      beta, in sequences of 4096 tokens. `left` is the number of tokens still to come; None: N - n. Pass `left` if
-      earlier batches of the run had another size; N is then n + left.
+      `(tokens, batch_size, left=None) -> learning rate`, in float32, not weakly typed. `tokens` is n, and `batch_size`
+      is beta. `left` is the number of tokens still to come; None: N - n. Pass `left` if earlier batches of the run had
+      another size; N is then n + left.
+
     Raises:
       ValueError: a length is negative or not finite, warmup and decay together are longer than the run, a parameter of
         the law is out of range, or `decay` is unknown.
@@ -66,25 +74,25 @@ def power_by_tokens(
     ['0.000000', '0.013160', '0.004067', '0.000000']
     """
     _check_shape(warmup_tokens, total_tokens, decay_tokens, decay, a, b, max_value, end_ratio)
-    # Floats, as whole numbers of tokens overflow int32. A negative power has no value at n = 0.
+    # The lengths are floats, because numbers of tokens overflow int32. `first` is at least 1, because 0^b is infinite.
     warmup, first = float(warmup_tokens), float(max(warmup_tokens, 1))
     decays = decay_tokens != 0
 
     def schedule(tokens, batch_size, left=None):
-        n = jnp.asarray(tokens, jnp.float32)  # not weakly typed, else it would become the type of the parameters
+        n = jnp.asarray(tokens, jnp.float32)  # not weakly typed: a weak type would become the type of the parameters
         last = math.inf
         if decays:
             left = float(total_tokens) - n if left is None else jnp.asarray(left, jnp.float32)
             span = jnp.maximum(n + left - warmup, 1) if decay_tokens is None else float(decay_tokens)
             last = jnp.maximum(n + left - span, first)
-        # n is divided by UNIT first: in float32 the power of a number near 1e12 is wrong in the seventh digit.
+        # n is first divided by UNIT, because in float32 the power of a number near 1e12 is wrong in the seventh digit.
         rate = jnp.minimum(max_value, batch_size * (a * UNIT**b) * (jnp.clip(n, first, last) / UNIT) ** b)
         if warmup:
             rate = rate * jnp.minimum(n / warmup, 1)
         if decays:
-            share = jnp.clip(left / span, 0, 1)  # past the end the exponential would be negative
+            share = jnp.clip(left / span, 0, 1)  # after the end of the run, "exponential" would be negative
             rate = rate * (end_ratio + (1 - end_ratio) * DECAYS[decay](share))
-        return rate.astype(jnp.float32)  # numpy scalars among the arguments are float64 under x64
+        return rate.astype(jnp.float32)  # under x64, a NumPy scalar argument makes it float64
 
     return schedule
 
@@ -92,8 +100,8 @@ def power_by_tokens(
 def wsd_by_tokens(*, warmup_tokens, **shape) -> TokenSchedule:
     """Return the warmup-stable-decay (WSD) schedule (arXiv 2404.06395) as a function of the tokens trained so far.
 
-    The learning rate rises to `max_value`, stays there, and decays at the end. The arguments are the ones of
-    `power_by_tokens` except a and b. If the decay begins where the warmup ends, this is the usual cosine (or linear)
+    The learning rate rises to `max_value`, stays there, and decays at the end. The arguments are the arguments of
+    `power_by_tokens` without a and b. If the decay begins where the warmup ends, this is the usual cosine (or linear)
     schedule. Without a decay, the learning rate is constant after the warmup.
 
     >>> learning_rate = wsd_by_tokens(warmup_tokens=100, total_tokens=1000, decay_tokens=200, decay="linear")
@@ -111,7 +119,7 @@ def power_schedule(*, tokens_per_step, batch_size=None, warmup_tokens, start_tok
     Args:
       tokens_per_step: tokens in one step.
       batch_size: beta, the batch size in sequences of 4096 tokens; None: tokens_per_step / 4096.
-      warmup_tokens, **law: the arguments of `power_by_tokens`.
+      warmup_tokens, **law: arguments of `power_by_tokens`.
       start_tokens: tokens trained before step 0, for a run that continues another run with another batch size.
 
     Raises:
@@ -128,7 +136,7 @@ def power_schedule(*, tokens_per_step, batch_size=None, warmup_tokens, start_tok
 def wsd_schedule(*, tokens_per_step, warmup_tokens, start_tokens=0, **shape) -> optax.Schedule:
     """Return the schedule `wsd_by_tokens` as an optax schedule: a function of the number of steps done.
 
-    The arguments are the ones of `power_schedule` except batch_size, a and b.
+    The arguments are the arguments of `power_schedule` without batch_size, a and b.
     """
     return _by_steps(wsd_by_tokens(warmup_tokens=warmup_tokens, **shape), tokens_per_step, None, start_tokens)
 
@@ -139,15 +147,15 @@ def _by_steps(schedule: TokenSchedule, tokens_per_step, batch_size=None, start_t
     batch_size = tokens_per_step / SEQUENCE if batch_size is None else batch_size
     _check("batch_size", batch_size, positive=True)
 
-    # A product of integers overflows int32 after 2^31 tokens, and a float32 sum of tokens stalls.
+    # The product is float32, because an integer product overflows int32 after 2^31 tokens. A float32 sum would stall.
     start, step = float(start_tokens), float(tokens_per_step)
     return lambda count: schedule(start + jnp.asarray(count, jnp.float32) * step, batch_size)
 
 
 class TokenCount(NamedTuple):
-    """A number of tokens in two uint32 words, high * 2^32 + low. It is exact below 2^64.
+    """An exact number of tokens below 2^64: high * 2^32 + low, where both words are uint32.
 
-    JAX has no int64 by default, and float32 represents every integer only up to 2^24.
+    JAX has no int64 by default, and float32 can represent all integers only up to 2^24.
     """
 
     high: jax.Array
@@ -175,26 +183,25 @@ class TokenCount(NamedTuple):
 
 
 class ScaleByTokensState(NamedTuple):
-    tokens: TokenCount  # trained so far
-    learning_rate: jax.Array  # of the last update, for logs
+    tokens: TokenCount  # the number of tokens trained so far
+    learning_rate: jax.Array  # the learning rate of the last update, for logs
 
 
 def scale_by_tokens(schedule: TokenSchedule, tokens_per_step=None, *, batch_size=None, start_tokens=0) -> Transform:
-    """Return an optax transform that multiplies updates by minus the learning rate, -schedule(n, beta).
+    """Return an optax transform that multiplies updates by minus the learning rate of a token schedule.
 
-    n is the number of tokens trained so far, and beta the batch size in sequences of 4096 tokens.
-
-    In `update(updates, state, params, tokens=..., left=...)`, `tokens` is the number of tokens of this step. The number
-    is added to an exact counter in the state, which checkpoints save. So a run may resume with another batch size.
-    `left` is the number of tokens still to come, including this step; from `left` the schedule computes where the run
-    ends. Without `left`, the run ends at the schedule's total_tokens.
+    Its update function is called as `update(updates, state, params, tokens=..., left=...)`. `tokens` is the number of
+    tokens of this step. It is added to an exact counter in the state, which checkpoints save. So a run may resume with
+    another batch size. `left` is the number of tokens still to come, including this step. From `left` the schedule
+    computes where the run ends. Without `left`, the run ends at the schedule's total_tokens.
 
     Args:
-      schedule: a token schedule, `power_by_tokens(...)` or `wsd_by_tokens(...)`. It may be a function of only
+      schedule: a token schedule, such as `power_by_tokens(...)` or `wsd_by_tokens(...)`. It may be a function of only
         (tokens, batch_size) if `left` is never given.
       tokens_per_step: the tokens of a step if `update` is called without `tokens=`.
-      batch_size: beta, the same for all steps; None: for each step, its number of tokens / 4096.
-      start_tokens: tokens trained before the first update.
+      batch_size: the batch size of all steps, in sequences of 4096 tokens; None: each step's tokens / 4096.
+      start_tokens: the number of tokens trained before the first update.
+
     Raises:
       ValueError: an argument is out of range, or `tokens` is missing, negative or not an integer.
 
@@ -229,7 +236,7 @@ def make_token_schedule(config: Config) -> TokenSchedule:
     warmup to the end of the run. "constant" does not decay.
     """
     o = config.optim
-    # A run that warmed up with larger batches has more tokens than steps * B * T.
+    # If earlier steps of a run had larger batches, the run has more tokens than steps * B * T.
     total = max(config.total_tokens, o.warmup_tokens + o.decay_tokens)
     shape = dict(warmup_tokens=o.warmup_tokens, max_value=o.peak_lr, end_ratio=o.end_ratio)
     if o.schedule == "cosine":
@@ -241,7 +248,7 @@ def make_token_schedule(config: Config) -> TokenSchedule:
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """Return the learning rate that `config.optim` describes as a function of the number of steps done, for plots."""
+    """Return the learning rate of `config.optim` as an optax schedule: a function of the number of steps done."""
     return _by_steps(make_token_schedule(config), config.data.tokens_per_step)
 
 

@@ -18,13 +18,15 @@ from stickjax.training.optimizer import is_trainable, make_optimizer
 class TrainState(NamedTuple):
     """The training state: everything that a step changes.
 
+    `params`: the model.
+    `opt_state`: the state of the optimizer.
     `step`: the number of steps done, including the skipped steps.
-    `key`: the random key of the training; it stays the same, and each step derives its own key from it.
-    `bad_steps`: how many steps in a row, up to the last step, were skipped because their loss or gradient was not
-      finite.
+    `key`: the random key of the training; it stays the same, and each step derives its key from it.
+    `bad_steps`: how many steps in a row, including the last step, were skipped because their loss or gradient was not
+      finite; 0 if the last step was not skipped.
     """
 
-    params: Any  # the model
+    params: Any
     opt_state: Any
     step: jax.Array
     key: jax.Array
@@ -41,9 +43,9 @@ def init_state(config: Config, key: jax.Array) -> TrainState:
 
 
 def tokens_of(state: TrainState) -> int:
-    """Return the number of tokens that the model was trained on so far, as the optimizer counts them.
+    """Return the number of tokens that the model was trained on so far, from the exact counter of the optimizer.
 
-    It is the sum of B * T over the steps that were not skipped. B and T may have changed between steps.
+    This is the sum of B * T over the steps that were not skipped. B and T may have changed between steps.
     """
     return int(optax.tree.get(state.opt_state, "tokens"))
 
@@ -51,8 +53,8 @@ def tokens_of(state: TrainState) -> int:
 def with_params(config: Config, state: TrainState, model) -> TrainState:
     """Return the training state `state` with the parameters of `model` and a new optimizer state.
 
-    The parameters keep the types that they have in `state`: values of `model` that have a larger type are rounded. If
-    the optimizer has float32 masters, the masters keep the values of `model` without this rounding.
+    The parameters keep the types that they have in `state`: values of `model` in a larger type are rounded. If the
+    optimizer has float32 masters, the masters get the values of `model` without this rounding.
     """
     values = jax.tree.unflatten(jax.tree.structure(state.params), jax.tree.leaves(model))
     params = jax.tree.map(lambda value, param: value.astype(param.dtype), values, state.params)
@@ -64,7 +66,7 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
 
     `metrics` is {name: scalar}. If the loss or the gradient is not finite, the step is skipped: parameters and
     optimizer state stay the same, and `bad_steps` grows by 1. On a mesh every device computes its part of each
-    microbatch (see `gradients.mesh_gradients`), and the arrays of the state have the shardings that
+    microbatch (see `gradients.mesh_gradients`). The arrays of the state then have the shardings that
     `models.parameters.shardings` returns.
     """
     family, steps = family_of(config.model), config.train.steps
@@ -80,13 +82,13 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
             optimizer = make_optimizer(config, state.params)
             # In float32, because the number of tokens overflows int32.
             left = (steps - state.step).astype(jnp.float32) * float(config.data.tokens_per_step)
-            with jax.numpy_dtype_promotion("standard"):  # optax multiplies int32 and floats
+            with jax.numpy_dtype_promotion("standard"):  # optax multiplies integers by floats
                 updates, opt_state = optimizer.update(grads, state.opt_state, state.params, left=left)
                 params = optax.apply_updates(state.params, updates)
             trainable = lambda name: is_trainable(name, config.optim.trainable)  # noqa: E731
             return family.gradient_free_update(params, metrics, trainable), opt_state
 
-        # A branch instead of jnp.where, which would read and write every parameter once more.
+        # This is lax.cond, because jnp.where would read and write every parameter once more.
         params, opt_state = jax.lax.cond(good, update, lambda: (state.params, state.opt_state))
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
         metrics = family.scalars(state.params, metrics) | {
@@ -102,8 +104,9 @@ def make_step(config: Config, mesh: Mesh | None = None) -> Callable[[TrainState,
 def jit_step(config: Config, mesh: Mesh | None, state: TrainState) -> Callable:
     """Return the training step of `make_step`, jitted.
 
-    The step donates the old state, so that the new state can use its memory. On a mesh, the new state has the shardings
-    that `models.parameters.shardings` returns. Only the structure and the shapes of `state` are used.
+    The memory of the old state is donated to the new state, so do not use the old state after a step. On a mesh, the
+    new state has the shardings that `models.parameters.shardings` returns. Only the structure and the shapes of `state`
+    are used.
     """
     places = None if mesh is None else (shardings(mesh, state), None)
     return jax.jit(make_step(config, mesh), donate_argnums=0, out_shardings=places)

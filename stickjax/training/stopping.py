@@ -12,10 +12,11 @@ from stickjax.training.progress import Progress
 def stop_requests(progress: Progress) -> Iterator[Callable[[], int]]:
     """Catch requests to stop a training run in a `with` block, and yield a function that returns the first request.
 
-    The function returns the number of a signal, or 0 if there is no request. The signals are SIGTERM, SIGINT (Ctrl-C)
-    and SIGHUP, which a lost terminal sends. After nohup, SIGHUP is ignored. The function returns SIGPIPE if the program
-    that reads the output of `progress` has closed it, and SIGHUP if the launcher of this process has ended. A second
-    Ctrl-C raises KeyboardInterrupt at once.
+    The function returns the number of a signal, or 0 if there is no request. A request is SIGTERM, SIGINT (Ctrl-C), or
+    SIGHUP, which the system sends when the terminal is lost. A program that nohup has started ignores SIGHUP. Two other
+    events are also requests. If the program that reads the output of `progress` has closed the pipe, the function
+    returns SIGPIPE. If the launcher of this process has ended, the function returns SIGHUP. A Ctrl-C after the first
+    request raises KeyboardInterrupt at once.
     """
     asked: list[int] = []
 

@@ -27,7 +27,7 @@ from stickjax.training.optimizer import label_tree, make_optimizer
 from stickjax.training.schedules import SEQUENCE
 from stickjax.training.step import TrainState, init_state, make_step
 
-# A small config: a whole sweep takes minutes on two CPU cores. m_width is 1 at D = 64.
+# A small config: a whole sweep takes a few minutes on two CPU cores. m_width is 1 at D = 64.
 SMALL = Config().replace(
     {
         "model.D": 64, "model.L": 2, "model.N": 4, "model.K": 4, "model.H": 16, "model.F": 128, "model.m_emb": 12.0,
@@ -45,15 +45,15 @@ def at_width(config: Config, width: int, *, mup: bool, base: float | None = None
     .. math::
         m_{width} = width / base \text{ with muP}, \qquad m_{width} = 1 \text{ without}
 
-    The learning rate stays the same. `logits_scaling`, the divisor of the output logits, keeps its ratio to m_width.
-    So the models with and without muP differ only in muP, and at width = base they are the same model.
+    The learning rate in the config stays the same. `logits_scaling`, the divisor of the output logits, keeps its ratio
+    to m_width. So the models with and without muP differ only in muP. At width = base they are the same model.
 
     Args:
       config: the experiment at some width.
       width: the new D.
       mup: True: m_width is width / base. False: m_width is 1.
-      base: the width at which m_width is 1. None: D / m_width of the config; then, with muP, a `width` equal to the D
-        of the config leaves the config unchanged.
+      base: the width at which m_width is 1. None: D / m_width, where D and m_width are fields of `config`. Then, with
+        muP, the config stays unchanged if `width` is its D.
 
     Raises:
       ValueError: N, K or F would not be a whole number, or the model family has no m_width.
@@ -69,7 +69,7 @@ def at_width(config: Config, width: int, *, mup: bool, base: float | None = None
         )
     if width < 1 or any(getattr(m, name) * width % m.D for name in ("N", "K", "F")):
         raise ValueError(
-            f"width={width}: width / D times N={m.N}, K={m.K} and F={m.F} must be positive whole numbers (D={m.D})"
+            f"width={width}: N={m.N}, K={m.K} and F={m.F} times width / D must be positive whole numbers (D={m.D})"
         )
     scaled = {f"model.{name}": getattr(m, name) * width // m.D for name in ("D", "N", "K", "F")}
     m_width = width / (m.D / m.m_width if base is None else base) if mup else 1.0
@@ -80,8 +80,9 @@ def at_width(config: Config, width: int, *, mup: bool, base: float | None = None
 def activations(model: Transformer, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Run a model on a batch, and return its activations by name: {name: array}.
 
-    The names are "embedding", "logits", and for every layer i "attention i" and "ffn i", the outputs of its two
-    branches, and "residual i", the residual stream after the layer. `batch` has `tokens` and `segment_ids` [B,T].
+    The names are "embedding", "logits", and three names for every layer i: "attention i" and "ffn i" are the outputs of
+    the two branches of the layer, and "residual i" is the residual stream after the layer. `batch` has `tokens` [B,T]
+    and `segment_ids` [B,T].
     """
     c, segment_ids = model.config, batch["segment_ids"]
     context = Context(segment_ids, segment_ids, segment_positions(segment_ids), 0)
@@ -109,8 +110,8 @@ def transformer(config: Config, width: int, mup: bool) -> tuple:
     """Return (params, optimizer, forward) of a new model of width D = width, for `stickjax.sweeps.coordinate_check`.
 
     `forward(params)` returns (training loss, activations) for the first batch of the config's text. `mup` says whether
-    the model uses muP. The learning rate is always `peak_lr`: with a warmup, it would be too small in the few steps of
-    the check.
+    the model uses muP. The learning rate is always `peak_lr`, because with a warmup it would be too small in the
+    few steps of the check.
     """
     constant = {"optim.schedule": "constant", "optim.warmup_tokens": 0, "optim.decay_tokens": 0}
     config = at_width(config, width, mup=mup).replace(constant)
@@ -131,7 +132,7 @@ def training(config: Config) -> Callable[[float], np.ndarray]:
     config's warmup; the config's schedule and peak_lr are not used. No file is written.
     """
     changes = {"optim.schedule": "constant", "optim.peak_lr": 1.0, "optim.decay_tokens": 0}
-    # In float32, because with masters the update at rate 1 would be rounded before it is scaled below.
+    # Parameters are float32, because with masters the update at rate 1 would be rounded before it is scaled below.
     config = config.replace(changes | {"model.param_dtype": "float32"})
     batches = _batches(config)
     start = _start(config)
@@ -139,8 +140,8 @@ def training(config: Config) -> Callable[[float], np.ndarray]:
 
     @jax.jit
     def step(state, batch, rate):
-        # An update is proportional to the learning rate. So the step is compiled once, for a rate of one, and its
-        # update is scaled. The update of a router's bias does not depend on the learning rate, so it is not scaled.
+        # An update is proportional to the learning rate. So the step is compiled once, for the learning rate 1, and its
+        # update is multiplied by `rate`. The update of a router's bias does not depend on the learning rate.
         new, metrics = one(state, batch)
         move = lambda label, old, new: new if label == "frozen" else old + rate.astype(old.dtype) * (new - old)  # noqa: E731
         params = jax.tree.map(move, label_tree(state.params), state.params, new.params)
@@ -157,9 +158,9 @@ def training(config: Config) -> Callable[[float], np.ndarray]:
 
 
 def last_loss(losses: np.ndarray) -> float:
-    """Return the mean of the last quarter of `losses`, the training loss of every step.
+    """Return the mean of the last quarter of `losses`, the training losses of all steps.
 
-    Runs can be compared by this mean, without held-out text, because every batch is new text.
+    Runs can be compared by this mean, without held-out text, because every batch is text that is new to the model.
     """
     return float(losses[-max(1, len(losses) // 4) :].mean())
 
@@ -192,7 +193,7 @@ def power_law_records(
       tokens), "learning_rate" and "loss" (the mean of the last quarter of the steps).
 
     Raises:
-      ValueError: a length is shorter than one step.
+      ValueError: a length in `tokens` is shorter than one step.
     """
     tokens, learning_rates, records = sorted(tokens), list(learning_rates), []
     for B in batch_sizes or [config.data.B]:
@@ -222,10 +223,10 @@ def _start(config: Config) -> TrainState:
 def _batches(config: Config) -> list[dict[str, np.ndarray]]:
     """Return the training batches of all steps of a config as a list, so that every run trains on the same batches.
 
-    Raises ValueError if `model.V` is smaller than the vocabulary of the text's tokenizer.
+    Raise ValueError if `model.V` is smaller than the vocabulary of the text's tokenizer.
     """
     corpus = _corpus(config.data)
-    with_vocabulary(config, {"V": corpus.tokenizer.vocab_size})  # checks V
+    with_vocabulary(config, {"V": corpus.tokenizer.vocab_size})  # checks `model.V`
     return list(itertools.islice(train_loader(corpus, config.data), config.train.steps))
 
 

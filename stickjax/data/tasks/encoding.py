@@ -1,4 +1,4 @@
-"""Code that all synthetic tasks use: vocabularies, random access to examples, and the division into train and test."""
+"""Code that the synthetic tasks share: vocabularies, access to examples by index, and the division into parts."""
 
 import copy
 import hashlib
@@ -19,8 +19,8 @@ SPECIAL = ("<unknown>", "<start>", "<end>")  # ids 1, 2 and 3 of the vocabularie
 class Vocabulary:
     """A vocabulary of symbols. It converts a text, in which spaces separate the symbols, to ids and back.
 
-    `symbols` is a text with all symbols, separated by spaces. The first symbol has id 1. Id 0 is padding. If there are
-    `special` symbols, they come before the others, so the first of them has id 1.
+    `symbols` is a text with the symbols, separated by spaces. Id 0 is padding. The ids from 1 are the `special` symbols
+    in their order, then the other symbols in their order. The length of a vocabulary counts all ids, including 0.
 
     >>> words = Vocabulary("a b")
     >>> words.encode("b a b", T=4), words.decode([2, 1, 2, 0]), len(words)
@@ -47,7 +47,7 @@ class Vocabulary:
         ids = np.zeros(T, np.int32)
         for i, word in enumerate(words):
             if word not in self.ids:
-                raise ValueError(f"symbol {word!r} is not one of {' '.join(self.symbols[1:])}")
+                raise ValueError(f"{word!r} is not one of the symbols {' '.join(self.symbols[1:])}")
             ids[i] = self.ids[word]
         return ids
 
@@ -57,17 +57,18 @@ class Vocabulary:
 
 
 class Examples:
-    """Random access to the examples of a task, for `grain.MapDataset.source`. An example is a dictionary {name: array}.
+    """The examples of a task, with access by index, for `grain.MapDataset.source`.
 
-    Example i is `arrays(rows[i])`: the function `arrays` is called each time the example is used.
+    An example is a dictionary of arrays. Example i is `arrays(rows[i])`. The function `arrays` is called each time the
+    example is used.
 
     Args:
-      rows: a value for every example, such as its text, from which `arrays` makes the example.
-      arrays: a function from a row to the arrays of the example.
-      texts: groups of names of arrays. The arrays of a group have token ids, and are padded with 0 to one length. The
-        groups are (("left", "right"),) for pairs and (("source",), ("target",)) for translations.
+      rows: a value for every example, such as its text. The function `arrays` makes the example from it.
+      arrays: a function from a row to the example {name: array}.
+      texts: groups of array names. The arrays of a group contain token ids, and are padded with 0 to the same length.
+        For pairs, `texts` is (("left", "right"),). For translations, it is (("source",), ("target",)).
       lengths: a function from a row to a tuple with one number for each group: the number of tokens of the longest text
-        in the group. It is needed if there are `texts`.
+        in the group. It must be given if there are `texts`.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Examples:
         return self.arrays(self.rows[index])
 
     def with_rows(self, rows: Sequence) -> "Examples":
-        """Return a copy of these examples in which `rows` replaces the rows."""
+        """Return a copy with other rows, `rows`, and with the same functions."""
         other = copy.copy(self)
         other.rows = rows
         return other
@@ -96,7 +97,7 @@ class Examples:
         return hashlib.sha256("\n".join(f"{row}" for row in self.rows).encode()).hexdigest()[:16]
 
     def lengths(self) -> Int[np.ndarray, "examples groups"]:
-        """Return for each example, and each group of `texts`, the number of tokens of the longest text in the group."""
+        """Return the number of tokens of the longest text, for each example and each group of `texts`."""
         found = [self._lengths(row) for row in self.rows]
         return np.array(found, int).reshape(len(found), len(self.texts))
 
@@ -110,18 +111,18 @@ class Parts(NamedTuple):
     def part(self, name: str, valid_every: int = 0) -> Sequence:
         """Return the examples for training ("train"), for validation ("valid") or for tests ("test").
 
-        The examples for validation are taken out of the training part: `divided` explains `valid_every`.
+        The examples for validation are taken out of the training part. `divided` explains `valid_every`.
         """
         one_of("part", name, PARTS)
         return self.test if name == "test" else divided(self.train, name, valid_every)
 
 
 def divided(rows: Sequence, part: str, valid_every: int, key: Callable = lambda row: row) -> Sequence:
-    """Divide training examples into "train" and "valid" (for validation), and return the one that `part` names.
+    """Divide training examples into the parts "train" and "valid" (for validation), and return the part named `part`.
 
-    "valid" has `len(rows) // valid_every` examples, which are chosen at random, the same in every run. If `valid_every`
-    is 0, all examples are in "train". An example that occurs several times stays in "train"; two examples are the same
-    if `key(row)` is equal.
+    "valid" gets at most `len(rows) // valid_every` examples. They are chosen at random, and are the same in every run.
+    If `valid_every` is 0, all examples are in "train". An example that occurs several times stays in "train". Two
+    examples are the same if `key(row)` is equal.
 
     Raises ValueError for "valid" if `valid_every` is 0.
 
@@ -131,7 +132,8 @@ def divided(rows: Sequence, part: str, valid_every: int, key: Callable = lambda 
     if not valid_every:
         if part == "valid":
             raise ValueError(
-                "valid_every=0 leaves no examples for validation; data.valid_every=10 leaves one in ten for validation"
+                "valid_every=0 leaves no examples for validation; "
+                "set data.valid_every=10, for example, to use one in ten"
             )
         return rows
     keys = [key(row) for row in rows]
@@ -147,15 +149,15 @@ def words_in(text: str) -> int:
 
 
 def longest_of(rows: Iterable, *texts: str) -> int:
-    """Return the number of symbols of the longest text in rows; 0 if there are no rows.
+    """Return the number of symbols of the longest text in `rows`; 0 if there are no rows.
 
-    `texts` are the names of the fields of a row that have a text.
+    `texts` are the names of the fields that contain a text, such as "left" and "right".
     """
     return max((words_in(getattr(row, name)) for row in rows for name in texts), default=0)
 
 
 def distinct(drawn: Iterable, count: int) -> Iterator:
-    """Return an iterator over the first `count` different values of `drawn`: a value that came before is left out."""
+    """Return an iterator over the first `count` different values of `drawn`. Repeated values are left out."""
     seen: set = set()
     new = (value for value in drawn if value not in seen and not seen.add(value))
     return itertools.islice(new, count)

@@ -65,9 +65,9 @@ def generate(seed: int = 0, count: int = 100_000) -> Parts:
 
 
 def binary(text: str) -> str:
-    """Return an expression with additional brackets "(" and ")", which group its symbols in pairs from left to right.
+    """Return an expression with additional brackets "(" and ")", which make it a binary tree.
 
-    So the expression becomes a binary tree.
+    In every list, the brackets group the symbols in pairs from left to right.
 
     >>> binary("[SM 6 5 ]")
     '( ( ( [SM 6 ) 5 ) ] )'
@@ -93,22 +93,22 @@ def examples(
     count: int = 100_000,
     valid_every: int = 0,
 ) -> Examples:
-    """Return the examples of a part. An example has the ids `tokens` [T] of an expression and its `label`.
+    """Return the examples of a part. An example has two int32 arrays with the names `tokens` and `label`.
 
-    `label` is the value of the expression. Both arrays are int32. The function `generate` divides the expressions into
-    training and test examples.
+    `tokens` [T] has the ids of the symbols of an expression, and `label` [] is the value of the expression. The
+    function `generate` divides the expressions into training and test examples.
 
     Args:
       part: "train", "valid" or "test".
-      T: the number of ids. Expressions of more than T symbols are left out; shorter ones are padded with 0. None: the
-        number of symbols of the longest expression, so that none is left out.
+      T: the number of ids. Expressions of more than T symbols are left out, and shorter ones are padded with 0. None: T
+        is the number of symbols of the longest expression, so that no expression is left out.
       brackets: whether to add brackets to the expressions, as the function `binary` does. They count as symbols.
       seed: the seed of the random expressions.
       count: the number of expressions to generate, for all parts together.
-      valid_every: the part "valid" gets one in `valid_every` training expressions, and the part "train" the others. 0:
-        the part "train" has all of them.
+      valid_every: the part "valid" gets one in `valid_every` training expressions, and the part "train" gets the
+        others. 0: the part "train" gets all of them, and the part "valid" cannot be used.
 
-    Raises ValueError for an unknown part.
+    Raises ValueError for an unknown part, or for the part "valid" if `valid_every` is 0.
 
     >>> expressions = examples("test", T=100, count=1000)
     >>> {name: array.shape for name, array in expressions[0].items()}

@@ -25,8 +25,8 @@ SPLITS = ALL_SPLITS["logic"]
 RELATIONS = ("<", ">", "=", "^", "|", "#", "v")  # the label of a pair is the index of its relation here
 BUCKETS = 13  # the bucket of a pair is the larger number of operators of its two sentences, but at most 12
 
-_WORLDS = 2**64 - 1
-# The truth tables of the variables: bit w of variable i is bit i of the world w.
+_WORLDS = 2**64 - 1  # the truth table of a sentence that is true in every world
+# (name, truth table, number of operators) of each variable. Variable i is true in world w if bit i of w is 1.
 _VARIABLES = [(name, sum(1 << w for w in range(64) if w >> i & 1), 0) for i, name in enumerate("abcdef")]
 # {(is there a world in which both are true, only the left, only the right, neither): relation}
 _RELATIONS = {
@@ -53,8 +53,8 @@ def relation(left: int, right: int) -> str:
     sentence must be true in at least one world, and false in at least one world.
 
     `=`: the truth tables are equal.
-    `<`: left implies right.
-    `>`: right implies left.
+    `<`: the left sentence implies the right one.
+    `>`: the right sentence implies the left one.
     `^`: in every world exactly one sentence is true.
     `|`: in every world at most one sentence is true.
     `v`: in every world at least one sentence is true.
@@ -70,9 +70,9 @@ def relation(left: int, right: int) -> str:
 def _sentence(uniform: Callable[[], float], variables: Sequence[tuple], n: int) -> tuple[str, int, int]:
     """Draw a random sentence, and return (its text, its truth table, its number of operators).
 
-    `uniform` returns random numbers in [0, 1). Each of `variables` is a triple like the result: (name, truth
-    table, 0). `n` limits the length: the two sentences inside a sentence are drawn with n // 2, and for n < 2 the
-    sentence is a variable or its negation.
+    `uniform` returns random numbers in [0, 1). `variables` has a tuple (name, truth table, 0) for each variable.
+    `n` limits the length: if the sentence has two parts joined by an operator, they are drawn with n // 2. If n < 2,
+    the sentence is a variable or its negation.
     """
     choice = int(9 * uniform())
     if choice > 3 or n < 2:
@@ -93,7 +93,7 @@ def _sentence(uniform: Callable[[], float], variables: Sequence[tuple], n: int) 
 def _draws(seed: int) -> Iterator[Example]:
     """Yield endlessly many random pairs of sentences. A pair uses at most four of the six variables.
 
-    A pair is left out if one of its sentences is true in every world or in no world.
+    A pair is left out if the left or the right sentence is true in every world, or in no world.
     """
     uniform = Random(seed).random
     labels = {relation: label for label, relation in enumerate(RELATIONS)}
@@ -109,13 +109,13 @@ def _draws(seed: int) -> Iterator[Example]:
 
 @functools.lru_cache(maxsize=1)
 def generate(seed: int = 0, draws: int = 500_000) -> tuple[Parts, ...]:
-    """Draw pairs of sentences, remove duplicates, and divide the pairs into BUCKETS buckets, short sentences first.
+    """Draw pairs of sentences, remove duplicates, and divide the pairs into buckets. Return the `Parts` of each bucket.
 
-    The index of the bucket of a pair is the larger number of operators of its two sentences, but at most 12.
-    The first 85 % of the pairs of each bucket are for training, the rest for tests. Sentences in the training parts of
-    the buckets 0 to 6 have at most 37 tokens; sentences in bucket 12 have at most about 74 tokens.
+    The index of the bucket of a pair is the larger number of operators of its two sentences, but at most 12. In each
+    bucket, the first 85 % of the pairs are for training, and the others are for tests. With the default arguments,
+    training sentences in the buckets 0 to 6 have at most 37 tokens, and sentences in bucket 12 have at most about 74.
 
-    `draws` is the number of pairs to draw, before duplicates are removed, and `seed` decides which pairs.
+    `draws` is the number of pairs to draw, before duplicates are removed, and `seed` decides the random pairs.
 
     >>> [len(bucket.train) for bucket in generate(draws=1000)][:3]
     [30, 116, 63]
@@ -132,7 +132,9 @@ def generate(seed: int = 0, draws: int = 500_000) -> tuple[Parts, ...]:
 
 
 def matches(example: Example, split: str) -> bool:
-    """Return whether a pair of sentences has a pattern that `split` keeps out of training, to test generalization.
+    """Return True if a sentence of a pair contains a pattern that `split` keeps out of training.
+
+    The pairs with the pattern test whether a model generalises. The splits and their patterns are:
 
     `A`: the pattern `( and ( not a ) )`.
     `B`: the pattern `( and ( not X ) )` for any sentence X.
@@ -156,25 +158,26 @@ def examples(
     draws: int = 500_000,
     valid_every: int = 0,
 ) -> Examples:
-    """Return the labelled pairs of sentences of a part. An example has int32 arrays with these names:
+    """Return the examples of a part, which are labelled pairs of sentences. An example has these int32 arrays:
 
     `left`, `right` [T]: the ids of the two sentences, padded with 0.
     `label` []: the index of their relation in RELATIONS.
-    `bucket` []: the index of the bucket of the pair, which says how long the pair is; `generate` explains it.
+    `bucket` []: the index of the bucket of the pair, which `generate` explains.
 
     Args:
       part: "train", "valid" or "test".
-      T: the number of ids of a sentence; None: the number of tokens of the longest sentence.
-      split: None, "A", "B" or "C". With A, B or C, all parts are made from the training pairs: those with the pattern
-        of the split are the part "test", and all others are for the parts "train" and "valid". `matches` has the
-        patterns.
+      T: the number of ids of a sentence, including padding; None: the number of tokens of the longest sentence.
+      split: None, "A", "B" or "C". None: the parts of `generate`. With A, B or C, all parts are made from the training
+        pairs of `generate`: pairs with the pattern of the split are the part "test", and all other pairs are for the
+        parts "train" and "valid". `matches` explains the patterns.
       buckets: the buckets whose pairs are returned.
       seed: the seed of the random sentences.
       draws: the number of pairs to draw, for all buckets and all parts.
-      valid_every: the part "valid" gets one in `valid_every` training pairs of each bucket, and the part "train" the
-        others. 0: the part "train" has all of them.
+      valid_every: the part "valid" gets one in `valid_every` training pairs of each bucket, and the part "train" gets
+        the others. 0: the part "train" gets all of them, and the part "valid" cannot be used.
 
-    Raises ValueError if a sentence has more than T tokens, or for an unknown part or split.
+    Raises ValueError if a sentence has more than T tokens, for an unknown part or split, or for the part "valid" if
+    `valid_every` is 0.
 
     >>> pairs = examples("test", T=80, buckets=[12], draws=1000)
     >>> {name: array.shape for name, array in pairs[0].items()}

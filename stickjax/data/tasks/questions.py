@@ -1,9 +1,9 @@
-"""English question formation: copy a statement, or turn it into a question (McCoy, Frank and Linzen, 2020, 2001.03632).
+"""Copy an English statement, or turn it into a question (McCoy, Frank and Linzen, 2020, arXiv 2001.03632).
 
-A source is a statement and the word `decl` or `quest`. With `decl`, the target is the source. With `quest`, the target
-is the question: the main auxiliary moves to the front, and `.` becomes `?`. In training, no question has a subject with
-a relative clause. So two rules fit the training data: to move the main auxiliary, or to move the first auxiliary. The
-split "gen" of the data set has questions for which the two rules give different results.
+A source is a statement, followed by the word `decl` or `quest`. With `decl`, the target is the same as the source. With
+`quest`, the target is the question: the main auxiliary (do, does, don't or doesn't) moves to the front, and `.` becomes
+`?`. In training, no question has a subject with a relative clause. So two rules fit the training data: "move the main
+auxiliary", and "move the first auxiliary". The two rules give different results for the questions of the split "gen".
 """
 
 import functools
@@ -22,10 +22,10 @@ SINGULAR = (
 PLURAL = tuple(f"{noun}es" if noun.endswith("us") else f"{noun}s" for noun in SINGULAR)
 INTRANSITIVE = ("giggle", "smile", "sleep", "swim", "wait", "move", "change", "read", "eat")
 TRANSITIVE = ("entertain", "amuse", "high_five", "applaud", "confuse", "admire", "accept", "remember", "comfort")
-AUXILIARIES = (("does", "doesn't"), ("do", "don't"))  # of singular and of plural subjects
+AUXILIARIES = (("does", "doesn't"), ("do", "don't"))  # for singular subjects, and for plural subjects
 PREPOSITIONS = ("around", "near", "with", "upon", "by", "behind", "above", "below")
 RELATIVE = ("who", "that")
-# Ids 0 to 3 are as in `stickjax.data.tasks.scan`. Sources and targets have one vocabulary.
+# Ids 0 to 3 are as in `stickjax.data.tasks.scan`. Sources and targets have the same vocabulary.
 VOCABULARY = Vocabulary(
     " ".join(
         [*DETERMINERS, *SINGULAR, *PLURAL, *INTRANSITIVE, *TRANSITIVE, *AUXILIARIES[0], *AUXILIARIES[1]]
@@ -34,10 +34,11 @@ VOCABULARY = Vocabulary(
     SPECIAL,
 )
 
-# The subject of a sentence is a noun, a noun with a preposition, or a noun with a relative clause. Its verb has no
-# object, or an object of one of these kinds. The published grammar draws the three kinds of subject equally often, and
-# no object in half of the sentences. The published training and test sentences have other shares; they were measured on
-# the 10,000 test sentences. The published part "gen" has the shares of the grammar.
+# The subject of a sentence is a noun, a noun with a preposition, or a noun with a relative clause. The object is one of
+# these three kinds too, or there is no object ("none"). A kind is drawn with the frequency that it has in these tuples.
+# In the published grammar, the three kinds of subject are equally frequent, and half of the sentences have no object.
+# The published training and test sentences have other frequencies. SUBJECTS and OBJECTS have the frequencies in the
+# 10,000 published test sentences. GEN_OBJECTS has the frequencies of the grammar, as the published split "gen" does.
 SUBJECTS = ("noun",) * 9 + ("preposition",) * 4 + ("clause",) * 5
 OBJECTS = ("none", "noun", "preposition") * 3 + ("clause",) * 4
 GEN_OBJECTS = ("none", "none", "none", "noun", "preposition")
@@ -53,7 +54,7 @@ class Example(NamedTuple):
 class QuestionParts(NamedTuple):
     """The splits of the generated data set: for training, for validation, for tests, and `gen`.
 
-    `gen` tests whether a model generalises to questions whose subject has a relative clause.
+    The examples of `gen` show whether a model generalises to questions whose subject has a relative clause.
     """
 
     train: tuple[Example, ...]
@@ -63,16 +64,16 @@ class QuestionParts(NamedTuple):
 
 
 def _noun(pick: Pick, number: int | None = None) -> list:
-    """Draw a determiner and a noun. `number` is 0 for singular, 1 for plural, and None for one of both at random."""
+    """Draw a determiner and a noun. `number` is 0 for singular and 1 for plural; None: singular or plural at random."""
     number = pick((0, 1)) if number is None else number
     return [pick(DETERMINERS), pick((SINGULAR, PLURAL)[number])]
 
 
 def _clause(pick: Pick, number: int) -> list:
-    """Draw a relative clause for a noun. `number` is 0 for a singular noun and 1 for a plural noun.
+    """Draw the words of a relative clause for a noun. `number` is 0 for a singular noun and 1 for a plural noun.
 
-    The clause is like `who does sleep` with probability 1/3, like `who does admire the newt` with probability 1/3, and
-    like `who the newt does admire` or `who the newts do admire` with probability 1/6 each.
+    For a singular noun, the clause is like `who does sleep` with probability 1/3, like `who does admire the newt` with
+    probability 1/3, and like `who the newt does admire` or `who the newts do admire` with probability 1/6 each.
     """
     relative, form = pick(RELATIVE), pick((0, 0, 1, 1, 2, 3))
     if form == 0:
@@ -84,9 +85,10 @@ def _clause(pick: Pick, number: int) -> list:
 
 
 def _phrase(pick: Pick, kind: str, number: int) -> list:
-    """Draw a noun with its determiner, and return the list of words. `number` is 0 for singular and 1 for plural.
+    """Draw the words of a subject or an object. `number` is 0 for a singular noun and 1 for a plural noun.
 
-    `kind` is "noun", "preposition" or "clause": the noun alone, with a preposition, or with a relative clause.
+    `kind` is "noun" (a determiner and a noun), "preposition" (also a preposition and a second noun) or "clause" (also a
+    relative clause).
     """
     words = _noun(pick, number)
     if kind == "preposition":
@@ -126,7 +128,7 @@ def _picker(seed: int) -> Pick:
 def _draws(pick: Pick) -> Iterator[Example]:
     """Yield endlessly many random examples: statements and questions.
 
-    They are drawn with equal probability, but questions whose subject has a relative clause are left out.
+    Statements and questions are drawn equally often. Then questions whose subject has a relative clause are left out.
     """
     while True:
         sentence, is_question = _sentence(pick, SUBJECTS, OBJECTS), pick((False, True))
@@ -135,9 +137,9 @@ def _draws(pick: Pick) -> Iterator[Example]:
 
 
 def _gen_draws(pick: Pick) -> Iterator[Example]:
-    """Yield endlessly many random questions whose first auxiliary differs from the main auxiliary.
+    """Yield endlessly many random questions from statements whose first auxiliary differs from the main auxiliary.
 
-    The first auxiliary is in the relative clause of the subject. The object has no relative clause.
+    The first auxiliary is in a relative clause of the subject. The object has no relative clause.
     """
     while True:
         sentence = _sentence(pick, ("clause",), GEN_OBJECTS)
@@ -150,9 +152,9 @@ def _gen_draws(pick: Pick) -> Iterator[Example]:
 def generate(seed: int = 0, count: int = 100_000) -> QuestionParts:
     """Generate `count` training examples, 1000 examples for validation, 10,000 for tests and 10,000 for "gen".
 
-    No example occurs twice, also not in two splits. About 60 % of the examples for training, validation and tests are
-    statements, and 40 % are questions. The split "gen" has only questions. A source has 6 to 18 words. `seed` decides
-    the random examples.
+    No two examples are the same, in one split or in different splits. About 60 % of the examples for training,
+    validation and tests are statements, and 40 % are questions. The split "gen" has only questions. A source has 6 to
+    18 words. `seed` decides the random examples.
 
     >>> parts = generate()
     >>> [len(part) for part in parts]
@@ -176,8 +178,8 @@ def examples(
     """Return the examples of one split. An example has the int32 arrays `source` [T] and `target` [S].
 
     `part` is the name of the split: "train", "valid", "test" or "gen". The arrays have the ids of the words in
-    VOCABULARY, padded with 0. If T is None, it is the number of words of the longest source. If S is None, it is
-    the number of words of the longest target. `generate` explains `seed` and `count`, the number of training examples.
+    VOCABULARY, padded with 0. If T is None, T is the number of words of the longest source. If S is None, S is the
+    number of words of the longest target. `count` is the number of training examples, and `seed` decides the examples.
 
     Raises ValueError if a source has more than T words, if a target has more than S words, or for an unknown part.
 
@@ -189,7 +191,7 @@ def examples(
     for letter, size, name in (("T", T, "source"), ("S", S, "target")):
         longest = longest_of(rows, name)
         if size is not None and longest > size:
-            raise ValueError(f"{letter}={size} is too small: the longest entry of {name!r} has {longest} words")
+            raise ValueError(f"{letter}={size} is too small: the longest {name} has {longest} words")
         sizes.append(longest if size is None else size)
 
     def arrays(row: Example):

@@ -1,8 +1,8 @@
 """Multi-query repeated associative recall: a model must answer which value was last assigned to a key.
 
-A sequence has two kinds of statements in random order. `a 3` assigns the value 3 to the key a. `? a` asks for the value
-of the key a. If a key is assigned several times, the latest value counts (Tan et al., 2024, arXiv 2410.17980). In the
-simpler task of Arora et al. (2023, arXiv 2312.04927), each key is assigned only once.
+The task is from Tan et al. (2024, arXiv 2410.17980). A sequence has two kinds of statements in random order. `a 3`
+assigns the value 3 to the key a. `? a` asks for the value of the key a. If a key gets several values, the latest value
+counts. In the simpler task of Arora et al. (2023, arXiv 2312.04927), each key gets only one value.
 """
 
 import string
@@ -19,10 +19,11 @@ VOCABULARY = Vocabulary(" ".join([*KEYS, *VALUES, QUERY]))
 
 
 def _statements(random: Random, count: int, keys: int) -> Iterator[tuple[str, str, bool]]:
-    """Yield `count` random statements, each as (key, latest value of the key, whether the statement is a question).
+    """Yield `count` random statements as (key, latest value of the key, True if the statement is a question).
 
-    `keys` different keys are chosen at random with `random`. The first statement assigns a value. Each later statement
-    is a question with probability 1/2, and otherwise assigns a random value to a random key.
+    First, `keys` different keys are chosen at random. The first statement assigns a value to one of them. Each later
+    statement is a question with probability 1/2, and otherwise assigns a random value to a random key. A question asks
+    for a key that has a value.
     """
     latest: dict[str, str] = {}
     names = random.sample(KEYS, keys)
@@ -38,7 +39,7 @@ def examples(part: str = "train", *, T: int = 128, keys: int = 16, seed: int = 0
     """Return random sequences of T / 2 statements, to train or test a language model. A sequence has these arrays [T]:
 
     `tokens`: int32, the ids of the symbols. A statement is two symbols.
-    `targets`: int32, the id of the latest value of the key where the token is the key of a question; elsewhere 0.
+    `targets`: int32. Where the token is the key of a question, the id of the latest value of this key; elsewhere 0.
     `segment_ids`: int32, zeros.
     `loss_mask`: bool, True where the token is the key of a question.
 
@@ -49,7 +50,7 @@ def examples(part: str = "train", *, T: int = 128, keys: int = 16, seed: int = 0
       seed: the seed of the random statements.
       count: the number of sequences. A sequence depends on its index and the other arguments, but not on `count`.
 
-    Raises ValueError if T is odd, `keys` is not in 1..52, or for an unknown part.
+    Raises ValueError if T is not a positive even number, if `keys` is not in 1..52, or for an unknown part.
 
     >>> example = examples(T=12, keys=2)[0]
     >>> VOCABULARY.decode(example["tokens"])
@@ -81,7 +82,7 @@ def examples(part: str = "train", *, T: int = 128, keys: int = 16, seed: int = 0
 def text(seed: int, count: int) -> Iterator[str]:
     """Return an iterator over `count` different random lines of text for a language model.
 
-    A line has 32 statements about 8 keys, where the value follows each question. `seed` decides the statements.
+    A line has 32 statements about at most 8 keys. After each question comes the value. `seed` decides the statements.
 
     >>> next(text(0, 1))[:40]
     'q 7 ? q 7 q 2 q 8 A 4 ? q 8 G 7 G 6 ? G '

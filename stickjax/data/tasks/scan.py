@@ -18,7 +18,7 @@ from stickjax.data.tasks.encoding import SPECIAL, Examples, Parts, Vocabulary, l
 
 PRIMITIVES = ("walk", "look", "run", "jump")
 # The ids of both vocabularies: 0 padding, 1 unknown, 2 start, 3 end, and words from 4. The examples have only words and
-# padding. A model that begins or ends its texts with a symbol adds it.
+# padding. A model that needs a start symbol or an end symbol adds it itself.
 COMMANDS = Vocabulary("walk look run jump turn left right opposite around twice thrice and after", SPECIAL)
 ACTIONS = Vocabulary("I_TURN_LEFT I_TURN_RIGHT I_WALK I_LOOK I_RUN I_JUMP", SPECIAL)
 SPLITS = ALL_SPLITS["scan"]
@@ -59,16 +59,16 @@ def pairs() -> tuple[Example, ...]:
 def generate(split: str = "simple", seed: int = 0) -> Parts:
     """Divide all commands into a training part and a test part. `split` is one of SPLITS:
 
-    `simple`: four fifths of the commands, chosen at random with `seed`, are for training, the rest for tests.
-    `length`: commands of at most 22 actions are for training, longer ones for tests.
-    `length_tuning`: the training commands of `length`. Up to 18 actions are for training, 19 to 22 actions for
-      tests. A model for `length` can be tuned on this split without the test commands of `length`.
-    `add_jump`: the commands without the word jump and 1467 copies of the command `jump` are for training, all other
-      commands for tests.
-    `add_turn_left`: the same as `add_jump` for the words turn left, with 2189 copies of the command `turn left`.
-    `around_right` (Loula, Baroni and Lake, 2018, arXiv 1807.07545): the commands without the words around right are for
-      training. The commands with these words are for tests, except commands with the words turn around right, which are
-      left out.
+    `simple`: four fifths of the commands are for training, and the others are for tests. `seed` decides which ones.
+    `length`: commands of at most 22 actions are for training, and longer commands are for tests.
+    `length_tuning`: commands of at most 18 actions are for training, and commands of 19 to 22 actions are for tests.
+      All of them are training commands of `length`. So hyperparameters for `length` can be chosen on this split.
+    `add_jump`: commands without the word jump are for training, together with 1467 copies of the command `jump`. All
+      other commands are for tests.
+    `add_turn_left`: commands without the words turn left are for training, together with 2189 copies of the command
+      `turn left`. All other commands are for tests.
+    `around_right` (Loula, Baroni and Lake, 2018, arXiv 1807.07545): commands without the words around right are for
+      training, and commands with these words are for tests. Commands with the words turn around right are left out.
 
     Raises ValueError for an unknown split.
 
@@ -106,23 +106,25 @@ def examples(
     """Return the examples of a part. An example has the int32 arrays `source` [T] and `target` [S].
 
     `source` has the ids of the words of a command in the vocabulary COMMANDS. `target` has the ids of its actions in
-    the vocabulary ACTIONS. Both are padded with 0. If T or S is None, it is the length of the longest text.
+    the vocabulary ACTIONS. Both are padded with 0. If T is None, T is the number of words of the longest command. If S
+    is None, S is the largest number of actions of a command.
 
     `part` is "train", "valid" or "test", and the function `generate` explains `split` and `seed`. The part "valid" gets
-    one in `valid_every` training examples, and the part "train" the others. If `valid_every` is 0, the part "train" has
-    all training examples.
+    one in `valid_every` training examples, and the part "train" gets the others. If `valid_every` is 0, the part
+    "train" gets all training examples, and the part "valid" cannot be used.
 
-    Raises ValueError if a command has more than T words or more than S actions, or for an unknown part or split.
+    Raises ValueError if a command has more than T words or more than S actions, for an unknown part or split, or for
+    the part "valid" if `valid_every` is 0.
 
     >>> {name: array.shape for name, array in examples("test", split="length")[0].items()}
     {'source': (9,), 'target': (48,)}
     """
     rows = generate(split, seed).part(part, valid_every)
     sizes = []
-    for letter, size, name in (("T", T, "command"), ("S", S, "actions")):
+    for letter, size, name, what in (("T", T, "command", "command"), ("S", S, "actions", "list of actions")):
         longest = longest_of(rows, name)
         if size is not None and longest > size:
-            raise ValueError(f"{letter}={size} is too small: the longest entry of {name!r} has {longest} words")
+            raise ValueError(f"{letter}={size} is too small: the longest {what} has {longest} words")
         sizes.append(longest if size is None else size)
 
     def arrays(row: Example):

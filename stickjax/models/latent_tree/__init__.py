@@ -1,4 +1,4 @@
-"""Top-down production with latent trees: a translation is a binary tree, and its probability a sum over all trees."""
+"""The latent-tree model for translation (arXiv 2010.04704): a target's probability is a sum over all binary trees."""
 
 from stickjax.models.latent_tree.chart import log_likelihood
 from stickjax.models.latent_tree.decoder import Production

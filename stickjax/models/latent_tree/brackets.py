@@ -1,4 +1,4 @@
-"""Convert the brackets of a binary tree to the list of the pairs of subtrees that are joined."""
+"""Convert the brackets of a binary tree to the pairs of subtrees that the brackets join."""
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,13 @@ def joins_of(
 ) -> tuple[Int[Array, "B S-1 2"], Bool[Array, "B S-1"]]:
     """Return which two subtrees each closing bracket of a binary tree joins, for B sentences of up to S words.
 
-    The subtrees are numbered: a single word is a subtree with the number of the word, 0 .. S-1, and join k = 0, 1, ...
-    makes the subtree S + k. Joins are in the order in which the brackets close.
+    The subtrees have numbers. Word w alone is the subtree w, from 0 to S - 1. Join k, counted from 0, makes the subtree
+    S + k. The joins are in the order in which the brackets close.
 
     Args:
       brackets: the number of brackets that close after each word. Each bracket joins the last two subtrees that are not
-        yet joined.
-      mask: False for padding, whose brackets have no effect.
+        yet part of another subtree.
+      mask: False for padding. Brackets after padding have no effect.
 
     Returns:
       The numbers of the left and the right subtree of every join, and a mask of the joins that exist: a sentence of n
@@ -30,7 +30,7 @@ def joins_of(
     closed = jnp.cumsum(jnp.where(mask, brackets, 0), axis=1)
 
     def step(_, state):
-        """Join two subtrees if a bracket after the last word read has no join yet. Else read the next word."""
+        """Join the last two subtrees if fewer joins are done than brackets have closed. Else read the next word."""
         stack, size, read, done, pairs = state
         is_join = (done < closed[rows, read - 1]) & (size > 1)
         left, right = stack[rows, size - 2], stack[rows, size - 1]

@@ -18,7 +18,7 @@ from stickjax.parallel.collectives import psum_over_batch
 
 
 def init(config: TreeConfig, key: jax.Array) -> LatentTreeModel:
-    """Return a new model with random parameters. The model is the pytree of its parameters.
+    """Return a new model with random parameters. The model is a pytree of its parameters.
 
     >>> model = init(TreeConfig(V=14, V_target=7, H=8, depth=3), jax.random.key(0))
     >>> model.decoder.w_out.shape
@@ -44,21 +44,23 @@ def apply(model: LatentTreeModel, batch: dict[str, jax.Array], key: jax.Array | 
 def loss(
     model: LatentTreeModel, batch: dict[str, jax.Array], key: jax.Array | None
 ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
-    """Return the loss of a batch, the mean of -log p(target | source) / T over its sentences, and its metrics.
+    """Return the loss of a batch, and its metrics.
 
-    T is the number of words of the target, and p is the sum over all trees with T leaves. The loss of a sentence does
-    not depend on the other sentences of the batch. Sentences without target words do not count.
+    The loss of one pair of a source and a target is -log p(target | source) divided by the number of target words. Here
+    p is the sum of the probabilities of all trees that have the target words at their leaves. The loss of a pair does
+    not depend on the other pairs of the batch. The loss of the batch is the mean over all pairs whose target has at
+    least one word.
 
     Args:
       model: a latent-tree model.
-      batch: as in `apply`, with `target` [B,T], padded with 0 on the right.
+      batch: as in `apply`, and also `target` [B,T], padded with 0 on the right.
       key: the random key of a training step (for dropout); None for inference.
 
     Returns:
-      The loss, and the metrics `loss` (equal to it) and `sentence_nll` (the mean of -log p(target | source)).
+      The loss, and the metrics `loss` (the same value) and `sentence_nll` (the mean of -log p(target | source)).
 
     Raises:
-      ValueError: the tree has fewer leaves than T.
+      ValueError: T, the length of the padded targets, is larger than 2^depth, the number of leaves of a complete tree.
 
     >>> model = init(TreeConfig(V=14, V_target=7, H=8, depth=3), jax.random.key(0))
     >>> value, metrics = loss(model, {"source": jnp.array([[3, 4, 0]]), "target": jnp.array([[2, 6, 0, 0]])}, None)
@@ -80,12 +82,13 @@ def loss(
 def decode(model: LatentTreeModel, batch: dict[str, jax.Array], limit: int | None = None) -> Derivation:
     """Return the most probable derivation of a target for every source of a batch: a tree with a word at every leaf.
 
-    The most probable derivation is not always the most probable sentence, whose probability is a sum over trees.
+    The words of this derivation are not always the most probable sentence, because the probability of a sentence is a
+    sum over all its derivations.
 
     Args:
       model: a latent-tree model.
       batch: as in `apply`.
-      limit: the largest number of words; None: 2^depth, the most that the tree can have.
+      limit: the largest number of words; None: 2^depth, the number of leaves of the complete tree.
 
     >>> model = init(TreeConfig(V=14, V_target=7, H=8, depth=3), jax.random.key(0))
     >>> decode(model, {"source": jnp.array([[3, 4, 0]])}, limit=5).words.shape
@@ -105,7 +108,7 @@ _PARAMETERS = {
     "OrderedMemoryEncoder": _TABLES,
     "TreeEncoder": _TABLES | {"join": Parameter("2D 5D"), "join_bias": _vector("5D")},
     "RecurrentEncoder": _TABLES | {"w_root": Parameter("ND D"), "root_bias": _vector("D")},
-    # Axis P has the two directions. U is 3 H / 2: three gates with H/2 units of a direction.
+    # The axis P has the two directions. U is 3 H / 2: each direction has three gates with H/2 units.
     "BidirectionalGRU": {
         "input": Parameter("P D U"),
         "input_bias": _vector("P U"),
@@ -181,7 +184,7 @@ class LatentTree(Family):
     def parameter_counts(self, config: TreeConfig) -> tuple[int, int]:
         """Return (the number of all parameters, the number of active parameters).
 
-        The two embeddings of the source words are not active. All other parameters are.
+        All parameters are active, except the two embeddings of the source words.
         """
         total, _ = super().parameter_counts(config)
         return total, total - 2 * config.vocabulary * config.H
@@ -189,7 +192,7 @@ class LatentTree(Family):
     def flops_per_token(self, config: TreeConfig, T: int) -> float:
         """Return the floating-point operations of a training step per word, for sources and targets of T words.
 
-        Only matrix products count: once in the forward pass, and twice in the backward pass. The number of nodes of the
+        Only matrix products count. Their backward pass counts as twice the forward pass. The number of nodes of the
         tree does not depend on the length of the target.
         """
         H, N, n = config.H, config.N, 2 ** (config.depth + 1) - 1

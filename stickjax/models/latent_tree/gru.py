@@ -9,7 +9,7 @@ from stickjax.models.layers import cast, uniform
 
 
 class BidirectionalGRU(nnx.Module):
-    """One layer of a gated recurrent unit (arXiv 1406.1078) in both directions, with H/2 units each.
+    """One layer of a gated recurrent unit (arXiv 1406.1078) in both directions, with H/2 units per direction.
 
     For an input x and the state h of one direction, with [a_r, a_z, a_n] = x input + input_bias and
     [b_r, b_z, b_n] = h recurrent + recurrent_bias, the next state is
@@ -31,11 +31,12 @@ class BidirectionalGRU(nnx.Module):
     def __call__(
         self, x: Float[Array, "B S H"], lengths: Int[Array, " B"]
     ) -> tuple[Float[Array, "B S H"], Float[Array, "B H"]]:
-        """Return the states of both directions at every word, and the final state of each direction.
+        """Return the states of both directions at every word [B,S,H], and the final states of both directions [B,H].
 
-        The final state from left to right is the one at the last word; from right to left, the one at the first word.
-        The last axis has the H/2 units from left to right, then the H/2 units from right to left. `lengths` is the
-        number of words of each sentence. Values at padding have no meaning.
+        The left-to-right direction has its final state at the last word. The right-to-left direction has its final
+        state at the first word. The axis H of the results has first the H/2 units of the left-to-right direction, then
+        the H/2 units of the right-to-left direction. `lengths` has the number of words of each sentence. The states at
+        padding have no meaning.
         """
         c, (B, S, _) = self.config, x.shape
         place = jnp.arange(S)[None]

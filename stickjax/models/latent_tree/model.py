@@ -12,8 +12,9 @@ from stickjax.models.latent_tree.encoder import ENCODERS
 
 
 class LatentTreeModel(nnx.Module):
-    """A model of the probability of a target sentence given a source sentence, as a sum over all binary trees.
+    """A model of the probability of a target sentence, given a source sentence.
 
+    This probability is the sum of the probabilities of all binary trees that have the target words at their leaves.
     Tan et al., `Recursive Top-Down Production for Sentence Generation with Latent Trees
     <https://arxiv.org/abs/2010.04704>`_.
     """
@@ -25,25 +26,26 @@ class LatentTreeModel(nnx.Module):
         self.decoder = TreeDecoder(config, k_decoder)
 
     def __call__(self, batch: dict[str, jax.Array], key=None) -> Production:
-        """Return the scores of all words at all nodes, for the sources of a batch.
+        """Return the scores of all words at all nodes of the tree, for the sources of a batch.
 
-        `batch` has `source` [B,S], padded with 0 on the right; for encoder="tree" also `brackets` [B,S], the number of
-        brackets that close after each word. With a random key, the model runs in training mode, with dropout.
+        `batch` has `source` [B,S], padded with 0 on the right. For encoder="tree" it also has `brackets` [B,S]: how
+        many brackets close after each word. With a random key, the model runs in training mode, with dropout.
         """
         k_encoder, k_decoder = (None, None) if key is None else jax.random.split(key)
         return self.decoder(self.encoder(batch, k_encoder), k_decoder)
 
 
 def sentence_log_likelihood(logits: Float[Array, "B n V"], target: Int[Array, "B T"]) -> Float[Array, " B"]:
-    """Return the log-probabilities of target sentences from the scores of all words at all nodes (`Production`).
+    """Compute the log-probability of every target sentence, from the scores of all words at all nodes.
 
-    `target` is padded with 0 on the right. A target without words has -inf.
+    `logits` are these scores, as in `Production`. `target` has word ids, padded with 0 on the right. The result is -inf
+    for a target without words, or with more words than the complete tree has leaves.
 
     >>> logits = jnp.log(jnp.array([[[0.0, 0.3, 0.2], [0.0, 0.2, 0.4], [0.0, 0.4, 0.2]]]))
     >>> round(float(jnp.exp(sentence_log_likelihood(logits, jnp.array([[2, 1]])))[0]), 4)  # 0.4 * 0.4
     0.16
     """
-    # A product with an array of 0 and 1: its derivative is a matrix product, and not a scatter.
+    # Multiply by a one-hot array instead of indexing: the derivative is then a matrix product, and not a scatter.
     is_word = jax.nn.one_hot(target, logits.shape[-1], dtype=logits.dtype)
     finite = jnp.maximum(logits, jnp.finfo(logits.dtype).min / 2)  # 0 * -inf would be NaN
     scores = jnp.einsum("BnV,BTV->BnT", finite, is_word, precision=jax.lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""Convert between trees of nested word indices, the leaves of a derivation, and the numbers of closing brackets.
+"""Convert the leaves of a derivation to a tree, and a tree to numbers of closing brackets.
 
 A tree is the index of a word, or a tuple of trees, such as (0, (1, 2)). `stickjax.evaluation.trees` reads trees from
 text, and writes them as text.
@@ -10,10 +10,10 @@ from stickjax.models.ordered_memory.parse import Tree
 
 
 def derivation_tree(nodes: Iterable[int]) -> Tree:
-    """Return the tree over the words 0 .. T-1 of a sentence, from the nodes of a complete binary tree that are leaves.
+    """Return the tree over the words 0 .. T-1 of a sentence, from its leaves.
 
-    `nodes` are these leaves from left to right, as in one row of `Derivation.nodes`; -1 fills the rest. The children of
-    node i are 2i + 1 and 2i + 2.
+    The leaves are nodes of a complete binary tree, in which the children of node i are 2i + 1 and 2i + 2. `nodes` has
+    the numbers of the leaves from left to right, as in one row of `Derivation.nodes`; -1 after the last leaf.
 
     >>> derivation_tree([1, 5, 6, -1])
     (0, (1, 2))
@@ -28,10 +28,10 @@ def derivation_tree(nodes: Iterable[int]) -> Tree:
 def closing_brackets(tree: Tree) -> list[int]:
     """Return how many brackets close after each word of a binary tree.
 
-    A batch for encoder="tree" has these numbers for every source, as a row of its array `brackets`.
+    A batch for encoder="tree" needs these numbers: each row of its array `brackets` has the numbers for one source.
 
     Raises:
-      ValueError: the tree is not binary: a node does not have two children.
+      ValueError: the tree is not binary, because a node does not have two children.
 
     >>> closing_brackets((0, (1, 2)))
     [0, 0, 2]

@@ -1,7 +1,7 @@
-"""The best tree: the binary tree inside a complete binary tree whose leaves have the highest total score.
+"""Find the best binary tree inside a complete binary tree: the sum of the scores of its leaves is the highest.
 
-`stickjax.models.latent_tree.chart` defines the nodes, the trees inside the complete tree, and the places of the line
-that the leaves cover.
+`stickjax.models.latent_tree.chart` defines the nodes, the binary trees inside the complete tree, and the line with the
+places 0 .. 2^D that the leaves cover.
 """
 
 from functools import partial
@@ -22,10 +22,10 @@ from stickjax.models.latent_tree.chart import (
 
 
 class Derivation(NamedTuple):
-    """The best binary tree of every sentence of a batch, with up to T leaves, and the word at every leaf.
+    """The best binary tree for every sentence of a batch, with up to T leaves, and the word at every leaf.
 
     `words` [B,T]: the word of every leaf, from left to right; 0 after the last leaf.
-    `nodes` [B,T]: the number of the node of every leaf in the complete tree; -1 after the last leaf.
+    `nodes` [B,T]: the number of every leaf as a node of the complete tree; -1 after the last leaf.
     `lengths` [B]: the number of leaves.
     `scores` [B]: the sum of the scores of the leaves.
     """
@@ -40,8 +40,9 @@ class Derivation(NamedTuple):
 def viterbi(scores: Float[Array, "B n V"], limit: int) -> Derivation:
     """Find the tree and the words with the highest score, among all trees with at most `limit` leaves.
 
-    Every leaf i gets the word w with the highest scores[i, w]. Word 0 is padding, and is never chosen. Of equal scores,
-    the smallest word id is chosen, then the shortest sentence, then the tree whose last leaf is nearest to the root.
+    Every leaf i gets the word w with the highest scores[i, w]. Word 0 is padding, and is never chosen. If several words
+    of a leaf have the same score, the smallest word id is chosen. If several trees have the same score, the tree with
+    the fewest leaves is chosen, and among these the tree whose last leaf is nearest to the root.
 
     Args:
       scores: the score of every node i for every word.
@@ -80,7 +81,10 @@ def viterbi(scores: Float[Array, "B n V"], limit: int) -> Derivation:
 
 
 def _better(one, other):
-    """Return (scores, nodes), elementwise from the argument with the higher score; from `one` where they are equal."""
+    """Return (scores, nodes), in each element from the argument with the higher score, or from `one` if both are equal.
+
+    Both arguments are pairs (scores, nodes).
+    """
     is_other = other[0] > one[0]
     return jnp.where(is_other, other[0], one[0]), jnp.where(is_other, other[1], one[1])
 
@@ -88,8 +92,8 @@ def _better(one, other):
 def _leaves(last: Int[Array, "T P B"], lengths: Int[Array, " B"], depth: int) -> Int[Array, "B T"]:
     """Return the leaves of the best trees, from left to right; -1 after the last leaf.
 
-    `last` has, for a number of leaves t + 1 and a place p + 1, the last leaf of the best sequence that ends there.
-    The leaves are found from the end of the line backwards.
+    `last[t, p]` is the last leaf of the best sequence of t + 1 leaves that ends at the place p + 1. This function finds
+    the leaves from right to left, beginning at the end of the line.
     """
     starts = jnp.asarray(intervals(depth)[0])
 

@@ -20,10 +20,10 @@ SMALLEST = 1e-5  # a cumulative probability below this counts as 0, so that slot
 
 
 class Memory(NamedTuple):
-    """The memory of B sentences after one token of each: N slots with H numbers per sentence.
+    """The memory of B sentences after a token was read: N slots with H numbers per sentence.
 
-    `slots` [N,B,H]: M, the contents of the slots. `candidates` [N,B,H]: C, the vectors that this token offers for the
-    slots; the next token mixes them into M. `p` [B,N]: the distribution of this token over the slots.
+    `slots` [N,B,H]: M, the contents of the slots. `candidates` [N,B,H]: C, the new vectors for the slots, computed from
+    this token; the next step mixes them into M. `p` [B,N]: the distribution of this token over the slots.
     """
 
     slots: jax.Array
@@ -44,7 +44,7 @@ def empty_memory(B: int, N: int, H: int, dtype) -> Memory:
 class Distribution(nnx.Module):
     r"""Computes the distribution p of a token x over the N memory slots.
 
-    Its inputs are x, and the candidates C_i and the distribution p' of the token before x:
+    p is computed from x and from two results of the previous token: the candidates C_i and the distribution p'.
 
     .. math::
         \beta_i = (w \cdot relu(q + k_i) + b) / \sqrt{H}, \qquad q = LN(x W_q + b_q), \quad k_i = LN(C_i W_k + b_k)
@@ -52,8 +52,8 @@ class Distribution(nnx.Module):
         p_i = c_i \exp(\beta_i) / \sum_m c_m \exp(\beta_m), \qquad
         c_i = \sum_{m \le i + 1} p'_m \; (i < N), \quad c_N = 1
 
-    Because of the factor c, a token can use at most one slot below the lowest slot that the token before it used. A c_i
-    below 1e-5 counts as 0.
+    The factor c limits which slots a token can use. If l is the lowest slot with p'_l above 0, the token can use only
+    the slots l - 1 and higher. A c_i below 1e-5 counts as 0.
     """
 
     def __init__(self, config, key):
@@ -71,10 +71,10 @@ class Distribution(nnx.Module):
     def __call__(
         self, q: Float[Array, "B H"], candidates: Float[Array, "N B H"], previous: Float[Array, "B N"], dropped
     ) -> Float[Array, "B N"]:
-        """Return p, at least in float32, from the queries q of one token per sentence.
+        """Return p for one token of each sentence, in float32 or float64, from the queries q of these tokens.
 
-        `candidates` and `previous` are C and p' of the token before. `dropped(x, index)` applies dropout to x, with
-        another mask for each index.
+        `candidates` and `previous` are C and p' of the previous token. `dropped(x, index)` applies dropout to x, with a
+        different mask for each index.
         """
         c = self.config
         k = self.key_norm(_affine(dropped(candidates, 0), cast(self.key, c), cast(self.key_bias, c)))
@@ -85,11 +85,11 @@ class Distribution(nnx.Module):
 
 
 def reachable(previous: Float[Array, "B N"]) -> Float[Array, "B N"]:
-    """Return the factor c of `Distribution`, from `previous`, the distribution of the token before over the N slots.
+    """Return the factor c of `Distribution`: a token cannot use a slot where c is 0.
 
-    A token cannot use a slot where c is 0.
+    `previous` is the previous token's distribution over the N slots.
 
-    >>> reachable(jnp.array([[0.0, 0.0, 1.0]])).tolist()  # the token before used the highest slot only
+    >>> reachable(jnp.array([[0.0, 0.0, 1.0]])).tolist()  # the previous token used only the highest slot
     [[0.0, 1.0, 1.0]]
     """
     c = jnp.concatenate([jnp.cumsum(previous, axis=1)[:, 1:], jnp.ones_like(previous[:, :1])], axis=1)
@@ -97,7 +97,10 @@ def reachable(previous: Float[Array, "B N"]) -> Float[Array, "B N"]:
 
 
 def restricted_softmax(beta: Float[Array, "B N"], c: Float[Array, "B N"]) -> Float[Array, "B N"]:
-    """Return c_i exp(beta_i) / sum_m c_m exp(beta_m), with i and m over the last axis. It is 0 where c is 0."""
+    """Return c_i exp(beta_i) / sum_m c_m exp(beta_m), where i and m are indices of the last axis.
+
+    The result is 0 where c is 0.
+    """
     beta = beta - jax.lax.stop_gradient(jnp.where(c > 0, beta, -jnp.inf).max(1, keepdims=True))
     weight = jnp.where(c > 0, c * jnp.exp(jnp.where(c > 0, beta, 0)), 0)
     return weight / weight.sum(1, keepdims=True)
@@ -136,26 +139,27 @@ def step(
     dropped,
     masks=None,
 ) -> tuple[Memory, Float[Array, "B H"]]:
-    r"""Return the memory after one more token of each sentence, and the output, the token's candidate for slot N.
+    r"""Read the next token of each sentence. Return the new memory, and the output: the new candidate for slot N.
 
     .. math::
         M_i \leftarrow (1 - r_i) M_i + r_i C_i, \qquad r_i = \sum_{m \ge i} p_m
 
         C_i = (1 - s_i) x + s_i \, cell(C_{i-1}, M_i), \qquad s_i = \sum_{m \le i} p_m, \quad C_0 = x
 
-    p is the token's distribution over the slots. At the first position of the array, r is 1, and s and p are 0. If the
-    token is padding, the new memory and the output are 0.
+    p is the token's distribution over the slots. In the first line, C_i is the candidate of the previous token; the
+    second line computes the new C_i. At the first position of the array, r is 1, and s and p are 0. If the token is
+    padding, the new memory and the output are 0.
 
     Args:
       distribution: the module that computes p.
       weights: the parameters of the cell.
-      memory: the memory before the token.
+      memory: the memory after the previous token.
       x: the projected token, LN(e w_in + in_bias) in `Encoder`.
       q: the query of the token (`Distribution.queries`).
       token_mask: False for padding.
       is_first: whether this is the first position of the array.
-      dropped: `dropped(x, index)` applies dropout to x, with another mask for each index.
-      masks: the dropout masks of the cell, see `compose`; None: no dropout.
+      dropped: `dropped(x, index)` applies dropout to x, with a different mask for each index.
+      masks: the dropout masks of the cell (`Masks`); None: no dropout.
     """
     p = distribution(q, memory.candidates, memory.p, dropped)
     p = jnp.where(is_first, 0, p)

@@ -1,7 +1,7 @@
 """The composition of a token with the slots of a memory, from the lowest slot with weight to the highest slot.
 
-This is nearly all the work of Ordered Memory. Its derivative is written by hand, for two reasons: the loops skip
-slots that no sentence of the batch uses, and the cell saves only two arrays per slot for the backward pass.
+Ordered Memory spends nearly all its time here. The derivative is written by hand, for two reasons: the loops skip slots
+that no sentence of the batch uses, and the cell saves only two arrays per slot for the backward pass.
 """
 
 from typing import NamedTuple
@@ -16,8 +16,8 @@ from stickjax.models.layers import normalised
 class Weights(NamedTuple):
     """The parameters of the cell as arrays, in the type `config.dtype`.
 
-    `w_in` [2H,4H], `in_bias` [4H], `w_out` [4H,4H] and `out_bias` [4H] are the cell's own. `scale` and `shift` [H]
-    belong to the LayerNorm of the cell's output. The projection of the tokens uses the same LayerNorm.
+    `w_in` [2H,4H], `in_bias` [4H], `w_out` [4H,4H] and `out_bias` [4H] belong to the `Cell`. `scale` and `shift` [H]
+    belong to the LayerNorm of the cell's output. `Encoder` projects the tokens with the same LayerNorm.
     """
 
     w_in: jax.Array
@@ -29,10 +29,10 @@ class Weights(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """Dropout masks for the N calls of the cell at one token, one call per slot: True where a value is kept.
+    """The dropout masks of the cell at one token. A mask is True where a value is kept.
 
-    `inputs` [N,B,2H] is for the inputs of the cell, and `hidden` [N,B,4H] for its hidden units. `rate`: the probability
-    that a value is dropped.
+    The cell runs once for each of the N slots. `inputs` [N,B,2H] are the masks for its inputs, and `hidden` [N,B,4H]
+    the masks for its hidden units. `rate`: the probability that a value is dropped.
     """
 
     inputs: jax.Array
@@ -40,7 +40,7 @@ class Masks(NamedTuple):
     rate: jax.Array
 
 
-EPS = 1e-5  # the epsilon of the LayerNorm in the cell
+EPS = 1e-5  # the epsilon of the LayerNorm in the cell, which does not use `config.norm_eps`
 
 
 @jax.custom_vjp
@@ -51,15 +51,15 @@ def compose(
     share: Float[Array, "N B"],
     masks: Masks | None = None,
 ) -> Float[Array, "N B H"]:
-    r"""Return the candidates C_1 .. C_N of a token x: the vectors that it offers for the N memory slots M_1 .. M_N.
+    r"""Return the candidates C_1 .. C_N of a token x: the new vectors for the N memory slots M_1 .. M_N.
 
     .. math::
         C_i = (1 - s_i) x + s_i \, LN(\sigma(v) C_{i-1} + \sigma(g) M_i + \sigma(u) z), \qquad C_0 = x
 
         [v, g, u, z] = relu([C_{i-1}, M_i] W_{in} + b_{in}) W_{out} + b_{out}
 
-    `share` is s, the weight of the composed vector. It must not fall from one slot to the next. Slots where s is 0 for
-    the whole batch are skipped: their candidate is x. `masks`: dropout masks of the cell, or None.
+    `share` is s, the weight of the composed vector. s must not decrease from a slot to the next higher slot. A slot
+    where s is 0 for the whole batch is skipped, and its candidate is x. `masks`: dropout masks of the cell, or None.
 
     >>> ones, zeros = jnp.ones, jnp.zeros
     >>> weights = Weights(ones((4, 8)), zeros(8), ones((8, 8)), zeros(8), ones(2), zeros(2))
@@ -79,7 +79,7 @@ def compose(
 
 
 def _first_used(share: Float[Array, "N B"]) -> Int[Array, ""]:
-    """Return the lowest index of a slot whose share is above 0 in any sentence of the batch; N if there is none."""
+    """Return the lowest index of a slot with a share above 0 in any sentence of the batch; N if no slot has one."""
     used = (share > 0).any(1)
     return jnp.where(used.any(), jnp.argmax(used), len(share)).astype(jnp.int32)
 
@@ -89,9 +89,10 @@ def _of_slot(masks: Masks | None, i) -> Masks | None:
 
 
 def _call(w: Weights, x, h, m, share, masks: Masks | None):
-    """Run the cell for one slot m = M_i, with h = C_(i-1) and the token x, [B,H] each, and the slot's `share` s_i [B].
+    """Run the cell for one slot. Return (the candidate C_i [B,H], the hidden units [B,4H], the gates [B,4H]).
 
-    Return (the candidate C_i [B,H], the hidden units after relu and dropout [B,4H], [v, g, u, z] of `compose` [B,4H]).
+    The symbols are defined in `compose`. `h` is C_(i-1), `m` is M_i, and `x` is the token, [B,H] each. `share` [B] is
+    s_i. The hidden units are returned after relu and dropout. The gates are the array [v, g, u, z].
     """
     hidden = jax.nn.relu(_dropped(jnp.concatenate([h, m], -1), masks, "inputs") @ w.w_in + w.in_bias[None])
     hidden = _dropped(hidden, masks, "hidden")
@@ -104,14 +105,14 @@ def _dropped(x, masks: Masks | None, name: str):
 
 
 def _mixed(gates, h, m, x, share, scale, shift):
-    """Return the candidate C_i of `compose`, from `gates` [B,4H], which are [v, g, u, z], and h = C_(i-1), m = M_i."""
+    """Return the candidate C_i of `compose`, from `gates` = [v, g, u, z] [B,4H], h = C_(i-1) and m = M_i."""
     v, g, u, z = jnp.split(gates, 4, axis=-1)
     y = jax.nn.sigmoid(v) * h + jax.nn.sigmoid(g) * m + jax.nn.sigmoid(u) * z
     return x * (1 - share[:, None]) + (normalised(y, EPS) * scale[None] + shift[None]) * share[:, None]
 
 
 def _forward(weights, x, slots, share, masks):
-    """Return the candidates as `compose` does, and the arrays that the backward pass needs."""
+    """Return the result of `compose`, and the arrays that the backward pass needs."""
     first, (N, B, H) = _first_used(share), slots.shape
     wide = jnp.zeros((N, B, 4 * H), x.dtype)
 

@@ -1,4 +1,4 @@
-"""The encoder of Ordered Memory: it reads a sentence token by token and updates the memory."""
+"""The encoder of Ordered Memory. It reads a sentence token by token, and updates the memory after each token."""
 
 from typing import NamedTuple
 
@@ -15,9 +15,10 @@ from stickjax.models.ordered_memory.compose import Masks
 class Encoded(NamedTuple):
     """The output of an Ordered Memory encoder for B sentences of up to T tokens.
 
-    `output` [B,T,H]: the candidate for the highest slot at every token; 0 for padding. The candidate at the last token
+    `output` [B,T,H]: the candidate of every token for the highest slot; 0 for padding. The candidate of the last token
       represents the sentence.
-    `p` [B,T,N]: the distribution of every token over the N slots. `parse.induced_tree` makes a binary tree of it.
+    `p` [B,T,N]: the distribution of every token over the N slots. `parse.induced_tree` converts the distributions of a
+      sentence to a binary tree.
     `memory`: the memory after the last position of the array.
     """
 
@@ -44,9 +45,9 @@ class Encoder(nnx.Module):
     def __call__(self, embedded: Float[Array, "B T D"], token_mask: Bool[Array, "B T"], N: int, key=None) -> Encoded:
         """Encode B sentences, given as embedded tokens, with a memory of N slots each.
 
-        Padding may be on the right or on the left. The results differ, as in the original: a first token at position 0
-        is stored without the cell; a first token after padding is composed with an empty slot. With a random key,
-        dropout is applied.
+        Padding may be on the right or on the left. The results differ, as in the original code. If the first token is
+        at position 0, all its candidates are the token itself, without the cell. If padding comes before the first
+        token, the cell composes the token with the empty highest slot. With a random key, dropout is applied.
         """
         c = self.config
         x = self.norm(embedded @ cast(self.w_in, c) + cast(self.in_bias, c)[None, None])
@@ -70,15 +71,18 @@ class Encoder(nnx.Module):
 
 
 def kept(key, rate: float, shape) -> tuple[Bool[Array, "..."], float]:
-    """Return a random mask, True with probability 1 - r, and r, which is `rate` rounded to a multiple of 1/256."""
+    """Return (mask, r), where r is `rate` rounded to a multiple of 1/256.
+
+    `mask` is a random mask of this shape. Each of its values is True with probability 1 - r.
+    """
     level = round(256 * rate)
     return random_bytes(key, *shape) >= level, level / 256
 
 
 def dropout_of(key, rate: float):
-    """Return a function dropped(x, index) that applies dropout to x. Without a key, it returns x unchanged.
+    """Return a function `dropped(x, index)` that applies dropout to x. Without a key, `dropped` returns x unchanged.
 
-    Each `index` gives another mask, so calls that need independent masks use different indices.
+    Each `index` gives a different mask. So calls that need independent masks must use different indices.
     """
 
     def dropped(x, index):
@@ -91,7 +95,10 @@ def dropout_of(key, rate: float):
 
 
 def cell_masks(key, rate: float, N: int, B: int, H: int) -> Masks | None:
-    """Return the cell's dropout masks at one token, for N slots and B sentences; None without a key, or for rate 0."""
+    """Return the dropout masks of the cell at one token, for N slots and B sentences.
+
+    Without a key, or with the rate 0, return None.
+    """
     if key is None or not rate:
         return None
     mask, exact = kept(jax.random.fold_in(key, 2), rate, (N, B, 6 * H))

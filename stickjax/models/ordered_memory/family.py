@@ -19,7 +19,7 @@ def _distributions(model: OrderedMemoryClassifier, batch: dict[str, jax.Array]) 
 
 
 class OrderedMemory(Family):
-    """The family of classifiers of a sentence, or of a pair of sentences, with an Ordered Memory encoder."""
+    """The family of classifiers with an Ordered Memory encoder. They classify a sentence or a pair of sentences."""
 
     config = OrderedMemoryConfig
     parameters = {
@@ -54,7 +54,7 @@ class OrderedMemory(Family):
         return model(batch, key)
 
     def loss(self, model: OrderedMemoryClassifier, batch, key):
-        """Return the mean cross-entropy of the labels, and the metrics `loss` (the same) and `accuracy`."""
+        """Return the mean cross-entropy of the labels, and the metrics `loss` (the same value) and `accuracy`."""
         logits, labels = model(batch, key).logits, batch["label"]
         count = psum_over_batch(jnp.float32(len(labels)))
         nll = psum_over_batch(optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()) / count
@@ -76,16 +76,19 @@ class OrderedMemory(Family):
         return dict.fromkeys(names, sentence) | {"label": jax.ShapeDtypeStruct((config.data.B,), jnp.int32)}
 
     def parameter_counts(self, config: OrderedMemoryConfig) -> tuple[int, int]:
-        """Return (the number of all parameters, the number of active parameters, which are all but the embedding)."""
+        """Return (the number of all parameters, the number of active parameters).
+
+        All parameters are active, except the embedding.
+        """
         total, _ = super().parameter_counts(config)
         return total, total - config.vocabulary * config.D
 
     def flops_per_token(self, config: OrderedMemoryConfig, T: int) -> float:
-        """Return the floating-point operations of a training step per token of one sentence.
+        """Return the floating-point operations of a training step per token.
 
-        The cell has 24 H^2 parameters, and the keys of the distribution have H^2. Both are computed N times for every
-        token. For pairs, the value is for one token of the left and one of the right sentence together, because a batch
-        of B pairs counts as B T tokens.
+        The matrices of the cell have 24 H^2 parameters, and the key matrix of the distribution has H^2. Both are used N
+        times for every token. A batch of B pairs of sentences counts as B T tokens. So for pairs, the result is the
+        work for one token of the left sentence and one token of the right sentence together.
         """
         del T
         c = config

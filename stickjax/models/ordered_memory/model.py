@@ -16,8 +16,9 @@ from stickjax.models.ordered_memory.encoder import Encoder, dropout_of
 class ClassifierOutput(NamedTuple):
     """The output of a classifier for B sentences, or for B pairs of sentences.
 
-    `logits` [B,classes], in float32. `p` [B,T,N], for pairs [2,B,T,N] (first the left sentences): the distribution of
-    every token over the N memory slots. `parse.induced_tree` makes a binary tree of it.
+    `logits` [B,classes], in float32.
+    `p` [B,T,N]: the distribution of every token over the N memory slots; for pairs [2,B,T,N], first the left sentences.
+      `parse.induced_tree` converts the distributions of a sentence to a binary tree.
     """
 
     logits: jax.Array
@@ -28,8 +29,8 @@ class OrderedMemoryClassifier(nnx.Module):
     """A model that computes the logits of the labels for a sentence, or for a pair of sentences.
 
     A batch has the token ids `tokens` [B,T], or for pairs `left` and `right` [B,T]. Id 0 is padding, on the right or on
-    the left. The encoder's output at the last token represents a sentence. With `directions=2`, the output of a second
-    encoder, which reads the sentence from its end, is appended.
+    the left. A sentence is represented by the encoder's output at its last token. With `directions=2`, a second encoder
+    reads the sentence from its end, and its output is appended.
     """
 
     def __init__(self, config: OrderedMemoryConfig, key):
@@ -61,9 +62,9 @@ class OrderedMemoryClassifier(nnx.Module):
 def last_output(
     encoder: Encoder, embedded: Float[Array, "B T D"], token_mask: Bool[Array, "B T"], N: int, key
 ) -> tuple[Float[Array, "B H"], Float[Array, "B T N"]]:
-    """Encode sentences with a memory of N slots. Return the encoder's output at the last token of every sentence.
+    """Encode sentences with a memory of N slots. Return (the output at the last token of every sentence, p).
 
-    The second result is the distribution of every token over the slots. `key`: randomness for dropout, or None.
+    p is the distribution of every token over the slots. `key` is a random key for dropout, or None.
     """
     end = encoder(embedded, token_mask, N, key)
     T = token_mask.shape[1]
@@ -72,7 +73,7 @@ def last_output(
 
 
 def reversed_places(token_mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """Return indices [B,T] that reverse the order of the tokens of every sentence. Padding keeps its position.
+    """Return the indices [B,T] that reverse the order of the tokens in every sentence. Padding keeps its position.
 
     The tokens of a sentence must be next to each other, with padding on one side or on both sides.
 

@@ -8,10 +8,10 @@ Tree = int | tuple["Tree", ...]
 
 
 def induced_depths(p: np.ndarray) -> list[int]:
-    """Return the number (1 .. N) of the memory slot that each of the T tokens of a sentence used most.
+    """Return for each of the T tokens of a sentence the number, 1 .. N, of the memory slot that it used most.
 
-    `p` [T,N] has the distribution of every token over the N slots, without rows for padding. The first token always
-    counts as one that used slot N.
+    `p` [T,N] has the distribution of every token over the N slots, without rows for padding. The number of the first
+    token is always N.
     """
     return [p.shape[1], *(1 + int(i) for i in p[1:].argmax(1))]
 
@@ -21,12 +21,12 @@ def tree_of_depths(depths: Sequence[int]) -> Tree:
 
     `depths` has the number of the memory slot that each word used, as `induced_depths` returns it.
 
-    The words are pushed onto a stack, one after the other. Before a word that uses slot d is pushed, the two topmost
-    phrases of the stack are joined d - d' + 1 times, or until one phrase is left. Here d' is the slot of the word
-    before. After the last word, all phrases are joined, from the top of the stack down.
+    The words are pushed onto a stack, one after the other. Let d be the slot of a word, and d' the slot of the previous
+    word. Before the word is pushed, the two topmost phrases of the stack are joined d - d' + 1 times, or until the
+    stack has only one phrase. After the last word, all phrases are joined, from the top of the stack down.
 
-    For d = d' - 1, nothing is joined. So slots that fall by one from word to word give a tree that branches to the
-    right, and equal slots give a tree that branches to the left.
+    For d = d' - 1, nothing is joined. So if the slot decreases by one from word to word, the tree branches to the
+    right. If all slots are equal, the tree branches to the left.
 
     >>> tree_of_depths([4, 3, 2]), tree_of_depths([4, 4, 4])
     ((0, (1, 2)), ((0, 1), 2))
@@ -48,5 +48,5 @@ def tree_of_depths(depths: Sequence[int]) -> Tree:
 
 
 def induced_tree(p: np.ndarray) -> Tree:
-    """Return the binary tree over the T tokens of a sentence, from the distribution `p` [T,N] of each over N slots."""
+    """Return the binary tree over the T tokens of a sentence. `p` [T,N] has each token's distribution over N slots."""
     return tree_of_depths(induced_depths(p))

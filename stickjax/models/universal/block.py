@@ -20,9 +20,9 @@ from stickjax.models.router import Experts, Router, RouterSums
 
 
 class TanhRouter(Router):
-    """A router that computes the logits of the experts for a token x as dropout(tanh(x w_in + bias)) weight.
+    """A router with one hidden layer. The logits for a token x are dropout(tanh(x @ w_in + bias)) @ weight.
 
-    The gates of a token are the k largest values of the softmax of its logits, divided by their sum.
+    The gates of a token are the softmax probabilities of its k experts, divided by the sum of these k probabilities.
     """
 
     normalized = True
@@ -49,7 +49,7 @@ class BiasedExperts(nnx.Module):
 
     The output for a token x is the sum over the experts e that the router chose for x of
 
-      gate_e * (gelu(x w_in[e] + in_bias[e]) w_out[e] + out_bias[e]).
+      gate_e * (gelu(x @ w_in[e] + in_bias[e]) @ w_out[e] + out_bias[e]).
 
     gate_e is the weight that the router gave to the expert e.
     """
@@ -87,11 +87,11 @@ class Branch(nnx.Module):
         self.norm = LayerNorm(config)
 
     def __call__(self, h: Float[Array, "B T D"], running: Float[Array, "B T"], key, *inputs):
-        """Return the new h, and the `RouterSums` from which the losses of the router are computed.
+        """Return the new h, and the `RouterSums` for the losses of the router.
 
-        `running`: the probability that each token has not halted. It is the weight of the token in the losses, and a
-        token with probability 0 uses no expert. `key`: a random key for a training step, or None. `inputs`: further
-        arguments of the experts: `source` and `context` for `SharedHeads`, none for `BiasedExperts`.
+        `running`: the probability that each token has not halted. It is the weight of the token in the losses. A token
+        with probability 0 uses no expert. `key`: a random key for a training step, or None. `inputs`: further arguments
+        of the experts: `source` and `context` for `SharedHeads`, none for `BiasedExperts`.
         """
         keys = [None] * 3 if key is None else jax.random.split(key, 3)
         x = self.norm(h) if self.config.normalize_before else h
@@ -104,10 +104,10 @@ class Branch(nnx.Module):
 class SutBlock(nnx.Module):
     """The block of a Universal Transformer: self-attention, cross-attention (in a decoder), and feed-forward experts.
 
-    The model applies the block once per step. h is the output of the previous step. s is the state of every token: the
-    mean of h over the steps so far, weighted by the probabilities that the token halts at each step. Queries come from
-    h, but self-attention computes its keys and values from s. So a token that has not halted attends to the final
-    states of the tokens that have halted.
+    The model applies the block once per step. h is the output of the previous step. s is the state of every token: a
+    weighted mean of h over the steps so far (`Halting.state`). The weight of a step is the probability that the token
+    halts at this step. Queries come from h, but self-attention computes its keys and values from s. So a token that has
+    not halted attends to the final states of the tokens that have halted.
     """
 
     def __init__(self, config: SutConfig, key, *, causal: bool, cross: bool = False):

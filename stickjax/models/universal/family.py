@@ -16,7 +16,8 @@ from stickjax.parallel.collectives import psum_over_batch
 def init(config: SutConfig, key: jax.Array) -> PairClassifier | LanguageModel:
     """Return a new model with random parameters: a classifier of pairs of sentences, or a language model.
 
-    The model is a classifier if the config has `classes` of 1 or more. It is also the pytree of its parameters.
+    The model is a classifier if `config.classes` is at least 1. It is a Flax module and also the pytree of its
+    parameters.
 
     >>> model = init(SutConfig(V=16, D=8, H=4, F=16), jax.random.key(0))
     >>> model.stack.block.ffn.experts.w_in.shape
@@ -49,10 +50,10 @@ def apply(
 
 
 class TokenHistory(NamedTuple):
-    """All earlier tokens, as the cache of a language model for the generation of text.
+    """The cache for text generation. It has the ids of all earlier tokens, but no keys and values.
 
-    `tokens` and `segment_ids` are [B,size], with room for `size` tokens; the first `length` places are filled. Keys and
-    values are not stored: for every new token, the model runs on all tokens again.
+    `tokens` and `segment_ids` are [B,size], with room for `size` tokens; the first `length` places are filled. At every
+    decode step, the model runs on all tokens again.
     """
 
     tokens: jax.Array
@@ -70,7 +71,7 @@ def empty_cache(config: SutConfig, batch: int, size: int) -> TokenHistory:
 def decode_step(
     model: LanguageModel, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], cache: TokenHistory
 ) -> tuple[Float[Array, "B V"], TokenHistory]:
-    """Run the model on the tokens in `cache` and on the `tokens` after them. A negative segment id is padding.
+    """Run the model on all tokens: the tokens in `cache`, and then `tokens`. A negative segment id is padding.
 
     Return (the logits [B,V] after the last of the `tokens`, the cache with the `tokens` added).
     """
@@ -90,18 +91,18 @@ def loss(
       mean cross-entropy + `act_weight` * mean halting step + sum over routers of `mi_weight` * (H(e|x) - H(e)).
 
     `act_weight` is a field of the config, and `mi_weight` a field of the config of a router's experts. H(e|x) - H(e)
-    is the loss `mutual_information` of a router (see `router_stats`). The halting step is the number, from 0, of the
-    step in which a token halts.
+    is the loss `mutual_information` of a router (see `router_stats`). The halting step of a token is the number of the
+    step in which it halts; the first step has the number 0.
 
     Args:
       batch: as in `apply`. Pairs of sentences also have `label` [B]; text also has `targets` and `loss_mask` [B,T].
       key: a random key for a training step; None for inference.
 
     Returns:
-      The loss, and the metrics: `loss` (the cross-entropy alone), `accuracy` (for pairs only), `depth` (how often the
-      block is applied to a token, a mean over the tokens), `act` (the mean halting step), `mutual_information` (a mean
-      over the routers) and `load_max`. `load_max` is the largest share of the (token, choice) pairs that any expert of
-      any router has, times the number of experts: 1 if all shares are equal.
+      The loss, and the metrics: `loss` (the cross-entropy alone), `accuracy` (for pairs only), `depth` (the mean number
+      of times that the block is applied to a token), `act` (the mean halting step), `mutual_information` (a mean over
+      the routers) and `load_max`. The load of an expert is its share of the (token, choice) pairs of its router.
+      `load_max` is the largest load of any expert, times the number of experts of the router: 1 if all loads are equal.
 
     >>> config = SutConfig(V=16, D=8, H=4, F=16)
     >>> batch = {"tokens": jnp.ones((2, 3), int), "targets": jnp.ones((2, 3), int), "loss_mask": jnp.ones((2, 3))}
@@ -137,14 +138,14 @@ def loss(
 
 
 def _mixture(config: SutConfig, router: str) -> ExpertsConfig:
-    """Return the config of the experts that a router chooses from. `router` is its name, such as "encoder_ffn"."""
+    """Return the config of the experts of a router. `router` is the name of the router, such as "encoder_ffn"."""
     return config.experts if router.endswith("ffn") else config.attention_experts
 
 
 class Universal(Family):
     """The family of Universal Transformers: language models, and classifiers of pairs of sentences.
 
-    A model is a classifier if its config has `classes` of 1 or more.
+    A model is a classifier if `classes` in its config is at least 1.
     """
 
     config = SutConfig
@@ -167,8 +168,8 @@ class Universal(Family):
     def parameter_counts(self, config: SutConfig) -> tuple[int, int]:
         """Return (the number of all parameters, the number of active parameters).
 
-        Active parameters are the parameters that one application of the block uses for one token. Of E experts only k
-        count, and the embedding does not count.
+        Active parameters are the parameters of the stack that one step uses for one token. Of E experts only k count.
+        The embedding and the output layers of a classifier do not count.
         """
         shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
         block, size = shapes.stack.block, lambda tree: sum(x.size for x in jax.tree.leaves(tree))

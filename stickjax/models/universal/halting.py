@@ -17,11 +17,11 @@ from stickjax.models.layers import cast, uniform
 
 
 class HaltingGate(nnx.Module):
-    """A gate that computes, for every token, the logarithms of the probabilities to go on and to halt, [B,T] each.
+    """A gate with two outputs for every token: the log-probability to go on, and the log-probability to halt.
 
-    From the output h of the block it computes log_softmax(gelu(h w_in + bias) w_out + [halting_bias, 0]). w_out starts
-    at zero. So before training, the probability to go on is sigmoid(halting_bias), which is 1/2 for a bias of 0.
-    `halting_bias` is a field of the config.
+    From the output h of the block, the gate computes log_softmax(gelu(h @ w_in + bias) @ w_out + [halting_bias, 0]).
+    `halting_bias` is a field of the config. w_out starts at zero. So before training, the probability to go on is
+    sigmoid(halting_bias), which is 1/2 for a bias of 0.
     """
 
     def __init__(self, config, key):
@@ -41,25 +41,27 @@ class HaltingGate(nnx.Module):
 
 
 class Halting(NamedTuple):
-    """The values for every token that one step of dynamic halting passes to the next step.
+    """The values that one step of dynamic halting passes to the next step.
 
-    A step applies the block once. The steps are numbered from 0. h_i is the output of step i, and p_i is the
-    probability that the token halts at step i. All floating-point arrays except `hidden` are in fp32.
+    A step applies the block once. The steps are numbered from 0. h_i is the output of step i for a token, and p_i is
+    the probability that the token halts at step i. All floating-point arrays except `hidden` are in fp32.
 
-    `step`: l, the number of the next step. `hidden` [B,T,D]: the input of step l, which is the output of step l - 1.
+    `step`: l, the number of the next step.
+    `hidden` [B,T,D]: the input of step l, which is the output of step l - 1.
     `state` [B,T,D]: the mean of h_i over the steps so far. h_i has the weight p_i, but the latest h_i has all the
       remaining weight, so that the weights sum to 1. `state` no longer changes once the token has halted.
     `running` [B,T]: w, the probability that the token has not halted yet. If w falls below 1 - threshold, the token
       halts, and w becomes 0. For padding, w is 0.
-    `depth` [B,T]: the number of steps: the mean of i + 1, with the same weights as in `state`.
-    `act` [B,T]: the mean of i, the number of the step in which the token halts. A loss on `act` makes tokens halt
-      earlier. Unlike `depth`, `act` still changes after the token has halted, so that this loss has a gradient.
-    `expected` [B,T,D], `expected_step` [B,T]: the sum of p_i h_i and the sum of p_i i, over the steps so far.
+    `depth` [B,T]: the mean number of steps: the mean of i + 1, with the same weights as in `state`.
+    `act` [B,T]: the mean of i, the number of the step in which the token halts, with the same weights. A loss on `act`
+      makes tokens halt earlier. Unlike `depth`, `act` still changes after the token has halted: it is then the sum of
+      p_i * i.
+    `expected` [B,T,D], `expected_step` [B,T]: the sum of p_i * h_i and the sum of p_i * i, over the steps so far.
     `log_rest` [B,T]: the logarithm of the probability that the token has not halted yet (the rest of the stick).
       Unlike `running`, it still changes after the token has halted.
     `statistics`: the statistics that the block returns for the losses, summed over the steps.
-    `rows`: a tree of arrays [L], such as one array per router: the number of (token, choice) pairs that the experts
-      computed in each of the L steps.
+    `rows`: a pytree of arrays [L], such as one array for each router. An array has the number of (token, choice) pairs
+      that the experts computed in each of the L steps.
     """
 
     step: jax.Array
@@ -80,8 +82,8 @@ def halting_step(
 ) -> Halting:
     """Apply the block once, then decide which tokens halt. Return the `Halting` after this step.
 
-    The names are fields of `Halting`; a prime marks the value after the step. With w = `running`, l = `step`, h =
-    `hidden`, rest = exp(`log_rest`), and the probabilities g_go_on and g_halt from the gate:
+    `state` and `expected` are fields of `Halting`. w is the field `running`, l is `step`, h is `hidden`, and rest is
+    exp(`log_rest`). g_go_on and g_halt are the probabilities from the gate. A prime marks the value after the step:
 
       h' = block(h, state, w, l);   state' = expected + w h' where w > 0, else state;
       p = rest * g_halt(h');   rest' = rest * g_go_on(h');   expected' = expected + p h';
@@ -124,8 +126,8 @@ def halting_step(
 def start(x: Float[Array, "B T D"], token_mask: Bool[Array, "B T"], block: Callable, L: int) -> Halting:
     """Return the `Halting` before the first step: `running` is 1, or 0 for padding, and all sums are zero.
 
-    `x` is the input of the first step. `L` is the largest number of steps. `block` is not run: only the shapes of its
-    results are needed.
+    `x` is the input of the first step, and also the first `state`. `L` is the largest number of steps. `block` is not
+    run: only the shapes of its results are needed.
     """
     state, zero = x.astype(jnp.float32), jnp.zeros(token_mask.shape, jnp.float32)
     first = jnp.zeros((), jnp.int32)
@@ -158,7 +160,7 @@ def until_halted(
     """Run `halting_step` L times, or with `stop_early` only until all tokens have halted. Return the last `Halting`.
 
     `state`, `depth`, `statistics` and `rows` are the same with and without `stop_early`. With `stop_early`, `jax.grad`
-    raises an error. `x` is the input of the first step. `block`, `gate`, `token_mask` and `threshold` are arguments of
+    raises an error. `x` is the input of the first step. `block`, `gate`, `token_mask` and `threshold` are as in
     `halting_step`.
 
     >>> gate = lambda h: (jnp.full(h.shape[:2], jnp.log(0.5)),) * 2

@@ -29,12 +29,12 @@ class SutOutput(NamedTuple):
 
     `logits`: [B,classes] for pairs of sentences, else [B,T,V], in float32.
     `depth`: [B,T], for pairs [2,B,T]: the expected number of times that the block is applied to a token.
-    `act`: the number of the step in which a token halts, a mean over all tokens; the first step is step 0. A loss on
-      `act` makes tokens halt sooner.
-    `router`: {router name: its losses and its load over all steps}. In the losses, every token has a weight: the
-      probability that it has not halted yet.
-    `rows`: {router name: array [L]}, the number of (token, choice) pairs that the experts of this device computed in
-      each step.
+    `act`: the mean halting step of the tokens. The halting step of a token is the number of the step in which it halts;
+      the first step has the number 0. A loss on `act` makes tokens halt earlier.
+    `router`: {name of a router: its losses and the loads of its experts, over all steps}. In the losses, every token
+      has a weight in each step: the probability that it has not halted yet.
+    `rows`: {name of a router: array [L]}, the number of (token, choice) pairs that the experts on this device computed
+      in each step.
     """
 
     logits: jax.Array
@@ -47,9 +47,9 @@ class SutOutput(NamedTuple):
 class UniversalStack(nnx.Module):
     """A stack applies one `SutBlock` to the tokens in up to L steps, until every token has halted.
 
-    All steps use the same parameters. Besides the block, the stack has a gate, which decides when a token halts. With
-    `normalize_before` in the config, it also has a final LayerNorm. With `causal`, no token attends to later tokens.
-    With `cross`, the block also attends to another sequence.
+    All steps use the same parameters. Besides the block, the stack has a gate, which decides when a token halts. If the
+    config has `normalize_before`, the stack also has a final LayerNorm. With `causal`, no token attends to later
+    tokens. With `cross`, the block also has cross-attention to another sequence.
     """
 
     def __init__(self, config: SutConfig, key, *, causal: bool, cross: bool = False):
@@ -90,7 +90,7 @@ class UniversalStack(nnx.Module):
             return h, sums, rows
 
         if c.remat == "full":
-            # CSE cannot undo the recomputation inside a scan, so it need not be prevented.
+            # Inside a scan, XLA cannot merge the recomputation with the forward pass, so this need not be prevented.
             block = jax.checkpoint(block, prevent_cse=False)
         threshold = c.halting_threshold if threshold is None else threshold
         end = until_halted(block, self.gate, x, segment_ids >= 0, c.L, threshold, stop_early=stop_early)
@@ -135,9 +135,9 @@ class PairClassifier(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """A causal language model, whose embedding is also the output matrix.
+    """A causal language model. Its embedding is also the output matrix.
 
-    The state of a token, and the step in which it halts, do not depend on later tokens.
+    The state of a token and its halting probabilities do not depend on later tokens.
     """
 
     def __init__(self, config: SutConfig, key):
@@ -159,8 +159,8 @@ class SparseUniversalTransformer(nnx.Module):
 
     One matrix is the embedding of the source, the embedding of the target and the output matrix.
 
-    A batch has `source` [B,S] and `target` [B,T], both padded with 0. The logits [B,T,V] predict the token after
-    each token of `target`.
+    A batch has the token ids `source` [B,S] and `target` [B,T], both padded with 0. At every position of `target`, the
+    logits [B,T,V] predict the next token.
     """
 
     def __init__(self, config: SutConfig, key):
@@ -190,7 +190,8 @@ def segments_of(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
 def sinusoidal(T: int, D: int) -> Float[np.ndarray, "T D"]:
     """Return the sinusoidal embeddings [T,D] of the positions t from 0 to T - 1 (arXiv 1706.03762).
 
-    They are the sines, and then the cosines, of t * 10000^(-i / (D/2)) for i from 0 to D/2 - 1.
+    An angle is t * 10000^(-i / (D/2)), for i from 0 to D/2 - 1. The first D/2 numbers of an embedding are the sines of
+    these angles, and the last D/2 numbers are the cosines.
 
     >>> sinusoidal(2, 4)[:, 2:].tolist() == [[1, 1], [np.float32(np.cos(1)), np.float32(np.cos(0.01))]]
     True
@@ -202,10 +203,10 @@ def sinusoidal(T: int, D: int) -> Float[np.ndarray, "T D"]:
 def embedded(config: SutConfig, embed, tokens, segment_ids, key):
     """Embed `tokens` [B,T]. Return (the input [B,T,D] of a stack, a new random key for the stack).
 
-    `embed` [V,D] is the embedding. The input is sqrt(D) * the row of `embed` for each token. If the config has
-    `sinusoidal` and attention is not causal, sinusoidal positions are added, which count from the first token of each
-    segment. The input is zero for padding, which has a negative segment id. With a random `key`, dropout is applied to
-    the input. Without a key, the new key is None.
+    `embed` [V,D] is the embedding matrix. The input for a token is sqrt(D) times its row of `embed`. If the config has
+    `sinusoidal` and attention is not causal, sinusoidal position embeddings are added. Positions count from the first
+    token of each segment. The input for padding, which has a negative segment id, is zero. With a random `key`, dropout
+    is applied to the input. Without a key, the new key is None.
     """
     x = config.D**0.5 * cast(embed, config)[tokens]
     if config.sinusoidal and not config.causal:
@@ -218,8 +219,8 @@ def embedded(config: SutConfig, embed, tokens, segment_ids, key):
 def encoded(stack: UniversalStack, embed, tokens, key, **how) -> Halting:
     """Embed `tokens` [B,T], which are padded with 0, and run the stack on them. Return the last `Halting`.
 
-    `embed` [V,D] is the embedding, and `key` a random key for a training step, or None. `how`: further arguments of
-    the stack.
+    `embed` [V,D] is the embedding matrix. `key` is a random key for a training step, or None. `how`: further arguments
+    of the stack.
     """
     segments = segments_of(tokens)
     x, key = embedded(stack.config, embed, tokens, segments, key)
@@ -231,10 +232,11 @@ def unembedded(state: Float[Array, "B T D"], embed: Float[Array, "V D"]) -> Floa
 
 
 def summary(logits, stacks, prefixes=("",)) -> SutOutput:
-    """Return the `SutOutput` of a model from its logits and from the results of its stacks.
+    """Make the `SutOutput` of a model from its logits and from the results of its stacks.
 
     `stacks`: the pair (last `Halting`, token mask) of each stack. `prefixes`: for each stack, a prefix for the names of
-    its routers, such as "encoder_". The output has the `depth` of the first stack.
+    its routers, such as "encoder_". The output has the `depth` of the first stack. Its `act` is a mean over the tokens
+    of all stacks.
     """
     router, rows, act, tokens = {}, {}, 0.0, 0.0
     for (end, token_mask), prefix in zip(stacks, prefixes, strict=True):

@@ -20,7 +20,7 @@ from stickjax.storage.hugging_face.files import FLOATS, Lazy, write_sharded
 from stickjax.storage.hugging_face.folder import open_folder
 from stickjax.system.disk import write_file
 
-# The names of buffers in the files of the original ModuleFormer: arrays that are not parameters.
+# The names of the buffers (arrays that are not parameters) in files of the original ModuleFormer code.
 _BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(mask|cum_weight)")
 
 
@@ -35,10 +35,10 @@ def is_folder(path: Path) -> bool:
 def read_config(path: Path) -> Config:
     """Make a stickjax Config for the model in a Hugging Face folder.
 
-    The model section is made from config.json. `model.param_dtype` is the dtype of the tensors, or float32 if they have
-    several dtypes. `model.dtype` is the same dtype, except that it is float32 in place of float16. `data.T` is the
-    longest sequence length, if config.json has it. `data.tokenizer` is the path of tokenizer.json in the folder, even
-    if this file does not exist. All other fields have their default values.
+    The section `model` is made from config.json. `model.param_dtype` is the dtype of the tensors, or float32 if they
+    have several dtypes. `model.dtype` is the same dtype, but float32 instead of float16. `data.T` is the longest
+    sequence length, if config.json has it. `data.tokenizer` is the path of tokenizer.json in the folder, even if this
+    file does not exist. All other fields have their default values.
 
     Raise ValueError if the model is not supported or the folder is damaged.
     """
@@ -65,7 +65,7 @@ def read(path: Path, model: ModelConfig) -> dict[str, Lazy]:
     if model.L > len(tensors):  # checked first, because L may be huge and the names of all layers are made next
         raise ValueError(
             f"{path}: config.json says {model.L} layers, but the files have only {len(tensors)} tensors, "
-            "less than one per layer"
+            "fewer than one per layer"
         )
     expected = names.tensor_shapes(table, model)
     check(tensors, expected, str(path))
@@ -85,7 +85,7 @@ def write(
       path: the folder; it is created if it does not exist.
       config: the config of the model. Its `data.T` is written as the longest sequence length.
       leaves: the parameters, as {name in stickjax: parameter}.
-      shard_bytes: the largest size of a file with tensors, in bytes. A file with a single tensor may be larger.
+      shard_bytes: the largest number of bytes of tensors in a file. A file with a single tensor may be larger.
       tokenizer: the tokenizer of the model; None if it has no tokenizer.
       files: {name: content} of files that are written into the folder: `tokenizer.files`, or, without a tokenizer, only
         the files that name special tokens.
@@ -123,15 +123,15 @@ def _listed(words: list[str], most: int = 8) -> str:
 
 
 def _tensors(path: Path, model: ModelConfig) -> dict[str, Lazy]:
-    """Return {published name: tensor} of a Hugging Face folder, without buffers (arrays that are no parameters).
+    """Return {published name: tensor} of a Hugging Face folder, without buffers (arrays that are not parameters).
 
     A published name is the name that the authors of the model use; `names.published` returns it. If `model.tied` is
-    set, the output matrix is the embedding. Then a second copy of the embedding in the folder, "lm_head.weight", is
-    left out. Raise ValueError if this copy differs from the embedding.
+    true, the output matrix is the embedding, and the tensor "lm_head.weight" is only a copy of it. This copy is left
+    out. Raise ValueError if it differs from the embedding.
     """
     tensors = {names.published(name): t for name, t in open_folder(path).items() if not _BUFFERS.fullmatch(name)}
     if model.tied and "lm_head.weight" in tensors:
-        # A tied model may store its embedding a second time, as the output matrix. If they differ, it is not tied.
+        # A tied model may store its embedding a second time, as the output matrix. If the two differ, it is not tied.
         head, embed = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
         if embed is not None and not np.array_equal(head.read(None), embed.read(None)):
             raise ValueError(

@@ -1,8 +1,8 @@
 """Convert the config.json of a Hugging Face folder to a ModelConfig, and a ModelConfig to a config.json.
 
 Some entries that matter only in training are not converted: the dropout rates, and the weights of the router losses of
-granitemoe and jetmoe. A model of these two types has one router loss for all layers together, but a stickjax model has
-one router loss per layer.
+granitemoe and jetmoe. In these two model types, one router loss is computed from all layers together, but stickjax
+computes one router loss per layer.
 """
 
 import dataclasses
@@ -54,8 +54,8 @@ class _Tree:
     With get = _Tree(tree), `get(name, type)` returns the entry `name` after a check of its type. At the end,
     `get.end()` raises ValueError if there are entries that were not read. An entry that is null counts as absent.
 
-    `tree` is the content of config.json, or an object inside it. For such an object, `where` is its name, with which
-    messages begin.
+    `tree` is the content of config.json, or an object inside it. Messages begin with `where`, such as "rope_scaling: "
+    for the object with this name.
     """
 
     def __init__(self, tree: dict, where: str = ""):
@@ -66,12 +66,12 @@ class _Tree:
         value = self._tree.get(name)
         if value is None:
             if default is ...:
-                raise ValueError(f"the entry {name} is missing")
+                raise ValueError(f"{self._where}the entry {name} is missing")
             return default
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            raise ValueError(f"{name}={value!r} must be of type {kind.__name__}")
+            raise ValueError(f"{self._where}{name}={value!r} must be of type {kind.__name__}")
         return value
 
     def only(self, known: dict) -> None:
@@ -81,10 +81,9 @@ class _Tree:
                 raise ValueError(f"{self._where}{name}={value!r} is not supported; {name} must be {wanted!r}")
 
     def either(self, name: str, other: str, kind: type, default=...) -> Any:
-        """Return an entry that has either the name `name` or the name `other`. Return `default` if there is neither.
+        """Return the entry `name` or the entry `other`: two names of one entry. If both are absent, return `default`.
 
-        Raise ValueError if there are entries with both names and their values differ. Without a `default`, also raise
-        ValueError if there is neither.
+        Raise ValueError if both are present and their values differ, or if both are absent and there is no `default`.
         """
         found = {n: value for n in (name, other) if (value := self(n, kind, None)) is not None}
         if len(set(found.values())) > 1:
@@ -93,7 +92,7 @@ class _Tree:
         return next(iter(found.values())) if found else self(name, kind, default)
 
     def end(self) -> None:
-        """Raise ValueError if config.json has entries that were not read and are not in the set IGNORED."""
+        """Raise ValueError if `tree` has entries that were not read and are not in the set IGNORED."""
         rest = sorted(n for n, x in self._tree.items() if x is not None and n not in self._known | IGNORED)
         if rest:
             unread = ", ".join(f"{name}={self._tree[name]!r:.60}" for name in rest[:8])
@@ -148,7 +147,7 @@ def _granitemoe(get: _Tree) -> dict:
 
 
 def _jetmoe(get: _Tree) -> dict:
-    """Return {field of ModelConfig: value} for the config.json of a model of type jetmoe. `get` reads the entries.
+    """Return {field of ModelConfig: value} for the config.json of a jetmoe model. `get` reads its entries.
 
     Some entries have one name in transformers and another name in the original code of JetMoE. Both names are accepted.
     """
@@ -211,7 +210,7 @@ def _to_llama(c: ModelConfig) -> dict:
         vocab_size=c.vocabulary, hidden_size=c.D, num_hidden_layers=c.L, intermediate_size=c.F, head_dim=c.H,
         rms_norm_eps=_final_norm_eps(c),
         num_attention_heads=c.N, num_key_value_heads=c.K, tie_word_embeddings=c.tied,
-        # transformers 5 reads the dictionary, version 4 the number.
+        # transformers 5 reads `rope_parameters`, and transformers 4 reads `rope_theta`.
         rope_theta=c.rope_theta, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
     )  # fmt: skip
 
@@ -252,10 +251,10 @@ _TYPES = {
 
 
 def to_model_config(tree: dict) -> tuple[ModelConfig, int | None]:
-    """Convert the content of a config.json to (ModelConfig, longest sequence length of the model).
+    """Convert `tree`, the content of a config.json, to (ModelConfig, longest sequence length of the model).
 
-    `tree` is the content of the file. The length is None if the file does not have it. Raise ValueError if the
-    model_type is unknown, or if an entry is missing, has a wrong type, is not supported or is unknown.
+    The length is None if the file does not have it. Raise ValueError if the model_type is unknown, or if an entry is
+    missing, is unknown, or has a wrong type or a value that is not supported.
     """
     kind = tree["model_type"]
     if kind not in _TYPES:
@@ -268,10 +267,10 @@ def to_model_config(tree: dict) -> tuple[ModelConfig, int | None]:
 
 
 def kind_of(c: ModelConfig | SutConfig) -> str:
-    """Return the model_type of transformers that is the most similar to the config `c`, such as "granite".
+    """Return the model_type of transformers that is most similar to the config `c`, such as "granite".
 
-    `to_config_json` checks whether this model_type can express all fields of the config. Raise ValueError if no
-    model_type is similar.
+    `to_config_json` then checks whether this model_type can express the config. Raise ValueError if no model_type is
+    similar.
     """
     if (nearest := _NEAREST.get(type(c))) is None:
         raise ValueError(f"no Hugging Face model_type fits a model of family={c.family!r}")
@@ -295,9 +294,9 @@ _NEAREST = {ModelConfig: _nearest_decoder}
 def to_config_json(c: ModelConfig, T: int) -> dict:
     """Return the content of a Hugging Face config.json for a model with the config `c`.
 
-    The model was trained with sequences of T tokens; T is written as the longest sequence length. `kind_of` returns the
-    model_type. Raise ValueError if this model_type cannot express a field that changes the logits. The message names
-    all such fields.
+    The model was trained with sequences of T tokens. T is written as the longest sequence length. The model_type comes
+    from `kind_of`. Raise ValueError if this model_type cannot express all fields that change the logits. The message
+    lists the fields that it cannot express.
     """
     kind = kind_of(c)
     _, write, architecture, length = _TYPES[kind]
@@ -311,8 +310,8 @@ def to_config_json(c: ModelConfig, T: int) -> dict:
 def _effective(c: ModelConfig) -> dict:
     """Return {name: value} for all fields of a config that can change the logits of the model.
 
-    If these dictionaries are equal for two configs, models with the two configs compute the same function. A field that
-    is None is replaced by the value that None stands for, such as 1 / sqrt(H) for `attention_scale`.
+    If these dictionaries are equal for two configs, models with the two configs compute the same function. In the
+    dictionary, a field that is None has the value that None stands for, such as 1 / sqrt(H) for `attention_scale`.
     """
     stood_for = dict(V=c.vocabulary, logits_scaling=_logits_scaling(c), final_norm_eps=_final_norm_eps(c))
     c = dataclasses.replace(c, attention_scale=c.scale, **stood_for)

@@ -1,6 +1,6 @@
 """Read and write safetensors files, one tensor at a time, so that a model may be larger than the memory.
 
-The files are read, and not mapped into memory: mapped pages would count as memory of this process until the operating
+The files are not mapped into memory (mmap): mapped pages would count as memory of this process until the operating
 system frees them.
 """
 
@@ -65,8 +65,7 @@ def finite(leaves: dict[str, Lazy], where: str | os.PathLike) -> dict[str, Lazy]
 def in_file(path: Path, dtype: np.dtype | str, shape: tuple[int, ...], offset: int, stacked: bool = False) -> Lazy:
     """Return a Lazy array that reads its values from the file `path`.
 
-    `offset` is the position of the first byte of the array in the file. `dtype`, `shape` and `stacked` are as in
-    `Lazy`.
+    `offset` is the number of bytes in the file before the array. `dtype`, `shape` and `stacked` are as in `Lazy`.
     """
 
     def read(row: int | None) -> np.ndarray:
@@ -83,7 +82,7 @@ def in_file(path: Path, dtype: np.dtype | str, shape: tuple[int, ...], offset: i
 def open_safetensors(path: Path) -> dict[str, Lazy]:
     """Return {name: tensor} of a safetensors file. Each tensor is read when it is used.
 
-    If a name begins with "blocks/", the first axis of the tensor is the axis L of layers, so it is a stacked `Lazy`
+    If the name of a tensor begins with "blocks/", its first axis is the axis L of layers, and it is a stacked `Lazy`
     array. Raise ValueError if the file cannot be read, is truncated, or has a damaged header: wrong JSON, or tensors
     that overlap or are outside of the file.
     """
@@ -106,13 +105,13 @@ def open_safetensors(path: Path) -> dict[str, Lazy]:
 
 
 def write_safetensors(path: Path, arrays: dict[str, Lazy]) -> None:
-    """Write arrays {name: array} as a safetensors file. Only one array, or one layer of it, is in memory at a time.
+    """Write `arrays` {name: array} as a safetensors file. Only one array is in memory at a time.
 
-    The package `safetensors` is not used to write, because it needs all arrays in memory. Raise OSError if the file
-    cannot be written.
+    If an array is stacked, only one layer of it is in memory at a time. The package `safetensors` is not used to write
+    files, because it needs all arrays in memory. Raise OSError if the file cannot be written.
     """
     names, end = {dtype: name for name, dtype in FLOATS.items()}, 0
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses the file
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without this entry
     for name, array in arrays.items():
         begin, end = end, end + math.prod(array.shape) * array.dtype.itemsize
         header[name] = {"dtype": names[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
@@ -126,10 +125,10 @@ def write_safetensors(path: Path, arrays: dict[str, Lazy]) -> None:
 
 
 def write_sharded(folder: Path, arrays: dict[str, Lazy], shard_bytes: int) -> None:
-    """Write tensors {name: tensor} into a folder. If one file is enough, this is model.safetensors.
+    """Write the tensors `arrays` {name: tensor} into a folder, as one safetensors file or as several files (shards).
 
-    Otherwise they are written as several files (shards) and an index, a JSON file that says which shard has which
-    tensor. A shard has at most `shard_bytes` bytes of tensors, or a single larger tensor.
+    A file has at most `shard_bytes` bytes of tensors, or a single larger tensor. If one file is enough, its name is
+    model.safetensors. Otherwise there is also an index: a JSON file that says in which shard each tensor is.
     """
     shards, sizes = [{}], [0]
     for name, array in arrays.items():

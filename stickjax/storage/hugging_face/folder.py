@@ -1,4 +1,4 @@
-"""Open the tensors of a Hugging Face folder. They are in one or several safetensors files, or torch .bin files."""
+"""Open the tensors of a Hugging Face folder: one or several safetensors files, or .bin files of PyTorch."""
 
 import json
 import os
@@ -11,9 +11,9 @@ from stickjax.storage.hugging_face.pickles import open_bin
 def open_folder(folder: str | os.PathLike) -> dict[str, Lazy]:
     """Return {name: tensor} of a Hugging Face folder. Each tensor is read from its file when it is used.
 
-    The tensors are in model.safetensors, or in several files (shards) that an index lists, or in .bin files of torch.
-    If a folder has safetensors files and .bin files, the safetensors files are read. If there are shards and a single
-    file of the same format, the shards are read.
+    The tensors are in safetensors files or in .bin files of PyTorch: one file, or several files (shards) that an index
+    lists. If a folder has both formats, the safetensors files are read. If there are shards and a single file
+    of the same format, the shards are read.
 
     Raise ValueError if there are no tensors, if a shard is missing or damaged, or if the index and the shards name
     different tensors.

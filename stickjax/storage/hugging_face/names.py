@@ -1,15 +1,15 @@
 """Convert the tensors of a Hugging Face folder to the parameters of stickjax and back: their names and their axes.
 
 In this file, a tensor is an array of a Hugging Face folder, and a leaf is a parameter of the stickjax model. A tensor
-belongs to one layer; a leaf has the values of all layers, with a leading axis L. Every supported `model_type` has a
-table, and every row of a table maps a tensor to a leaf. `theirs` is the name of the tensor, where {} stands for the
-index of the layer. `ours` is the name of the leaf. `axes` are the axes of the tensor; the module
+inside a layer belongs to one layer; its leaf has the values of all layers, with a leading axis L. Every supported
+`model_type` has a table, and every row of a table maps a tensor to a leaf. `theirs` is the name of the tensor, where {}
+stands for the index of the layer. `ours` is the name of the leaf. `axes` are the axes of the tensor; the module
 `stickjax.models.parameters` has the axes of the leaf.
 
 Axes are written as in "NH D": spaces separate the axes, and every letter is a size. A letter is a field of ModelConfig,
-except three: E is the number of feed-forward experts, A is the number of attention experts, and R is the field `hidden`
-of their routers. Several letters together are one axis, whose last letter varies fastest. For example, a tensor with
-the axes "NH D" becomes a leaf with the axes "D N H".
+except three: E is the number of feed-forward experts, A is the number of attention experts, and R is the hidden width
+of a router (`experts.hidden`). Several letters together are one axis, whose last letter varies fastest. For example, a
+tensor with the axes "NH D" becomes a leaf with the axes "D N H".
 
 A digit is a size, too. For example, the axis "2F" of a gated feed-forward network has 2 * F entries: F values of the
 gate, then the F values that the gate multiplies. If only the tensor or only the leaf has the digit 2, then a row of the
@@ -32,6 +32,8 @@ from stickjax.storage.hugging_face.files import Lazy
 
 
 class Row(NamedTuple):
+    """A row of a table: it maps a tensor to a leaf. The top of this file explains the fields."""
+
     ours: str
     theirs: str
     axes: str
@@ -163,20 +165,20 @@ def table(model_type: str, c: ModelConfig) -> list[Row]:
 
 
 def _checked(row: Row, known: dict[str, str]) -> str:
-    """Return the axes of the leaf (stickjax parameter) to which a row of the table maps a tensor, after two checks.
+    """Check a row of a table, and return the axes of its leaf, the stickjax parameter.
 
-    `known` is {name of a leaf: its axes} of the model. Raise ValueError if the model has no such leaf, or if the axes
-    of the tensor and the axes of the leaf have different letters.
+    `known` is {name of a leaf: its axes} for all leaves of the model. Raise ValueError if the model does not have the
+    leaf of the row, or if the axes of the tensor and the axes of the leaf have different letters.
     """
     if row.ours not in known:
         raise ValueError(
-            f"the row of the tensor {row.theirs} has an unknown parameter {row.ours!r}{nearest(row.ours, known)}"
+            f"the table row for the tensor {row.theirs} has an unknown parameter {row.ours!r}{nearest(row.ours, known)}"
         )
     theirs, ours = (sorted(filter(str.isalpha, axes)) for axes in (row.axes, known[row.ours]))
     if theirs != ours:
         raise ValueError(
-            f"the row of the tensor {row.theirs} has the axes {row.axes!r}, but the parameter {row.ours} has the axes "
-            f"{known[row.ours]!r}; both must consist of the same letters"
+            f"the table row for the tensor {row.theirs} has the axes {row.axes!r}, but the parameter {row.ours} has "
+            f"the axes {known[row.ours]!r}; both must consist of the same letters"
         )
     return known[row.ours]
 
@@ -184,10 +186,10 @@ def _checked(row: Row, known: dict[str, str]) -> str:
 def _sizes(c: ModelConfig, name: str, axes: str) -> str:
     """Return the axes of a leaf (stickjax parameter) in the letters of this file.
 
-    `name` is the name of the leaf, and `axes` are its axes in the letters of `stickjax.models.parameters`. These
-    letters are replaced:
+    `name` is the name of the leaf, and `axes` are its axes in the letters of `stickjax.models.parameters`. The
+    following letters are replaced:
 
-    `E`, `C`: the axis of the experts, and the axis of the router columns. They become A in an attention layer, and E in
+    `E`, `C`: the axis of the experts, and the axis of the router columns. Both become A in an attention layer, and E in
       a feed-forward network.
     `G`: the number of inputs of the activation. It becomes a digit: 2 for a gated activation, otherwise 1.
     `R`: the number of inputs of the router's last matrix. In a linear router it becomes D, because this matrix is the
@@ -198,8 +200,8 @@ def _sizes(c: ModelConfig, name: str, axes: str) -> str:
     return " ".join(sizes.get(axis, axis) for axis in axes.split())
 
 
-# {end of a name in transformers 5: end of the published name} for the experts of granitemoe. The versions 4 and 5 of
-# transformers can read the published names.
+# {end of a name that transformers 5 writes: end of the published name} for the experts and routers of granitemoe.
+# Versions 4 and 5 of transformers both read the published names.
 _RENAMED = {
     "block_sparse_moe.experts.gate_up_proj": "block_sparse_moe.input_linear.weight",
     "block_sparse_moe.experts.down_proj": "block_sparse_moe.output_linear.weight",
@@ -208,9 +210,9 @@ _RENAMED = {
 
 
 def published(name: str) -> str:
-    """Return the name that the authors of a model have given to a tensor in their Hugging Face folder.
+    """Return the published name of a tensor: its name in the Hugging Face folder of the model's authors.
 
-    `name` is this published name, or the name that transformers 5 writes. For most tensors, the two names are equal.
+    `name` is the published name, or the name that transformers 5 writes. For most tensors, the two names are equal.
 
     >>> published("model.layers.3.block_sparse_moe.experts.down_proj")
     'model.layers.3.block_sparse_moe.output_linear.weight'
@@ -249,21 +251,19 @@ def _size(config: ModelConfig, letter: str) -> int:
 
 
 def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray, of: str, part: int) -> None:
-    """Copy the array `source` into the array `target`, and transpose its axes.
+    """Copy the array `source` into the array `target`, with the axes in the order of `target`.
 
-    `of` has the axes of `source`, and `to` has the axes of `target`, as in "NH D". A digit is an axis too: "2 F D" are
-    the axes of an array that consists of two arrays "F D". If only `of` has a digit, one of the two arrays in `source`
-    is copied, with the index `part`. If only `to` has a digit, `source` is copied into one of the two arrays in
-    `target`, with the index `part`.
+    `of` are the axes of `source`, and `to` are the axes of `target`, as in "NH D". A digit is an axis, too: an array
+    with the axes "2 F D" has two parts with the axes "F D". If only `of` has a digit, only the part of `source` with
+    the index `part` is copied. If only `to` has a digit, `source` is copied into the part of `target` with this index.
     """
     to, of = to.replace(" ", ""), of.replace(" ", "")
 
     def common(array: np.ndarray, own: str, other: str) -> np.ndarray:
-        """Return a view of `array` with one axis for every letter that is in both `own` and `other`.
+        """Return a view of `array` with one axis for every letter or digit that is in both `own` and `other`.
 
-        `own` has the letters and digits of the axes of `array`, and `other` has the letters and digits of the axes of
-        the other array. If only `own` has a digit, the view has only the entry `part` of `array` on the axis of the
-        digit.
+        `own` are the letters and digits of `array`, and `other` are the letters and digits of the other array. If only
+        `own` has a digit, the view has only the part of `array` with the index `part`.
         """
         view = array.reshape([_size(config, letter) for letter in own])
         return view[tuple(slice(None) if letter in other else part for letter in own)]
@@ -279,7 +279,7 @@ def _numbered(table: list[Row], config: ModelConfig) -> dict[str, tuple[int | No
     """Return {name of a tensor: (index of its layer, its rows in `table`)}, in the order of the layers.
 
     A tensor is an array of a Hugging Face folder. The index is None for a tensor that belongs to no layer, such as the
-    embedding. A tensor has several rows if it consists of several stickjax parameters.
+    embedding. A tensor has several rows if it contains several stickjax parameters.
     """
     found: dict[str, tuple[int | None, list[Row]]] = {}
     for i in range(config.L):
@@ -293,7 +293,7 @@ def _numbered(table: list[Row], config: ModelConfig) -> dict[str, tuple[int | No
 def tensor_shapes(table: list[Row], config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return {name: shape} of all tensors that a Hugging Face folder must have for a model with this config.
 
-    `table` is the result of the function `table` for the type of the model.
+    `table` is the result of the function `table` for the model type.
     """
     return {name: shape(config, axes(rows[0])[0]) for name, (_, rows) in _numbered(table, config).items()}
 
@@ -301,8 +301,8 @@ def tensor_shapes(table: list[Row], config: ModelConfig) -> dict[str, tuple[int,
 def leaves_from_tensors(table: list[Row], config: ModelConfig, tensors: dict[str, Lazy]) -> dict[str, Lazy]:
     """Convert the tensors of a Hugging Face folder to the parameters of the stickjax model: {name: parameter}.
 
-    `tensors` is {name: tensor}. `table` is the result of the function `table`. Tensors are read only when the parameter
-    to which they belong is read.
+    `tensors` is {name: tensor}. `table` is the result of the function `table`. A tensor is read only when its parameter
+    is read.
     """
 
     def leaf(rows: list[Row]) -> Lazy:
@@ -335,7 +335,7 @@ def tensors_from_leaves(table: list[Row], config: ModelConfig, leaves: dict[str,
     """Convert the parameters of a stickjax model to the tensors of a Hugging Face folder: {name: tensor}.
 
     `leaves` is {name: parameter}. The tensors are in the order of the layers. `table` is the result of the function
-    `table`. A parameter is read only when a tensor that belongs to it is read.
+    `table`. A parameter is read only when one of its tensors is read.
     """
 
     def tensor(number: int | None, rows: list[Row]) -> Lazy:

@@ -1,7 +1,7 @@
 """Read the .bin files of torch without torch. A .bin file is a zip archive of a pickle and the bytes of tensors.
 
 A pickle is a program, and could execute any function. The reader in this file makes only dictionaries of tensors. If a
-pickle names any other function or class, the reader raises ValueError, and the function is not executed.
+pickle names any other function or class, the reader raises ValueError and does not execute it.
 """
 
 import math
@@ -42,7 +42,7 @@ def open_bin(path: Path) -> dict[str, Lazy]:
         for name, tensor in tensors.items():
             if not (isinstance(name, str) and isinstance(tensor, Lazy)):
                 raise ValueError(f"entry {name!r:.80} is a {type(tensor).__name__}, not a tensor")
-    # A damaged pickle may raise anything.
+    # A damaged pickle may raise any exception.
     except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} cannot be read: {reason}") from error
@@ -52,8 +52,8 @@ def open_bin(path: Path) -> dict[str, Lazy]:
 def _begin(file, info: zipfile.ZipInfo) -> int:
     """Return the position in a zip archive at which the bytes of one entry begin.
 
-    `file` is the open archive, and `info` describes the entry. The bytes follow a header, whose length is written only
-    in the header itself. Raise ValueError if the entry is compressed.
+    `file` is the open archive, and `info` describes the entry. The bytes come after a header, and only the header
+    itself says how long it is. Raise ValueError if the entry is compressed.
     """
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{info.filename} is compressed; save the file with torch.save")
@@ -66,14 +66,14 @@ def _begin(file, info: zipfile.ZipInfo) -> int:
 class _Tensors(pickle._Unpickler):
     """An unpickler that makes only tensors and dictionaries of tensors, and raises ValueError for anything else.
 
-    Its base class is the unpickler that is written in Python. The usual one, which is written in C, would allocate as
-    much memory as a damaged file asks for.
+    The base class is Python's unpickler that is written in Python. The usual unpickler, which is written in C, would
+    allocate as much memory as a damaged file asks for.
 
     Args:
       program: the open pickle.
       path: the path of the archive.
-      root: the folder inside the archive.
-      places: {path in the archive: (its ZipInfo, position of its first byte in the archive)}.
+      root: the folder inside the archive that has all its entries, such as "archive/".
+      places: {path of an entry in the archive: (its ZipInfo, position of its first byte in the archive)}.
     """
 
     def __init__(self, program, path: Path, root: str, places: dict):
@@ -83,20 +83,22 @@ class _Tensors(pickle._Unpickler):
     def find_class(self, module: str, name: str):
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        # A new function for every call, so that a pickle cannot change a shared one.
+        # Every call returns a new function, so that a pickle cannot change a function that other pickles use.
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda *arguments: self._tensor(*arguments)
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda tensor, requires_grad, hooks: tensor
         if module == "torch" and name in _STORAGES:
             return name
-        raise ValueError(f"the pickle asks for {module}.{name}, which is no part of a tensor and was not executed")
+        raise ValueError(
+            f"the pickle asks for {module}.{name}, a function or class that no tensor needs; it was not executed"
+        )
 
     def persistent_load(self, pid):
-        """Return (type, path in the archive, number of elements) of a storage.
+        """Return (element type, path in the archive, number of elements) of a storage: the bytes of some tensors.
 
-        A storage has the bytes of one or several tensors. `pid` is how torch writes a storage in a pickle: ("storage",
-        type, entry, device, number of elements).
+        `pid` is the tuple that stands for the storage in the pickle: ("storage", name of its torch class, its entry in
+        the archive, device, number of elements).
         """
         _, kind, entry, _, count = pid
         return _STORAGES[kind], f"{self._root}data/{entry}", count
@@ -105,7 +107,10 @@ class _Tensors(pickle._Unpickler):
         dtype, entry, count = storage
         info, begin = self._places[entry]
         if any(type(n) is not int or n < 0 for n in (offset, count, *shape, *stride)):
-            raise ValueError(f"a tensor of {entry} has a wrong shape {shape}, stride {stride} or offset {offset}")
+            raise ValueError(
+                f"a tensor of {entry} has a wrong shape {shape}, stride {stride}, offset {offset} or number of "
+                f"elements {count}: these must be whole numbers of at least 0"
+            )
         contiguous = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         if any(n > 1 and own != wanted for n, own, wanted in zip(shape, stride, contiguous, strict=True)):
             raise ValueError(
