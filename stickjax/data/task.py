@@ -1,6 +1,6 @@
 """The class Task, a source of examples for a model that reads examples instead of a text, such as a classifier."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from stickjax.data.tasks import Examples
@@ -15,7 +15,9 @@ class Task(NamedTuple):
       ids; V_target, the number of token ids of the targets of translations; and classes, the number of labels.
     `examples`: the function `examples(part, T=..., **options)`. It returns the examples for `part`, such as "train" or
       "test". A text has at most T tokens; T None: any number of tokens.
-    `decode`: {name of an array of token ids: a function that converts the ids of one text to the text}.
+    `encode`: a function that converts a text that the model reads to its token ids, without padding.
+    `decode`: {name of an array of token ids: a function that converts the ids of one text to the text}. The texts that
+      the model reads come first, in the order in which a user gives them; a translation has its "target" after them.
     `labels`: the names of the labels, in the order of their ids.
     `bucket`: a function from a row (see `Examples`) to a number that says how long the row is, such as its number of
       operators. An evaluation scores the rows with the same number, a bucket, together. None: all rows are one bucket.
@@ -33,6 +35,7 @@ class Task(NamedTuple):
     name: str
     ids: dict[str, int]
     examples: Callable[..., Examples]
+    encode: Callable[[str], Sequence[int]]
     decode: Mapping[str, Callable]
     labels: tuple[str, ...] = ()
     tokenizer: Tokenizer | None = None
