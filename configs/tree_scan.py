@@ -13,9 +13,10 @@ from stickjax.config import TreeConfig
 
 
 def get_config() -> Config:
-    model = TreeConfig(H=128, N=5, depth=8)
+    model = TreeConfig(H=128, N=5, depth=7)
     data = DataConfig(source="scan", split="length", valid_every=10, T=24, B=100)
     optim = OptimConfig(
-        schedule="cosine", peak_lr=3e-4, beta1=0.0, beta2=0.999, eps=1e-9, weight_decay=0.0, clip=1.0,
+        schedule="cosine", peak_lr=6e-4, warmup_tokens=200 * data.tokens_per_step, beta1=0.0, beta2=0.999, eps=1e-9,
+        weight_decay=0.0, clip=1.0,
     )  # fmt: skip
-    return Config(model, data, optim, TrainConfig(steps=7600, log_every=20, checkpoint_every=500))
+    return Config(model, data, optim, TrainConfig(steps=6000, log_every=20, checkpoint_every=500))

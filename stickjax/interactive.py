@@ -11,8 +11,9 @@ import jax
 from stickjax.config import Config
 from stickjax.config.command_line import config_name, load_config
 from stickjax.evaluate import LENGTHS, evaluate
-from stickjax.evaluation import examples, pairs
+from stickjax.evaluation import answers, examples, pairs
 from stickjax.generate import generate_text
+from stickjax.models.ordered_memory.parse import Tree
 from stickjax.storage import run_folder
 from stickjax.storage.checkpoints import Checkpoints
 from stickjax.storage.run_folder import Loaded
@@ -114,6 +115,14 @@ class TrainedModel(Loaded):
             seed=seed, stop=stop, special_tokens=special_tokens, on_text=on_text,
         )  # fmt: skip
         return texts[0] if one else texts
+
+    def predict(self, texts: Sequence[str | tuple[str, str]]) -> list[str]:
+        """Return the most probable label of each text, or its translation (`stickjax.evaluation.answers.predict`)."""
+        return answers.predict(self.model, self.config, texts)
+
+    def trees(self, texts: Sequence[str | tuple[str, str]]) -> list[Tree] | list[tuple[Tree, Tree]]:
+        """Return the tree that the model induces over each text (`stickjax.evaluation.answers.induced_trees`)."""
+        return answers.induced_trees(self.model, self.config, texts)
 
     def evaluate(self, *, lengths: Sequence[int] = LENGTHS, max_tokens: int = 2**17, max_pairs: int = 1024) -> Columns:
         """Compute the loss on held-out text, in bits per byte, with contexts of m * T tokens for every m in `lengths`.

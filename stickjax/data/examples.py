@@ -27,8 +27,9 @@ def _logic(d: DataConfig) -> Task:
     examples = partial(logic.examples, draws=d.examples, split=d.split, valid_every=d.valid_every)
     ids = {"V": len(logic.VOCABULARY), "classes": len(logic.RELATIONS)}
     return Task(
-        "pairs of logic", ids, examples, dict.fromkeys(["left", "right"], logic.VOCABULARY.decode), logic.RELATIONS,
-        bucket=lambda row: row.bucket, bucket_name="operators", brackets=lambda row: [row.left, row.right],
+        "pairs of logic", ids, examples, logic.VOCABULARY.encode,
+        dict.fromkeys(["left", "right"], logic.VOCABULARY.decode), logic.RELATIONS, bucket=lambda row: row.bucket,
+        bucket_name="operators", brackets=lambda row: [row.left, row.right],
     )  # fmt: skip
 
 
@@ -36,7 +37,8 @@ def _listops(d: DataConfig) -> Task:
     examples = partial(listops.examples, count=d.examples, valid_every=d.valid_every)
     ids = {"V": len(listops.VOCABULARY), "classes": 10}
     return Task(
-        "sentences of listops", ids, examples, {"tokens": listops.VOCABULARY.decode}, tuple("0123456789"),
+        "sentences of listops", ids, examples, listops.VOCABULARY.encode, {"tokens": listops.VOCABULARY.decode},
+        tuple("0123456789"),
         bucket=lambda row: _up_to(words_in(row.text), (10, 20, 30, 40, 50, 100, 200, 400, 1000)),
         bucket_name="tokens, up to", brackets=lambda row: [listops.binary(row.text)],
     )  # fmt: skip
@@ -44,11 +46,13 @@ def _listops(d: DataConfig) -> Task:
 
 def _scan(d: DataConfig) -> Task:
     def examples(part: str, T: int | None = None, **options) -> Examples:
-        return scan.examples(part, T=T, S=T, split=d.split or "simple", valid_every=d.valid_every, **options)
+        # The longest command has 9 words, far fewer than the longest sequence of actions.
+        return scan.examples(part, T=None, S=T, split=d.split or "simple", valid_every=d.valid_every, **options)
 
     ids = {"V": len(scan.COMMANDS), "V_target": len(scan.ACTIONS)}
     return Task(
-        "translations of scan", ids, examples, {"source": scan.COMMANDS.decode, "target": scan.ACTIONS.decode},
+        "translations of scan", ids, examples, scan.COMMANDS.encode,
+        {"source": scan.COMMANDS.decode, "target": scan.ACTIONS.decode},
         bucket=lambda row: _up_to(words_in(row.actions), (8, 16, 22, 24, 28, 32, 40, 48)), bucket_name="actions, up to",
     )  # fmt: skip
 
@@ -63,10 +67,11 @@ def _questions(d: DataConfig) -> Task:
     def examples(part: str, T: int | None = None, **options) -> Examples:
         return questions.examples(part, T=T, S=T, count=d.examples, **options)
 
-    ids, decode = len(questions.VOCABULARY), questions.VOCABULARY.decode
+    words = questions.VOCABULARY
     return Task(
-        "translations of questions", {"V": ids, "V_target": ids}, examples, {"source": decode, "target": decode}
-    )
+        "translations of questions", {"V": len(words), "V_target": len(words)}, examples, words.encode,
+        {"source": words.decode, "target": words.decode},
+    )  # fmt: skip
 
 
 # {what a model reads (`config.model.reads`): {`data.source`: a function from a DataConfig to its task}}

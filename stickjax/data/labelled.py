@@ -72,8 +72,9 @@ def labelled_task(d: DataConfig, names: tuple[str, ...]) -> Task:
     files = {LABELS_FILE: (json.dumps(rows.labels, ensure_ascii=False) + "\n").encode()}
     ids = {"V": rows.tokenizer.vocab_size + 1, "classes": len(rows.labels)}
     return Task(
-        name, ids, rows.examples, dict.fromkeys(names, rows.decode), rows.labels, rows.tokenizer, heldout, files
-    )
+        name, ids, rows.examples, rows.encode, dict.fromkeys(names, rows.decode), rows.labels, rows.tokenizer, heldout,
+        files,
+    )  # fmt: skip
 
 
 class LabelledRows:
@@ -144,6 +145,9 @@ class LabelledRows:
         texts = (text for row in self.records("train") for text in row.texts)
         return WordTokenizer.made_of(texts, self.data.min_count)
 
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self.tokenizer.encode(text), "<i4") + 1
+
     def decode(self, ids) -> str:
         return self.tokenizer.decode([int(i) - 1 for i in ids if i])
 
@@ -167,7 +171,7 @@ class LabelledRows:
                 raise ValueError(
                     f"{where}: the label {record.label!r} is not one of {known:.100}, the labels of {source}"
                 )
-            ids = [np.asarray(self.tokenizer.encode(text), "<i4") + 1 for text in record.texts]
+            ids = [self.encode(text) for text in record.texts]
             if not all(map(len, ids)):
                 raise ValueError(f"{where}: a text of this row has no tokens; remove the row")
             if T is not None and (longest := max(map(len, ids))) > T:

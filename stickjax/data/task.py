@@ -1,6 +1,6 @@
 """The class Task: a source of examples. Some models, such as classifiers, read examples instead of a text."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from stickjax.data.tasks import Examples
@@ -15,7 +15,9 @@ class Task(NamedTuple):
       ids; V_target, the number of token ids of the targets of translations; and classes, the number of labels.
     `examples`: the function `examples(part, T=..., **options)`. It returns the examples for `part`, such as "train" or
       "test". A text has at most T tokens. If T is None, a text may have any number of tokens.
-    `decode`: {name of an array of token ids: a function that converts the ids of one text to the text}.
+    `encode`: a function that converts a text that the model reads to its token ids, without padding.
+    `decode`: {name of an array of token ids: a function that converts the ids of one text to the text}. The arrays of
+      the model's inputs come first, in the order of the texts of an example. For a translation, "target" follows.
     `labels`: the names of the labels, in the order of their ids.
     `bucket`: a function from a row (see `Examples`) to a number that measures its length, such as its number of
       operators. The rows with the same number form a bucket. An evaluation computes the accuracy of each bucket. None:
@@ -34,6 +36,7 @@ class Task(NamedTuple):
     name: str
     ids: dict[str, int]
     examples: Callable[..., Examples]
+    encode: Callable[[str], Sequence[int]]
     decode: Mapping[str, Callable]
     labels: tuple[str, ...] = ()
     tokenizer: Tokenizer | None = None

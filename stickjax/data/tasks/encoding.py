@@ -36,12 +36,15 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.symbols)
 
-    def encode(self, text: str, T: int) -> Int[np.ndarray, "T"]:
+    def encode(self, text: str, T: int | None = None) -> Int[np.ndarray, "T"]:
         """Return the ids [T] of the symbols in a text, padded with zeros on the right.
+
+        If T is None, it is the number of symbols of the text.
 
         Raises ValueError if the text has more than T symbols, or an unknown symbol.
         """
         words = text.split()
+        T = len(words) if T is None else T
         if len(words) > T:
             raise ValueError(f"T={T} must be at least {len(words)}, the number of symbols of the text")
         ids = np.zeros(T, np.int32)

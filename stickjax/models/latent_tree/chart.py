@@ -2,14 +2,14 @@
 
 A complete binary tree of depth D has n = 2^(D+1) - 1 nodes. They are numbered level by level: the root is 0, and the
 children of node i are 2i + 1 and 2i + 2. A binary tree inside it has the same root. Its leaves are nodes n_0 .. n_(T-1)
-from left to right, and every other node of the tree has both children in it. The score of a tree for a sentence is the
-sum of scores[n_t, t] over the words t of the sentence.
+from left to right, and every other node of the tree has both its children in the tree. The score of a tree for a
+sentence is the sum of scores[n_t, t] over the words t of the sentence.
 
 The leaves of the complete tree divide a line of length 2^D. A node i at depth d covers the interval
 [start(i), end(i)) of length 2^(D-d). The leaves of a tree cover the line without gaps: start(n_0) = 0,
-start(n_(t+1)) = end(n_t), end(n_(T-1)) = 2^D. Every such sequence of nodes is a tree, because an interval of length w
-begins at a multiple of w. So the sum over trees is a sum over paths, and a forward algorithm over the places
-0 .. 2^D of the line computes it. With a_0(0) = 0 and all other a_0(p) = -inf,
+start(n_(t+1)) = end(n_t), end(n_(T-1)) = 2^D. Every such sequence of nodes is the leaves of exactly one tree, because
+an interval of length w begins at a multiple of w. So the sum over trees is a sum over paths, and a forward algorithm
+over the places 0 .. 2^D of the line computes it. With a_0(0) = 0 and all other a_0(p) = -inf,
 
   a_(t+1)(p) = logsumexp over the nodes i with end(i) = p of a_t(start(i)) + scores[i, t],
   log_likelihood = a_T(2^D).
@@ -39,7 +39,9 @@ def depth_of(nodes: int) -> int:
     4
     """
     if nodes < 1 or nodes & (nodes + 1):
-        raise ValueError(f"{nodes} nodes are not a complete binary tree: the number must be 2^(D+1) - 1, such as 7")
+        raise ValueError(
+            f"{nodes} nodes are not a complete binary tree: the number must be 2^(D+1) - 1 for some D, such as 7 or 15"
+        )
     return nodes.bit_length() - 1
 
 
@@ -68,7 +70,7 @@ def intervals(depth: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def edges(depth: int) -> list[tuple[int, int]]:
-    """Return the pairs of nodes (i, j) where j can be the leaf after leaf i of a tree, because end(i) = start(j).
+    """Return all pairs of nodes (i, j) where leaf j can follow leaf i in a tree: end(i) = start(j).
 
     Their number is the sum of 2^(D-h) h^2 over h = 1 .. D. `intervals` defines start and end.
 
@@ -80,10 +82,10 @@ def edges(depth: int) -> list[tuple[int, int]]:
 
 
 def trees(depth: int, leaves: int, root: int = 0) -> Iterator[tuple[int, ...]]:
-    """Yield all binary trees with this number of leaves and at most this depth.
+    """Yield all binary trees with `leaves` leaves whose leaves are at most `depth` levels below the node `root`.
 
-    Each tree is the tuple of the nodes that are its leaves, from left to right. `root` is the number of the root. The
-    number of trees is a Catalan number, so this is for tests with few leaves.
+    Each tree is the tuple of the numbers of its leaves, from left to right. The number of trees is a Catalan number, so
+    this is for tests with few leaves.
 
     >>> list(trees(2, 3))
     [(1, 5, 6), (3, 4, 2)]
@@ -110,8 +112,8 @@ def log_likelihood(scores: Float[Array, "B n T"], lengths: Int[Array, " B"]) -> 
     r"""Compute the log of the sum of exp(score) over all binary trees whose T leaves are the T words of a sentence.
 
     The score of a tree whose leaves are the nodes n_0 .. n_(T-1) is the sum over t of scores[n_t, t]. If
-    exp(scores[i, t]) is the probability that the node i is a leaf and has word t, given that its parent splits, times
-    the probability that the parent splits, then the result is the log-probability of the sentence.
+    scores[i, t] is the log-probability that the node i is a leaf with word t, plus the node's share h of the
+    log-probabilities that its ancestors split (`TreeDecoder`), then the result is the log-probability of the sentence.
 
     The gradient is the posterior: d log_likelihood / d scores[i, t] is the probability that word t is at the leaf i. A
     backward recursion computes it from the saved a_t. With g_T(2^D) = 1 and all other g_T(p) = 0,
@@ -148,18 +150,18 @@ def levels_of(values) -> list[jax.Array]:
 
 
 def starts_of(places) -> list[jax.Array]:
-    """Return the value of every node's start, as one array per level, from the root on.
+    """Return, for every node, the value at the place where its interval starts: one array per level, from the root on.
 
-    `places` has the values of the places 0 .. 2^D - 1. `intervals` defines the starts.
+    `places` has the values at the places 0 .. 2^D - 1. `intervals` defines the intervals.
     """
     size = places.shape[0]
     return [places[:: size >> d] for d in range(size.bit_length())]
 
 
 def ends_of(places) -> list[jax.Array]:
-    """Return the value of every node's end, as one array per level, from the root on.
+    """Return, for every node, the value at the place where its interval ends: one array per level, from the root on.
 
-    `places` has the values of the places 1 .. 2^D. `intervals` defines the ends.
+    `places` has the values at the places 1 .. 2^D. `intervals` defines the intervals.
     """
     size = places.shape[0]
     return [places[(size >> d) - 1 :: size >> d] for d in range(size.bit_length())]
@@ -196,7 +198,10 @@ def _summed_at_starts(levels: list[jax.Array]) -> jax.Array:
 
 
 def shifted(ends, at_start: float):
-    """Return an array over the places 0 .. 2^D - 1, from `ends` over the places 1 .. 2^D and `at_start` for place 0."""
+    """Return the values at the places 0 .. 2^D - 1: `at_start` at place 0, and the values of `ends` at the others.
+
+    `ends` has the values at the places 1 .. 2^D. Its last value is left out.
+    """
     return jnp.concatenate([jnp.full_like(ends[:1], at_start), ends[:-1]])
 
 
@@ -205,12 +210,12 @@ def _finite(x):
 
 
 def _places_before(B: int, depth: int, dtype) -> jax.Array:
-    """Return a_0 [2^D,B], the start of the forward algorithm: 0 at place 0, and -inf at all other places."""
+    """Return a_0 [2^D,B], the initial values of the forward algorithm: 0 at place 0, and -inf at all other places."""
     return jnp.full((2**depth, B), -jnp.inf, dtype).at[0].set(0)
 
 
 def _forward(scores, lengths):
-    """Return the log-likelihoods [B], and the a_1 .. a_T of the forward algorithm at the places 1 .. 2^D [T,2^D,B]."""
+    """Return the log-likelihoods [B], and a_1 .. a_T of the forward algorithm at the places 1 .. 2^D, [T,2^D,B]."""
     T, n, B = scores.shape
     depth = depth_of(n)
 

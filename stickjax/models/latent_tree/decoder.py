@@ -29,10 +29,12 @@ class Production(NamedTuple):
 
     The children of node i are 2i + 1 and 2i + 2.
 
-    `logits` [B,n,V]: for every node and word, the log-probability that the node is a leaf with this word, plus the
-      node's share of the log-probabilities that its ancestors split (`TreeDecoder`).
+    `logits` [B,n,V]: for every node and word, log P(word) + log p + h of `TreeDecoder`. This is the log-probability
+      that the node is a leaf with this word, plus h. Here h is the part of the log-probability of "the ancestors of the
+      node have children" that counts at this node.
     `attention` [B,n,S]: how much each node attends to each of the S source words to choose its word.
-    `slots` [B,S,N]: the distribution of every source word over the N slots of the encoder's memory; None without one.
+    `slots` [B,S,N]: the distribution of every source word over the N slots of the encoder's memory; None if the encoder
+      has no memory.
     """
 
     logits: jax.Array
@@ -57,7 +59,7 @@ class Source(NamedTuple):
 
 
 class Level(NamedTuple):
-    """The n nodes of one level of the tree: the left children of all nodes above, then their right children.
+    """The n nodes of one level of the tree: first all left children of the level above, then all right children.
 
     `x` and `context` [B,n,H] are the vectors x and c of `TreeDecoder`. `leaf` [B,n,2] has log p + h and log(1 - p) + h,
     with p and h of `TreeDecoder`. `logits` [B,n,V] and `attention` [B,n,S] are as in `Production`.
@@ -85,11 +87,12 @@ class TreeDecoder(nnx.Module):
       y_j = sigmoid(a_j) act(b_j) + (1 - sigmoid(a_j)) x,   c_j = Attend(y_j, bank).
 
     The node is a leaf with probability p, and has children with probability 1 - p, where [log p, log(1 - p)] is
-    log_softmax([x; c] leaf + leaf_bias). A leaf has the word w with the probability P(w) =
+    log_softmax([x; c] leaf + leaf_bias). A leaf has the word w with the probability
 
-      softmax over w of N(unembed)_w . Attend(x, values),   N(v) = tanh((v - mean) / standard deviation).
+      P(w) = softmax_w(N(unembed)_w . Attend(x, values)),   N(v) = tanh((v - mean) / standard deviation).
 
-    Attend is `TreeAttention`, and the values are vectors of the source words. The score of a word w at a node is
+    Attend is `TreeAttention`. The values are N(v) of the vectors v of the source words (`Encoding.values`). The score
+    of a word w at a node is
 
       log P(w) + log p + h,   where h = (log(1 - p') + h') / 2 for the parent's p' and h', and h = 0 for the root.
 
@@ -167,7 +170,10 @@ class TreeDecoder(nnx.Module):
         return self._level(jnp.concatenate(children, 1), None, jnp.concatenate([shared] * 2, 1), source, random)
 
     def _level(self, x: Float[Array, "B n H"], context, shared: Float[Array, "B n 1"], source: Source, random) -> Level:
-        """Return the nodes with the vectors x and with h = `shared`. If `context` is None, compute it from the bank."""
+        """Return the `Level` of nodes with the vectors x and with h = `shared` (`TreeDecoder`).
+
+        If `context` is None, compute it from the bank.
+        """
         c, M = self.config, source.bank.shape[1]
         y, deviation = self.attention.queries(dropped(x, c.attention_dropout, random[QUERY]))
         scores = jnp.einsum("BnH,BMH->BnM", checkpoint_name(y, "product"), source.keys)
@@ -184,7 +190,7 @@ class TreeDecoder(nnx.Module):
         return Level(x, context, leaf, logits, of_words)
 
     def _leaf(self, x, context, random) -> Float[Array, "B n 2"]:
-        """Return the log-probabilities that every node is a leaf (index 0), and that it splits (index 1)."""
+        """Return [log p, log(1 - p)] of every node: p is the probability that the node is a leaf."""
         c, H, rate = self.config, self.config.H, self.config.leaf_dropout
         weight, bias = cast(self.leaf, c), cast(self.leaf_bias, c)
         weight = weight[:, 0] - weight[:, 1]
@@ -194,15 +200,15 @@ class TreeDecoder(nnx.Module):
 
 
 def _centred_pair(weight):
-    """Subtract its mean from each half of the last axis, as `parts.centred` does for a whole axis."""
+    """Subtract from each half of the last axis the mean of this half, as `parts.centred` does for the whole axis."""
     return jnp.concatenate([centred(half) for half in jnp.split(weight, 2, -1)], -1)
 
 
 def _by_parent(levels: list[jax.Array]) -> jax.Array:
-    """Concatenate arrays [B,n,...] of all levels to one over all nodes, where 2i + 1 and 2i + 2 are the children of i.
+    """Concatenate the arrays [B,n,...] of all levels into one, in which the children of node i are 2i + 1 and 2i + 2.
 
-    Within a level, the binary digits of a node's index are its path from the root, 0 for left and 1 for right. In
-    `Level` the last step of the path is the first digit; in the result the first step is.
+    The index of a node in its level, as a binary number, is the node's path from the root: 0 is left, 1 is right. In
+    `Level` the first digit is the last step of the path. In the result the first digit is the first step of the path.
     """
     order = np.zeros(1, int)
     ordered = [levels[0]]

@@ -20,12 +20,12 @@ from stickjax.models.layers import cast, linear_bias, linear_weight, normal, ran
 
 
 class Encoding(NamedTuple):
-    """The output of an encoder for B sources of up to S words. What it has for a word does not depend on padding.
+    """The output of an encoder for B sources of up to S words. The vectors of a word do not depend on padding.
 
     `root` [B,H]: the vector of the root of the target tree.
     `bank` [B,M,H] and `bank_mask` [B,M]: M vectors that the nodes attend to for their context. The mask is False for
       vectors that do not exist.
-    `keys` [B,S,H], `values` [B,S,H] and `mask` [B,S]: a node that chooses a word attends to the source words: it scores
+    `keys` [B,S,H], `values` [B,S,H] and `mask` [B,S]: to choose its word, a node attends to the source words. It scores
       the keys, and sums the values. The mask is False for padding.
     `slots` [B,S,N]: the distribution of every word over the N memory slots, from which `induced_tree` makes a tree over
       the source; None for encoders without memory.
@@ -52,9 +52,9 @@ def _table(config: TreeConfig, key) -> nnx.Param:
 class OrderedMemoryEncoder(nnx.Module):
     """A bidirectional GRU whose outputs an `OrderedMemory` reads. It induces a tree over the source.
 
-    The root vector is the candidate for the highest slot at the last word; with `early_root`, at the word before the
-    last. Nodes attend to the candidates for all N slots at every word. `embed` is the embedding that the GRU reads;
-    `values` is the embedding whose weighted sum gives a node its word.
+    The root vector is the candidate for the highest slot at the last word; with `early_root`, at the
+    second-to-last word. Nodes attend to the candidates for all N slots at every word. `embed` is the embedding that the
+    GRU reads; `values` is the embedding whose attention-weighted sum chooses the word of a node.
     """
 
     def __init__(self, config: TreeConfig, key):
@@ -98,7 +98,10 @@ class TreeEncoder(nnx.Module):
     def __call__(self, batch, key=None) -> Encoding:
         del key  # no dropout
         if "brackets" not in batch:
-            raise ValueError("encoder='tree' needs the array 'brackets' in every batch, the brackets of each source")
+            raise ValueError(
+                "encoder='tree' needs the array 'brackets' [B,S] in every batch: how many brackets close after each "
+                "source word"
+            )
         c, source = self.config, batch["source"]
         (B, S), mask = source.shape, source != 0
         words = cast(self.embed, c)[source]
@@ -129,7 +132,8 @@ class TreeEncoder(nnx.Module):
 class RecurrentEncoder(nnx.Module):
     """A bidirectional GRU of N layers. Nodes attend to the outputs of its last layer.
 
-    The root vector is tanh(l w_root + root_bias), where l [N H] has the last states of all layers and both directions.
+    The root vector is tanh(l w_root + root_bias), where l [B, N H] has the final states of all layers and both
+    directions.
     """
 
     def __init__(self, config: TreeConfig, key):

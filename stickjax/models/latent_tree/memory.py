@@ -19,12 +19,12 @@ from stickjax.models.ordered_memory.cell import reachable, restricted_softmax
 class SlotDistribution(nnx.Module):
     """Computes the distribution p of a word over the N slots of the memory.
 
-    x is the projected word. m_i and p' are the candidates and the distribution of the word before it. Then
+    x is the projected word. m_i and p' are the candidates and the distribution of the previous word. Then
 
       q = LN(x query + query_bias),   k_i = LN(m_i key + key_bias)
       p_i is proportional to c_i exp((relu(q + k_i) . weight + bias) / sqrt(H)),
 
-    where c_i = sum over j <= i + 1 of p'_j, and c_N = 1. A c_i below 1e-5 counts as 0.
+    where c_i = sum over j <= i + 1 of p'_j for i < N, and c_N = 1. A c_i below 1e-5 counts as 0.
     """
 
     def __init__(self, config: TreeConfig, key):
@@ -43,7 +43,7 @@ class SlotDistribution(nnx.Module):
     def __call__(
         self, query: Float[Array, "B H"], candidates: Float[Array, "B N H"], before: Float[Array, "B N"], random
     ) -> Float[Array, "B N"]:
-        """Return p, from the query q and the candidates and distribution of the word before.
+        """Return p, from the query q and from the candidates and the distribution of the previous word.
 
         `random`: two arrays of random bytes [B,N,H] for dropout, or None twice.
         """
@@ -64,7 +64,8 @@ class OrderedMemory(nnx.Module):
       M_i <- (1 - r_i) M_i + r_i m_i,   then in the order of i:   m_i = (1 - s_i) x + s_i cell(m_(i-1), M_i)
       cell(h, M) = v h + g M + u act(z),   [a, b, d, z] = relu([h; M] w_in + in_bias) w_out + out_bias,
 
-    where (v, g, u) is the softmax of (a, b, d) in every unit. At the first word, all s_i are 0 and all r_i are 1.
+    where (v, g, u) is the softmax of (a, b, d) in every unit. In the first formula, m_i are the candidates of the
+    previous word. At the first word, all s_i are 0 and all r_i are 1.
     """
 
     def __init__(self, config: TreeConfig, key):
@@ -83,7 +84,7 @@ class OrderedMemory(nnx.Module):
     def __call__(
         self, e: Float[Array, "B S H"], key=None
     ) -> tuple[Float[Array, "B S H"], Float[Array, "B S N H"], Float[Array, "B S N"]]:
-        """Return the projected words x, the candidates at every word, and its distribution over the slots.
+        """Return the projected words x, and for every word its candidates and its distribution over the slots.
 
         The results for a word do not depend on later words, so padding on the right does not change them.
         """
@@ -110,11 +111,14 @@ class OrderedMemory(nnx.Module):
         return x, candidates.swapaxes(0, 1), p.swapaxes(0, 1)
 
     def _compose(self, x: Float[Array, "B H"], slots: Float[Array, "B N H"], share: Float[Array, "B N"], random):
-        """Return the candidates m_1 .. m_N [B,N,H] of a word. `share` is s. `random`: 6 arrays of bytes [B,N,H]."""
+        """Return the candidates m_1 .. m_N [B,N,H] of a word. `share` is s.
+
+        `random`: 6 arrays of random bytes [B,N,H] for dropout, or None 6 times.
+        """
         c = self.config
         rate, at = c.encoder_dropout, lambda array, i: None if array is None else array[:, i]
         w_in, w_out = cast(self.w_in, c), cast(self.w_out, c).reshape(4 * c.H, -1)
-        of_slots = affine(dropped(slots, rate, random[0]), w_in[c.H :], self.in_bias, c)  # of all slots at once
+        of_slots = affine(dropped(slots, rate, random[0]), w_in[c.H :], self.in_bias, c)  # for all slots at once
         h, found = x, []
         for i in range(c.N):
             hidden = jax.nn.relu(dropped(h, rate, at(random[1], i)) @ w_in[: c.H] + of_slots[:, i])

@@ -21,8 +21,8 @@ def affine(x: Float[Array, "*b I"], weight, bias, config) -> Float[Array, "*b O"
 def dropped(x, rate: float, random: Array | None):
     """Apply dropout to x: set each value to zero with probability `rate`, and divide the others by 1 - rate.
 
-    `random` has random bytes with the shape of x (`layers.random_bytes`); None: x is returned unchanged. The rate is
-    rounded to a multiple of 1/256.
+    `random` has random bytes with the shape of x (`layers.random_bytes`). If it is None, x is returned unchanged. The
+    rate is rounded to a multiple of 1/256.
     """
     level = round(256 * rate)
     if random is None or not level:
@@ -31,7 +31,7 @@ def dropped(x, rate: float, random: Array | None):
 
 
 def split_key(key, count: int) -> list:
-    """Split a random key into a list of `count` keys. Without a key, return a list of `count` times None."""
+    """Split a random key into a list of `count` keys. Without a key, return a list of `count` None values."""
     return [None] * count if key is None else list(jax.random.split(key, count))
 
 
@@ -43,8 +43,8 @@ class TreeAttention(nnx.Module):
 
     .. math:: softmax(s)_m \; \sigma(\log \textstyle\sum_m e^{s_m} - 2 \max_m s_m + \log 1000)
 
-    They sum to less than 1, and to less still if the scores are high. The original code means to add 10^-3 to the
-    denominator of a softmax, but subtracts the maximum of the scores twice.
+    The weights sum to less than 1. The higher the scores, the smaller is the sum. The original code means to add 10^-3
+    to the denominator of a softmax, but subtracts the maximum of the scores twice.
     """
 
     def __init__(self, config, key):
@@ -55,7 +55,7 @@ class TreeAttention(nnx.Module):
         self.query_norm, self.key_norm = LayerNorm(c), LayerNorm(c)
 
     def queries(self, x: Float[Array, "B n H"]) -> tuple[Float[Array, "B n H"], Float[Array, "B n 1"]]:
-        """Return (y, r) for nodes with the vectors x: r y is the query before its LayerNorm applies scale and bias."""
+        """Return (y, r) for nodes with the vectors x: r y is the normalised query before scale and bias of the norm."""
         c = self.config
         y = affine(x, centred(cast(self.query, c)), centred(cast(self.query_bias, c)), c)
         return y, inverse_deviation(y, c.norm_eps)
@@ -72,8 +72,10 @@ class TreeAttention(nnx.Module):
 
 
 def centred(weight):
-    """Return `weight` minus its mean over the last axis. For a weight [I,O], the O values of x weight then have
-    mean 0, for every x. So a LayerNorm after the product need not subtract a mean.
+    """Return `weight` minus its mean over the last axis.
+
+    For a weight [I,O], the O values of x weight then have mean 0 for every x. So a LayerNorm after the product need not
+    subtract a mean.
     """
     return weight - weight.mean(-1, keepdims=True)
 

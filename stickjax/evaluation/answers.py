@@ -1,0 +1,88 @@
+"""Apply a trained classifier or translation model to new texts: predict labels or translations, and induce trees."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from stickjax.config import Config
+from stickjax.data.examples import task_of
+from stickjax.data.task import Task
+from stickjax.data.tasks import Examples
+from stickjax.evaluation.examples import batches_of
+from stickjax.models.families import family_of
+from stickjax.models.ordered_memory.parse import Tree
+
+B = 128  # the largest number of texts in one call of the model
+Text = str | tuple[str, str]
+
+
+def predict(model, config: Config, texts: Sequence[Text]) -> list[str]:
+    """Return the most probable label of each text, or its translation.
+
+    Args:
+      model: the module with the parameters.
+      config: the config of the model. Its data section names the task, such as source="listops".
+      texts: the texts, in the form of the training data. A model that reads pairs needs a tuple (left, right) for each.
+
+    Raises:
+      ValueError: the model is a language model; or a text has no tokens, or a word that the task does not know, or is
+        not a pair although the model reads pairs.
+    """
+    task, family = task_of(config), family_of(config.model)
+    run = jax.jit(family.predict)
+    text_of = task.decode["target"] if "target" in task.decode else lambda label: task.labels[label]
+    return _answers(task, texts, lambda batch: [text_of(answer) for answer in jax.device_get(run(model, batch))])
+
+
+def induced_trees(model, config: Config, texts: Sequence[Text]) -> list[Tree] | list[tuple[Tree, Tree]]:
+    """Return the binary tree over the tokens of each text that the model induces: for a pair, a tuple of two trees.
+
+    `stickjax.evaluation.trees` prints, draws and compares trees. The arguments and errors are those of `predict`. If
+    the model induces no trees, ValueError is raised too.
+    """
+    task, family = task_of(config), family_of(config.model)
+
+    def trees(batch):
+        found = family.induced_trees(model, batch)
+        if found is None:
+            raise ValueError(f"this model of family={config.model.family!r} induces no trees")
+        return list(zip(*found.values(), strict=True))
+
+    found = _answers(task, texts, trees)
+    return found if len(_inputs(task)) == 2 else [tree for (tree,) in found]
+
+
+def _inputs(task: Task) -> tuple[str, ...]:
+    """Return the names of the arrays that the model reads, such as ("left", "right")."""
+    return tuple(name for name in task.decode if name != "target")
+
+
+def _answers(task: Task, texts: Sequence[Text], answer: Callable[[dict], list]) -> list:
+    """Return the answer for each text, in order. `answer(batch)` returns a list with an answer for each of its rows."""
+    names = _inputs(task)
+    rows = [(i, *_encoded(task, names, i, text)) for i, text in enumerate(texts)]
+    size = max((len(ids) for _, *row in rows for ids in row), default=0)
+
+    def arrays(row) -> dict[str, np.ndarray]:
+        return {name: np.pad(ids, (0, size - len(ids))) for name, ids in zip(names, row[1:], strict=True)}
+
+    examples = Examples(rows, arrays, (names,), lambda row: (max(map(len, row[1:])),))
+    found = {}
+    for batch, own in batches_of(examples, min(B, max(1, len(rows)))):
+        found |= {row[0]: value for row, value in zip(own, answer(batch), strict=False)}  # the batch may be longer
+    return [found[i] for i in range(len(rows))]
+
+
+def _encoded(task: Task, names: tuple[str, ...], index: int, text: Text) -> list[np.ndarray]:
+    parts = (text,) if isinstance(text, str) else tuple(text)
+    if len(parts) != len(names):
+        form = "a tuple of two texts (left, right)" if len(names) == 2 else "a string"
+        raise ValueError(f"texts[{index}] must be {form}, not {text!r:.80}")
+    try:
+        encoded = [np.asarray(task.encode(part), np.int32) for part in parts]
+    except ValueError as error:
+        raise ValueError(f"texts[{index}]: {error}") from None
+    if not all(map(len, encoded)):
+        raise ValueError(f"texts[{index}] has no tokens: {text!r:.80}")
+    return encoded

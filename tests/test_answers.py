@@ -1,0 +1,70 @@
+"""A trained classifier or translation model answers new texts."""
+
+import jax
+import numpy as np
+import pytest
+
+from stickjax.config import Config, DataConfig, ModelConfig, OrderedMemoryConfig, SutConfig
+from stickjax.config.latent_tree import TreeConfig
+from stickjax.data.examples import examples_of, task_of
+from stickjax.evaluation.answers import induced_trees, predict
+from stickjax.models.families import family_of
+from stickjax.models.vocabulary_size import with_vocabulary
+
+MODELS = {
+    "logic": OrderedMemoryConfig(D=8, H=8, N=4),
+    "listops": OrderedMemoryConfig(D=8, H=8, N=4, sentences=1),
+    "scan": TreeConfig(H=8, N=2, depth=6),
+}
+
+
+def made(source: str):
+    split = "simple" if source == "scan" else None
+    config = Config(MODELS[source], DataConfig(source=source, examples=300, T=24, split=split))
+    config = with_vocabulary(config, task_of(config).ids)
+    return family_of(config.model).init(config.model, jax.random.key(0)), config
+
+
+@pytest.mark.parametrize("source", MODELS)
+def test_the_answers_are_those_of_the_batches_of_the_task(source):
+    """In any order and padding, the answer for a text is what the model predicts for the arrays of the task."""
+    model, config = made(source)
+    task, examples = task_of(config), examples_of(config, "test", T=None)
+    rows = np.random.default_rng(1).permutation(len(examples))[:5]
+    names = [name for name in task.decode if name != "target"]
+    right, trees, texts = [], [], []
+    for i in rows:
+        batch = {name: examples[i][name][None] for name in names}
+        answer = np.asarray(family_of(config.model).predict(model, batch))[0]
+        right.append(task.decode["target"](answer) if source == "scan" else task.labels[answer])
+        found = [own[0] for own in family_of(config.model).induced_trees(model, batch).values()]
+        trees.append(tuple(found) if len(names) == 2 else found[0])
+        text = tuple(task.decode[name](examples[i][name]) for name in names)
+        texts.append(text if len(names) == 2 else text[0])
+    assert predict(model, config, texts) == right
+    assert induced_trees(model, config, texts) == trees
+    assert predict(model, config, texts * 40) == right * 40  # more than one batch
+    assert predict(model, config, []) == []
+
+
+@pytest.mark.parametrize(
+    "source, texts, message",
+    [
+        ("logic", ["a"], r"texts\[0\] must be a tuple of two texts \(left, right\), not 'a'"),
+        ("listops", ["1", ("1", "2")], r"texts\[1\] must be a string, not \('1', '2'\)"),
+        ("listops", ["[MAX 1 2 ]", ""], r"texts\[1\] has no tokens: ''"),
+        ("listops", ["[MAX 1 x ]"], r"texts\[0\]: symbol 'x' is not one of 0 1 2"),
+    ],
+)  # fmt: skip
+def test_a_wrong_text_is_named(source, texts, message):
+    model, config = made(source)
+    with pytest.raises(ValueError, match=message):
+        predict(model, config, texts)
+
+
+def test_models_that_cannot_answer():
+    with pytest.raises(ValueError, match="reads text, not examples"):
+        predict(None, Config(ModelConfig()), ["a"])
+    config = Config(SutConfig(V=12, L=2, D=8, classes=7), DataConfig(source="logic", examples=100))
+    with pytest.raises(ValueError, match="family='sut' induces no trees"):
+        induced_trees(family_of(config.model).init(config.model, jax.random.key(0)), config, [("a", "b")])
