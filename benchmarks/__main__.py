@@ -6,7 +6,7 @@ On the CPU, `--json` also writes the rows of the tables to PATH (default: benchm
 
 With `--gpu`, the command checks the results of the kernels and times them. Even without `--json`, it writes each row to
 PATH (default: benchmarks/results/CHIP.json) as soon as the row is measured. If the run ends early, the same command
-continues it.
+without --fresh continues it.
 """
 
 import argparse
@@ -94,7 +94,8 @@ def gpu_main(arguments: argparse.Namespace, info: dict) -> int:
         gpu.rows(run, arguments.only)
     except KeyboardInterrupt:
         print(
-            f"interrupted; the rows so far are in {path}; run the same command again to measure the other rows",
+            f"interrupted; the rows so far are in {path}; run the same command again (without --fresh) to measure the "
+            "other rows",
             file=sys.stderr,
         )
         return 130
@@ -103,7 +104,8 @@ def gpu_main(arguments: argparse.Namespace, info: dict) -> int:
     summary = rows[-1].extra
     if late := summary[gpu_record.LEFT_OUT]:
         print(
-            f"{late} rows were not measured before their deadlines; run the same command again to measure them",
+            f"{late} rows were not measured before their deadlines; run the same command again (without --fresh) to "
+            "measure them",
             file=sys.stderr,
         )
     return 1 if late or summary["failed"] != "none" else 0

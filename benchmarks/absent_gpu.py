@@ -3,7 +3,8 @@
 The command prints two tables. The first has the registers, the spilled bytes and the shared memory of each kernel. The
 second has the main loops of each kernel, with the smallest number of clock cycles that one iteration can take. It also
 has a lower bound of the time of each call in milliseconds, computed from these cycles. With --json, the command also
-writes benchmarks/results/h200-static.json. It needs the CUDA wheels: pip install 'stickjax[cuda13]'.
+writes benchmarks/results/h200-static.json. The exit status is 1 if the column "atomics" lists an instruction: no kernel
+may have any of these. The command needs the CUDA wheels: pip install 'stickjax[cuda13]'.
 
 The machine code is read from the compiled program, which the linker of the CUDA libraries has produced. This linker
 ignores setmaxnreg, the instruction that gives some warps more registers than others. So in a block of 384 threads, no

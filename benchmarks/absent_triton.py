@@ -1,8 +1,9 @@
 """python -m benchmarks.absent_triton [--only NAME] [--json]: compile the Triton kernels, without a GPU.
 
 The kernels are compiled for several GPU models. The command prints a table of the registers, the spilled bytes and the
-shared memory of each kernel. With --json, it also writes benchmarks/results/triton-static.json. It needs the CUDA
-wheels and jax-triton: pip install 'stickjax[cuda13]'.
+shared memory of each kernel. With --json, it also writes benchmarks/results/triton-static.json. The exit status is 1
+if the column "atomics" lists an instruction: no kernel may have any of these. The command needs the CUDA wheels and
+jax-triton: pip install 'stickjax[cuda13]'.
 """
 
 import argparse

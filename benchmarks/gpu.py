@@ -108,7 +108,7 @@ def _name(shape: dict) -> str:
 
 
 def _time(run: Run, part, shape: dict, *arguments, **settings) -> None:
-    """Check and time all implementations at one shape. The function `rows` of the module `part` does the work.
+    """Measure all rows of one shape. The function `rows` of the module `part` does the work.
 
     At the end, a row with the contestant "every row" records that all rows of the shape are complete, or which error
     ended this shape, such as too little memory. The next shape is measured in both cases. If an earlier run recorded

@@ -139,8 +139,11 @@ def errors(function: Callable, expected, cotangent, arguments, look: Callable = 
     """Run `function` on `arguments` and return the errors of its outputs and gradients against `expected`.
 
     `expected`: the result of `exact` or `exact_forward`. `look` maps (outputs, gradients) to the parts that are
-    compared. If `expected` has gradients, `function` runs without and with gradients, and the outputs of both are
-    compared: to compute gradients, an op keeps residuals and may use another kernel.
+    compared.
+
+    If `expected` has gradients, `function` runs both without and with gradients, because an op that computes gradients
+    keeps residuals and may use another kernel. The outputs of both runs are compared with the outputs in `expected`,
+    and the larger error counts.
     """
     wanted, wanted_gradients = expected
     alone, repeats = _twice(jax.jit(function), arguments)

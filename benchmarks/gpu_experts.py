@@ -32,7 +32,10 @@ CHECKED = 2048  # largest number of tokens in a check: the reference computes ev
 
 
 def rows(run: Run, shape: dict, implementations) -> None:
-    """Check and time our implementations and the peers at one shape, and add the rows to the record of `run`.
+    """Time our implementations and the peers at one shape, and add the rows to the record of `run`.
+
+    Our implementations and the functions of `gpu_peers.ragged_dots` are checked against the reference. Each of them is
+    timed only if its check passes. The torch peers and the dense network are timed without a check.
 
     `implementations(op, *arguments)` yields the names of our implementations that can run a call of the op.
     """

@@ -53,14 +53,19 @@ class Record:
         except FileNotFoundError:
             return []
         except ValueError as error:
-            raise ValueError(f"{self.path} is not valid JSON ({error}); use --fresh to start over") from None
+            raise ValueError(
+                f"{self.path} is not valid JSON ({error}); use --fresh without --only to start over"
+            ) from None
         others = [name for name in MUST_MATCH if before.get(name) != self.info[name]]
         if others:
             print(f"{self.path} was measured with different {', '.join(others)}: this run starts over", file=sys.stderr)
             return []
         rows = [Row.from_dict(row) for row in before["rows"]]
         rows = [row for row in rows if row.part != "summary" and LEFT_OUT not in row.extra]
-        print(f"{len(rows)} rows in {self.path} are not measured again; use --fresh to start over", file=sys.stderr)
+        print(
+            f"{len(rows)} rows in {self.path} come from earlier runs; use --fresh to measure them again",
+            file=sys.stderr,
+        )
         return rows
 
     def find(self, part: str, case: str, contestant: str) -> Row | None:

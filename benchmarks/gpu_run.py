@@ -51,8 +51,9 @@ def work_of(forward: cost.Cost, both: cost.Cost) -> dict[str, cost.Cost]:
 def to_rotate(function: Callable, case: Case, passes: str, options: dict | None = None) -> tuple[Callable, list]:
     """Return (jitted function, sets of inputs): the arguments with which `timing.rotating` times a pass of `function`.
 
-    `passes`: "forward", "backward" or "forward+backward". For "backward", the forward pass runs once here, and the
-    returned function computes the gradients from its residuals. `options`: compiler options of XLA.
+    `passes`: "forward", "backward" or "forward+backward". For "backward", the forward pass runs here, once for each set
+    of inputs. The returned function computes the gradients from the residuals of the forward pass, and the returned
+    sets are pairs (residuals, cotangent). `options`: compiler options of XLA.
     """
     plain = [tuple(arguments) for _, *arguments in case.sets]
     jit = partial(jax.jit, compiler_options=options)
@@ -156,7 +157,7 @@ class Run:
         self.failed(part, case, contestant, RuntimeError(f"still running after {HANG_SECONDS} s"))
         print(
             f"error: {part}: {case}, {contestant} is still running after {HANG_SECONDS} s, so this run ends; "
-            "run the same command again to measure the other rows",
+            "run the same command again (without --fresh) to measure the other rows",
             file=sys.stderr,
         )
 
@@ -164,7 +165,8 @@ class Run:
         """Run `check` and add a row with the errors that it returns. Return whether the check passes.
 
         It passes if the errors are within the tolerances for inputs of type `dtype`, and two runs gave the same bits.
-        Return False if `check` raises an error.
+        Return False if `check` raises an error, or if the deadline has passed. If the record has the row already, take
+        the result from there and do not run `check`, unless `self.again` is set.
         """
 
         def make():

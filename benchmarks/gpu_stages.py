@@ -19,8 +19,8 @@ from .gpu_cases import CALLS, EXITS, QUICK
 from .gpu_run import Run
 
 LOWER, CORRECT, EXIT = STAGES = ("lower", "correct", "exit")
-# {stage: deadline, in seconds after the start of the run}. No row of the stage begins later. The next run measures the
-# rows that are left out.
+# {stage: deadline, in seconds after the start of the run}. `Checks.chosen` begins no row of the stage later. The next
+# run measures the rows that are left out. `Checks.others` runs after the timing and has the deadline of the timing.
 ENDS = {LOWER: 210, CORRECT: 280, EXIT: 310}
 RUNS = 1000  # how often the stage "exit" repeats a call
 

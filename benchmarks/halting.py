@@ -48,7 +48,7 @@ def measured(run: str, seconds: float) -> list[Row]:
     """Measure the model in the run folder `run` for about `seconds`. Return one row per halting threshold.
 
     The field `contestant` of a row is the threshold. Raises ValueError if the model is not a language model that halts,
-    or if no held-out document has T tokens.
+    or if every held-out document is shorter than `data.T` tokens.
     """
     loaded = load(run)
     if not isinstance(loaded.model, universal.LanguageModel):

@@ -1,8 +1,8 @@
 """Make training steps of the original Ordered Memory in torch, for the comparison in `benchmarks.ordered_memory`.
 
 The original code is read from .peers/Ordered-Memory, a clone of the repository yikangshen/Ordered-Memory. The program
-makes one step for each line of standard input. After each step it prints two numbers: the loss, and the growth of the
-peak memory of the process since its start, in bytes.
+first prints one line with the version of torch. Then it makes one step for each line of standard input. After each step
+it prints two numbers: the loss, and the growth of the peak memory of the process since the import of torch, in bytes.
 """
 
 import argparse

@@ -85,7 +85,7 @@ def inputs(
     if heads is None:
         return jax.jit(_drawn, static_argnums=(1, 2, 3))(key, *shapes)
     if heads.key.shape[2] > H:
-        raise ValueError(f"H={H} must be at least H={heads.key.shape[2]}, the width of the trained heads")
+        raise ValueError(f"H={H} is below {heads.key.shape[2]}, the width of the trained heads; use a larger H")
     return jax.jit(_taken, static_argnums=(2, 3, 4))(key, Heads(*map(jnp.asarray, heads)), *shapes)
 
 

@@ -75,7 +75,9 @@ def integer(name: str, x, least: int) -> int:
     try:
         value = operator.index(x)
     except TypeError:
-        raise ValueError(f"{name} must be an int that is not traced, got {_type(x)}") from None
+        if isinstance(x, jax.core.Tracer):
+            raise ValueError(f"{name} must not be traced, got {_type(x)}; pass a Python int") from None
+        raise ValueError(f"{name} must be an int, got {_type(x)}") from None
     if value < least:
         raise ValueError(f"{name}={value} must be at least {least}")
     return value
@@ -89,7 +91,7 @@ def number(name: str, x):
     """
     is_one = isinstance(x, numbers.Real) or (is_array(x) and jnp.issubdtype(x.dtype, jnp.number))
     if isinstance(x, bool) or not is_one or (is_array(x) and jnp.iscomplexobj(x)):
-        raise ValueError(f"{name} must be a number or an array without axes, got {_type(x)}")
+        raise ValueError(f"{name} must be a real number or a real array without axes, got {_type(x)}")
     if np.shape(x) != ():
         raise ValueError(f"{name} must be a number or an array without axes, got {name}.shape={np.shape(x)}")
     return x

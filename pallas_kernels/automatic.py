@@ -47,12 +47,12 @@ class Node(NamedTuple):
 
 
 def is_tracing_part() -> bool:
-    """Return whether JAX is now tracing an op for one device, with the shards of this device.
+    """Return whether JAX is now tracing the program of one device for an op on a mesh of Auto axes.
 
-    On a mesh of Auto axes, XLA chooses during compilation how the arrays of an op are sharded. Then it makes JAX trace
-    the op again, for one device. In this trace, every array has the shape of one device's shard, although the type of
-    the array (`jax.typeof`) still names the complete mesh. On a mesh of Auto axes, GPU kernels can run only in this
-    trace.
+    JAX first traces this program with the global shapes of the arrays, to learn the shapes of the results. In this
+    trace, the type of an array (`jax.typeof`) still names the complete mesh. During compilation, XLA chooses how the
+    arrays are sharded. Then it makes JAX trace the program again, with the shapes of one device's shards. This function
+    returns True in both traces. On a mesh of Auto axes, GPU kernels are accepted only in these traces.
     """
     return _is_tracing_part.get()
 
@@ -166,7 +166,8 @@ def _partitioned(node: Node) -> Callable:
 def _as_part(node: Node, *arrays):
     """Run one call of an op (`node`) on one device. Return the results on this device.
 
-    `arrays` are the shards of this device. While the op is traced, `is_tracing_part()` is True.
+    `arrays` are the shards of this device. But before XLA has chosen the shardings, JAX traces this function with the
+    global shapes of the arrays. While the op is traced, `is_tracing_part()` is True.
     """
     token = _is_tracing_part.set(True)
     try:
@@ -223,10 +224,10 @@ def _axes(node: Node, mesh, shaped) -> dict[str, tuple[str, ...]]:
     """Choose the mesh axes over which the array axes of each group are sharded. Return {group: names of mesh axes}.
 
     A group is a name in `node.maps`: array axes in the same group are sharded over the same mesh axes. `shaped` has the
-    types of all arrays, followed by the types of all results. Each type has the sharding that XLA proposes. For every
-    group, the first proposal is taken that meets two conditions: the size of every axis in the group is a multiple of
-    the number of shards, and no other group has already taken one of the mesh axes. A group without such a proposal is
-    left out of the result, and its axes are not sharded.
+    types of all arrays, followed by the types of all results. Each type has the sharding that XLA proposes. Every group
+    takes the first proposal that meets two conditions: the size of every axis in the group is a multiple of the number
+    of shards, and no other group has already taken one of the mesh axes. A group without such a proposal is left out of
+    the result, and its axes are not sharded.
     """
     found, taken = {}, set()
     sizes = list(_dimensions(node, [x.shape for x in shaped]))

@@ -3,10 +3,10 @@
 An op is a public function of this package, such as `stick_breaking_attention`. It has several implementations. `NAMES`
 lists their names in order of preference. An implementation can refuse a call of the op. Then it gives a reason.
 
-With `implementation=None`, an op takes the first implementation that does not refuse the call. It logs the choice and
-the reasons as one line, once. `explain` returns this line and does not run the op. If the caller names one
-implementation, this implementation runs or an error is raised: there is no silent fallback. `recorded` collects the
-choices that the ops make while JAX traces code.
+With `implementation=None`, an op takes the first implementation that does not refuse the call, but never "reference".
+The op logs the choice and the reasons as one line, once. `explain` returns this line and does not run the op. If the
+caller names one implementation, this implementation runs or an error is raised: there is no silent fallback. `recorded`
+collects the choices that the ops make while JAX traces code.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ class Choice(NamedTuple):
 
     `op`: the name of the op.
     `sizes`: pairs (letter, size), such as ("T", 64), for the axes of the arrays. A size is the size of one device's
-      shard, but on a mesh of Auto axes it is the global size.
+      shard. But on a mesh of Auto axes, before XLA compiles the program, it is the global size.
     `implementation`: the name of the implementation, such as "xla".
     `detail`: how the implementation runs the call, such as the sizes of its tiles.
     `why`: why this implementation was chosen, and why the implementations that were tried earlier cannot run the call.
@@ -107,10 +107,10 @@ def register(op: Op) -> Op:
 
 
 def _wanted(implementation: str | Sequence[str] | None) -> Sequence[str]:
-    """Return the names of the implementations to try, in this order. Raise ValueError if a name is unknown.
+    """Return the names of the implementations to try, in this order.
 
     `implementation` is what the caller of the op passed: a name, names in order of preference, or None for all names
-    except "reference".
+    except "reference". Raise ValueError if it is anything else, has no names, or has an unknown name.
     """
     if implementation is None:
         return NAMES[:-1]  # an op runs the reference only if its caller names it
@@ -190,8 +190,10 @@ def recorded() -> Iterator[Counter]:
     second call of your jitted function collects nothing, because JAX does not trace your program again.
 
     On a mesh, JAX also stores a trace of every op. If a new trace of your program uses the stored trace of an op, the
-    choices from the stored trace are collected. On a mesh of Auto axes, the sizes in the choices are global sizes,
-    because XLA shards the arrays only when it compiles.
+    choices from the stored trace are collected. On a mesh of Auto axes, the choices have global sizes, because XLA
+    shards the arrays only when it compiles. If XLA compiles your program in the context, as in the first call of a
+    jitted function, JAX traces each op again for one device. Then the choices for the shards of one device are
+    collected too.
 
     >>> import jax, jax.numpy as jnp
     >>> from pallas_kernels import stick_breaking_attention

@@ -36,9 +36,8 @@ def mesh_refuses(x) -> str | None:
     On a mesh of several devices, a kernel can run only in code that computes with the shards of one device. There are
     two kinds of such code:
 
-    - code inside `jax.shard_map`;
-    - an op on a mesh of Auto axes, while JAX traces the op for one device (`automatic.is_tracing_part`). JAX does this
-      after XLA has chosen how the arrays of the op are sharded.
+    - code inside a `jax.shard_map` over all mesh axes that have more than one device;
+    - an op on a mesh of Auto axes, while JAX traces the program of one device (`automatic.is_tracing_part`).
 
     In all other code, XLA would all-gather every array that the kernel reads.
     """

@@ -1,7 +1,8 @@
-"""Shims: operations that the Mosaic GPU interpreter cannot run, each with a GPU body and an interpreter body.
+"""Shims: operations of the Mosaic kernels that have a GPU body and an interpreter body.
 
-The Mosaic kernels call these operations. The GPU body runs on a GPU. The interpreter body runs on a CPU, when the
-interpreter runs a kernel. docs/design/attention_kernels.md says which barriers the GPU bodies rely on.
+The GPU body runs on a GPU. The Mosaic GPU interpreter cannot run the GPU body. The interpreter body runs on a CPU, when
+the interpreter runs a kernel. Only `product` has a single body, which runs on a GPU and in the interpreter.
+docs/design/attention_kernels.md says which barriers the GPU bodies rely on.
 
 An array [64, C] that tensor cores compute is spread over the registers of a warpgroup, in this layout. The 128 threads
 of the warpgroup form quads of four neighbouring threads. A quad holds all C columns of two rows: an upper row, and a

@@ -6,12 +6,13 @@ shard of the results without communication. What the op does depends on the type
 
 - Explicit axes: the types of the arrays (`jax.typeof`) contain their shardings. The op wraps itself in `jax.shard_map`.
   If an array is sharded along an axis that must not be sharded, the op raises an error.
-- Auto axes: the types of the arrays do not contain their shardings. For XLA, the op is one operation of the program.
-  XLA chooses the shardings, and then asks for the program of one device (`automatic.py`).
+- Auto axes, if all axes of the mesh are Auto: the types of the arrays do not contain their shardings. For XLA, the op
+  is one operation of the program. XLA chooses the shardings, and then asks for the program of one device
+  (`automatic.py`).
 - Manual axes, inside a `jax.shard_map` of the caller: the op computes with the shards of this device. An array varies
   over a mesh axis if it may differ between the devices along this axis. If at least one array varies over a mesh axis,
   the op marks all its arrays as varying over this axis. So JAX sums the gradients of the newly marked arrays over this
-  axis.
+  axis. If the mesh also has Auto axes with more than one device, the GPU kernels refuse the call.
 """
 
 import functools
@@ -109,9 +110,10 @@ def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
         equal, so that they are compiled only once.
 
     Raises:
-      ValueError: an array is sharded along an axis that is not in `letters.maps`; two axes of one group are sharded
-        over different mesh axes; axes of two groups are sharded over the same mesh axis; or the size of an axis is not
-        a multiple of the number of shards.
+      ValueError: the mesh has Explicit axes, and one of these holds: an array is sharded along an axis that is not in
+        `letters.maps`; two axes of one group are sharded over different mesh axes; axes of two groups are sharded over
+        the same mesh axis; the size of an axis is not a multiple of the number of shards; `jax.vmap` maps over a
+        sharded axis.
     """
     arrays, part = _arrays(letters, call, compute)
     mesh = _mesh(arrays)
@@ -299,10 +301,11 @@ def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, 
                 )
     for at, axes in found.items():
         for other, more in found.items():
-            if at < other and set(axes) & set(more):
+            shared = [axis for axis in axes if axis in more]
+            if at < other and shared:
                 pair = " and ".join(f"{letter} of {array}" for letter, array in (owners[at], owners[other]))
                 raise ValueError(
-                    f"both {pair} are sharded over {sizes(axes)}, but only one of them may be; "
+                    f"both {pair} are sharded over {sizes(shared)}, but only one of them may be; "
                     "reshard one of the arrays with jax.sharding.reshard"
                 )
     for array in arrays:

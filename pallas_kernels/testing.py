@@ -50,10 +50,12 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         if self.problem:
             return f"{self.name} {self.problem}"
-        where = f" at {list(self.index)}" if self.index else ""
+        where, limit = f" at {list(self.index)}" if self.index else "", ELEMENT * self.tolerance
+        too_far = f" (differs by {self.largest:.1e} times the largest expected element, the limit is {limit:.0e})"
         return (
             f"{self.name}: relative error {self.error:.1e}, tolerance {self.tolerance:.0e}; "
             f"farthest{where}: {self.value:.7g}, expected {self.expected:.7g}"
+            f"{too_far if self.largest > limit else ''}"
         )
 
 

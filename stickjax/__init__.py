@@ -97,9 +97,10 @@ def load(run: "str | os.PathLike", *, step: int | None = None, changes: dict | N
       changes: config fields to change, such as {"model.window": 128}. The shapes of the parameters must stay the same.
 
     Returns:
-      `TrainedModel` with the fields `model` (the module with the parameters: `model(tokens)` returns an object with
-      `logits`), `config`, `tokenizer`, `step` (the step of the checkpoint) and `metrics` (the logged metrics of the
-      training), and with the methods `generate(prompts, max_new_tokens)` and `evaluate()`.
+      `TrainedModel` with the fields `model` (the module with the parameters: for a decoder, `model(tokens)` returns an
+      object with `logits`), `config`, `tokenizer`, `step` (the step of the checkpoint) and `metrics` (the logged
+      metrics of the training). Its methods are `evaluate()`; `generate(prompts, max_new_tokens)`, for language models;
+      `predict(texts)`, for classifiers and translation models; and `trees(texts)`, for models that induce trees.
 
     Raises:
       ValueError: there is no run folder or no checkpoint; the parameters have other shapes than the config says, are

@@ -42,7 +42,7 @@ def export(model: Loaded | Transformer, path: str, *, shard_bytes: int = SHARD_B
     `stickjax.load(path)` returns the same parameters, bit for bit. The model type in config.json is
 
     - `moduleformer` for stick-breaking attention with attention experts and feed-forward experts,
-    - `jetmoe` for softmax attention with attention experts,
+    - `jetmoe` for softmax attention with attention experts and feed-forward experts,
     - `granitemoe` for softmax attention with feed-forward experts only,
     - `granite` for softmax attention without experts.
 
@@ -87,7 +87,8 @@ def convert(
       step: the step of the checkpoint, if `source` is a run folder; None: the newest checkpoint.
       shard_bytes: the largest size of a file with parameters in a Hugging Face folder, in bytes.
       eot: the added token of the tokenizer that ends a text, such as "<|im_end|>"; it becomes the config field
-        `data.eot`. None: `data.eot` is not changed, and the token is read from the files beside the tokenizer.json.
+        `data.eot`. None: `data.eot` is not changed. If `data.eot` is None too, the token is read from the files beside
+        the tokenizer.json.
 
     Returns:
       A line for the terminal that says what was written and how many parameters it has.
@@ -107,7 +108,7 @@ def convert(
     files = tokenizer.files if tokenizer else read_files(Path(config.data.tokenizer).parent)
     with complete_folder(path) as folder:
         if to_run:
-            note = "" if tokenizer else ", without a tokenizer.json: add one for text"
+            note = "" if tokenizer else ", without a tokenizer.json; to use text, copy one into this folder"
             write_files(files, folder)
             write_config(folder, config.replace({"data.tokenizer": str(Path(path).absolute() / "tokenizer.json")}))
             write_safetensors(folder / MODEL_FILE, leaves)
@@ -127,7 +128,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--shard-bytes", type=float, default=SHARD_BYTES, help="largest file size in bytes (default 5e9)"
     )
-    parser.add_argument("--eot", metavar="TOKEN", help="added token that ends a text, if FOLDER does not name it")
+    parser.add_argument(
+        "--eot", metavar="TOKEN", help="added token that ends a text (default: the token that FOLDER names)"
+    )
     words = parser.parse_args(argv)
     if not 1 <= words.shard_bytes < math.inf:
         raise ValueError(f"--shard-bytes={words.shard_bytes} must be a number of bytes, at least 1")

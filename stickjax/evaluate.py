@@ -202,7 +202,7 @@ def _parser() -> Parser:
     parser.add_argument("--max-tokens", type=int, default=2**17, help="largest number of tokens to score")
     parser.add_argument("--max-pairs", type=int, default=1024, help="largest number of examples to score per bucket")
     parser.add_argument("--part", default="test", help="examples to score: test, or valid to choose hyperparameters")
-    parser.add_argument("--filtered", metavar="FILE", help="write the held-out rows that a classifier labels wrongly")
+    parser.add_argument("--filtered", metavar="FILE", help="write the held-out rows that the first run labels wrongly")
     parser.add_argument("--plot", metavar="PNG", help="path of the picture; by default in the first run's folder")
     return parser
 
@@ -252,9 +252,9 @@ def _records(kind: str, name: str, loaded: Loaded, place: Path | None, words, sa
 def _show(kind: str, results: dict[str, Records], bucket_name: str, picture: Path | str | None) -> None:
     """Print a table of the results of the runs, and draw curves of the results into the file `picture`.
 
-    If `picture` is None, no curves are drawn. `kind` is the result of `_kind`, and `results` is {name of a run: its
-    records}. A bucket is a group of examples of about the same length. `bucket_name` is what the number of a bucket
-    counts, such as "operators"; "" if all examples are in one bucket.
+    No curves are drawn if `picture` is None, or if all examples are in one bucket. `kind` is the result of `_kind`, and
+    `results` is {name of a run: its records}. A bucket is a group of examples of about the same length. `bucket_name`
+    is what the number of a bucket counts, such as "operators"; "" if all examples are in one bucket.
     """
     if kind == "text":
         print_table(table(results))

@@ -263,8 +263,10 @@ def generate_text(
     >>> len(generate_text(loaded, ["one", "and another"], 8, stop=["."]))
     2
     """
-    if isinstance(prompts, str) or isinstance(stop, str) or "" in stop:
-        raise ValueError("prompts and stop must be lists of strings, like ['a', 'b'], and no stop string may be empty")
+    if isinstance(prompts, str) or isinstance(stop, str):
+        raise ValueError("prompts and stop must be lists of strings, like ['a', 'b'], not a single string")
+    if "" in stop:
+        raise ValueError("no stop string may be empty")
     if (tokenizer := loaded.tokenizer) is None:
         raise ValueError(
             f"the tokenizer {loaded.config.data.tokenizer}, which the model needs to read and write text, does not "

@@ -127,14 +127,16 @@ class TrainedModel(Loaded):
     def evaluate(self, *, lengths: Sequence[int] = LENGTHS, max_tokens: int = 2**17, max_pairs: int = 1024) -> Columns:
         """Compute the loss on held-out text, in bits per byte, with contexts of m * T tokens for every m in `lengths`.
 
-        T is the training length. About `max_tokens` tokens are predicted. The result is {name: numpy array with a value
-        per length}. The names are the keys of the records of `stickjax.evaluate.evaluate`, such as "bits_per_byte".
+        T is the training length. Each m must divide the largest m. If no document has m * T tokens, m is left out. The
+        smallest m is never left out. For every m, the same tokens are predicted: at most `max_tokens`, but always at
+        least one piece of text. The result is {name: numpy array with a value per m}. The names are the keys of the
+        records of `stickjax.evaluate.evaluate`, such as "bits_per_byte".
 
         For a model that reads examples, such as a classifier, this method computes the accuracy instead. The examples
         are divided into buckets, for example by the number of logical operators. At most `max_pairs` examples of each
         bucket are used, and the arrays have a value per bucket. The names are the keys of the records of
         `stickjax.evaluation.examples.accuracy`, or of `stickjax.evaluation.pairs.accuracy` for a Universal Transformer
-        on the data source logic.
+        on the data source logic without `data.split`.
 
         Nothing is written into the run folder.
         """

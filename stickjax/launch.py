@@ -5,7 +5,7 @@ python -m stickjax.launch --processes 8 --hosts 2 --host 0 --coordinator HOST:PO
 
 CONFIG and all arguments after it are the command line of `python -m stickjax.train`. On several machines, run the
 command on every machine, with --host 0, --host 1 and so on. If a machine has several processes, each of them uses one
-device. If a machine has only one process, this process uses all its devices.
+device. If a machine has only one process, this process uses all devices of the machine.
 
 After SIGTERM, Ctrl-C or the loss of the terminal, all processes save a checkpoint at the same step and end. If one
 process fails, all processes end. Run the same command again to continue from the last checkpoint.
@@ -45,7 +45,7 @@ class Processes:
 
     Args:
       commands: the command line of each process.
-      environments: for each process, the environment variables that are added to the variables of this process.
+      environments: for each process, the environment variables that it gets besides the variables of the launcher.
     """
 
     def __init__(self, commands: list[list[str]], environments: list[dict[str, str]]):
@@ -138,8 +138,8 @@ class Processes:
 def _forwarded(processes: Processes):
     """Return a context in which a SIGTERM, SIGINT or SIGHUP to this process sends SIGTERM to all training processes.
 
-    A SIGINT (Ctrl-C) that follows another signal sends SIGKILL instead. The context yields a list. The number of every
-    received signal is appended to this list.
+    If this process has received one of these signals before, a SIGINT (Ctrl-C) sends SIGKILL instead. The context
+    yields a list. The number of every received signal is appended to this list.
     """
     got: list[int] = []
 
@@ -167,7 +167,11 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="processes on this machine (default 1)")
     parser.add_argument("--hosts", type=int, default=1, metavar="H", help="machines, each with N processes (default 1)")
     parser.add_argument("--host", type=int, default=0, metavar="I", help="index of this machine, from 0 (default 0)")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="a free port of the machine --host 0; for --hosts")
+    parser.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="the machine with --host 0, and a free port of it; needed if --hosts is above 1",
+    )
     parser.add_argument("train", nargs=argparse.REMAINDER, metavar="CONFIG ...", help="as for python -m stickjax.train")
     words = parser.parse_args(argv)
     for name in ("processes", "hosts"):

@@ -45,9 +45,9 @@ def coordinate_check(widths: Iterable[int], make: Callable, *, steps: int = 4, p
     """Measure the mean absolute value of every activation, before the first training step and after each step.
 
     Models of several widths are compared, to test that they follow muP. Under muP no activation grows or shrinks with
-    the width: the slope of log2 mean |activation| against log2 width is between -0.1 and 0.1. Without muP at least one
-    slope is above 0.3. The logits are an exception, unless the output matrix starts at zero: before training they are
-    proportional to width^(-1/2), and they reach their final size only during training.
+    the width: the slope of log2 mean |activation| against log2 width is between -0.1 and 0.1. The logits are an
+    exception, unless the output matrix starts at zero: before training they are proportional to width^(-1/2), and they
+    reach their final size only during training. Without muP at least one slope is above 0.3.
 
     Args:
       widths: the widths of the models; `slopes` needs at least two widths.
@@ -303,7 +303,8 @@ def _numbers(name: str, text: str, kind: type) -> list:
     except ValueError:
         values = []
     if not values or not all(0 < value < math.inf for value in values):
-        raise ValueError(f"--{name}={text}: expected positive numbers separated by commas (whole numbers for --widths)")
+        whole = "whole " if kind is int else ""
+        raise ValueError(f"--{name}={text}: expected positive {whole}numbers separated by commas")
     return values
 
 

@@ -53,7 +53,7 @@ def test_the_answers_are_those_of_the_batches_of_the_task(source):
         ("logic", ["a"], r"texts\[0\] must be a tuple of two texts \(left, right\), not 'a'"),
         ("listops", ["1", ("1", "2")], r"texts\[1\] must be a string, not \('1', '2'\)"),
         ("listops", ["[MAX 1 2 ]", ""], r"texts\[1\] has no tokens: ''"),
-        ("listops", ["[MAX 1 x ]"], r"texts\[0\]: symbol 'x' is not one of 0 1 2"),
+        ("listops", ["[MAX 1 x ]"], r"texts\[0\]: 'x' is not one of the symbols 0 1 2"),
     ],
 )  # fmt: skip
 def test_a_wrong_text_is_named(source, texts, message):

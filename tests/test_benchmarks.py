@@ -222,7 +222,7 @@ def test_inputs_keep_the_logits_of_the_heads():
             assert len(found) == 1, found
             # The last query is at the position of the last key, or up to N // K - 1 tokens before it, by its group.
             assert (found[0][2] + 32 - found[0][1] - 6) % 20 < N // K
-    with pytest.raises(ValueError, match="H=4 must be at least H=8"):
+    with pytest.raises(ValueError, match="H=4 is below 8, the width of the trained heads"):
         trained.inputs(jax.random.key(0), B=1, T=4, N=1, H=4, heads=heads)
 
 

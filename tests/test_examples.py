@@ -154,7 +154,7 @@ def test_tests_may_be_longer_than_training(families):
     [
         ("sentences", dict(source="logic"), "reads sentences: data.source must be 'listops'.*, not 'logic'"),
         ("translation", dict(source="stdlib"), "reads translation: data.source must be 'scan' or 'questions', not"),
-        ("translation", dict(source="scan", T=8), "T=8 is too small: the longest command has 9 words"),
+        ("translation", dict(source="scan", T=8), "S=8 is too small: the longest list of actions has 48 words"),
         ("translation", dict(source="scan", T=20), "S=20 is too small: the longest list of actions has 48 words"),
         ("translation", dict(source="questions", valid_every=9), "valid_every=9 is not used by source='questions'"),
         ("sentences", dict(source="listops", T=2), "B=16 is more than the number of training examples: 0 sentences of"),

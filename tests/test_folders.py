@@ -102,7 +102,7 @@ BAD = {
     "many-layers": (edit_config(num_hidden_layers=10**12), "1000000000000 layers, but the files have only 29 tensors"),
     "misnamed": (
         edit_tensors(lambda a: a.update({Q.replace("q_proj", "qproj"): a.pop(Q)})),
-        f"lacks {Q} and has unknown tensors: .*qproj.weight .did you mean '{Q}'",
+        f"lacks {Q} and has unknown tensors: .*qproj.weight is similar to the missing {Q}",
     ),
     "shape": (
         edit_tensors(lambda a: a.update({Q: a[Q][:32].copy()})),

@@ -76,7 +76,7 @@ def test_rows_of_something_else_are_not_taken(name, value, record, tmp_path, cap
 
 def test_a_file_that_is_no_record_stays(record, tmp_path):
     (tmp_path / "rows.json").write_text("{")
-    with pytest.raises(ValueError, match="rows.json is not valid JSON .*; use --fresh to start over"):
+    with pytest.raises(ValueError, match="rows.json is not valid JSON .*; use --fresh without --only to start over"):
         record()
     assert (tmp_path / "rows.json").read_text() == "{"
 
@@ -203,7 +203,7 @@ gpu_stages.Checks._correct = slow
     second = command(tmp_path)
     out, said = second.communicate()
     assert second.returncode == 0, said
-    assert "3 rows in rows.json are not measured again" in said
+    assert "3 rows in rows.json come from earlier runs" in said
     assert rows_begun(said)[:2] == ["correct: decode, skip, xla", "exit: decode, skip, xla"]
     assert all(row.startswith("speed") for row in rows_begun(said)[2:])
     after = saved(tmp_path / "rows.json")

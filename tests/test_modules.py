@@ -342,7 +342,7 @@ def test_mutual_information_against_its_definition():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: extend(m, jax.random.key(0)), "must be 0 or more, and not both 0"),
+        (lambda m: extend(m, jax.random.key(0)), "experts and attention_experts are both 0"),
         (lambda m: extend(m, jax.random.key(0), experts=-1), "to add, experts=-1 and attention_experts=0, must be"),
         (lambda m: prune(m, {}), "give either count or threshold, got count=None"),
         (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=1), "a token uses, and at most 6, the number in the layer"),
@@ -469,7 +469,7 @@ def test_concentration_stops_the_bias_that_balances(trained, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("extend BASE OUT", "must be 0 or more, and not both 0"),
+        ("extend BASE OUT", "experts and attention_experts are both 0"),
         ("extend BASE BASE --experts 2", "exists; choose another folder"),
         (
             "extend BASE OUT --experts 2 --model.F=13",

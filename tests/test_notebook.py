@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PICTURES = {"build_and_check": 3, "kernels_and_sharding": 2, "modules": 3, "python_api": 4}
+PICTURES = {"build_and_check": 3, "induced_trees": 3, "kernels_and_sharding": 2, "modules": 3, "python_api": 4}
 PICTURE_BYTES = 60_000
 # Times, rates and addresses, and where two results differ most.
 VARIES = re.compile(

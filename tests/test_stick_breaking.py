@@ -353,7 +353,9 @@ def test_merge_refuses_what_does_not_fit():
     for part in (out, (out, log_rem, log_rem), (out, 0.0)):
         with pytest.raises(ValueError, match=r"far must be a pair of arrays, \(out \[..., Hv\], log_rem \[...\]\)"):
             merge_stick_breaking((out, log_rem), part)
-    with pytest.raises(ValueError, match=r"got near \(2, 3, 4\), \(2, 3\) and far \(2, 1, 4\), \(2, 1\)"):
+    with pytest.raises(ValueError, match=r"far must be .* got out.shape=\(2, 3, 4\) and log_rem.shape=\(2, 1\)"):
+        merge_stick_breaking((out, log_rem), (out, log_rem[:, :1]))
+    with pytest.raises(ValueError, match=r"got out.shape=\(2, 3, 4\) in near and out.shape=\(2, 1, 4\) in far"):
         merge_stick_breaking((out, log_rem), (out[:, :1], log_rem[:, :1]))
 
 

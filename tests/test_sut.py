@@ -442,7 +442,7 @@ def test_presets_have_the_published_sizes():
         (dict(experts=ExpertsConfig()), "experts.E=0 must be at least 1"),
         (
             dict(experts=ExpertsConfig(4, 2, network="mlp")),
-            "experts.network='mlp' is not supported by this model family; the fields of experts that it supports are",
+            "experts.network='mlp' must be 'linear', the default: this model family supports only the fields E, k, ",
         ),
         (dict(D=15), "D=15 must be even"),
         (dict(halting_threshold=0.0), "halting_threshold=0.0 must be above 0"),

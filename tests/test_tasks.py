@@ -496,7 +496,7 @@ def test_a_mixture_has_equal_shares(tmp_path):
         (lambda: scan.generate("add_jmp"), "split='add_jmp' is not one of .*did you mean 'add_jump'"),
         (lambda: scan.examples("dev"), "part='dev' is not one of 'train', 'valid', 'test'"),
         (lambda: scan.examples(T=8), "T=8 is too small: the longest command has 9 words"),
-        (lambda: scan.examples("test", split="length", S=47), "S=47 is too small: .* 'actions' has 48 words"),
+        (lambda: scan.examples("test", split="length", S=47), "S=47 is too small: the longest list of actions has 48"),
         (lambda: questions.examples("dev"), "part='dev' is not one of 'train', 'valid', 'test', 'gen'"),
         (lambda: questions.examples(T=9, count=10), "T=9 is too small: the longest source has"),
         (lambda: scan.examples("valid"), "valid_every=0 leaves no examples for validation"),

@@ -41,8 +41,8 @@ def expert_linear(
       weight: [E, D, F], one matrix for each expert.
       routing: a result of `route`, which has the expert of every (token, choice) pair.
       grouped_in: whether the rows of x are sorted by expert.
-      grouped_out: whether to return the rows of y sorted by expert, in the order of `routing.order`. Otherwise row
-        t * k + s of the result is y[t,s].
+      grouped_out: whether to return the rows of y sorted by expert, in the order of `routing.order`. If it is False
+        and there are no gates, row t * k + s of the result is y[t,s].
       gates: [T, k], the weights for the sum of the k outputs of a token. Without gates, the outputs are not summed.
       bias: [E, F], one vector for each expert.
       implementation: "mosaic", "triton", "xla", "reference", a sequence of these names in order of preference, or None
@@ -53,10 +53,12 @@ def expert_linear(
 
     Raises:
       ValueError: the shape or the dtype of an array does not fit the other arguments; gates are given and `grouped_out`
-        is True; an array is sharded along an axis other than T and F, or along T although the rows of x or of the
-        result are sorted by expert (docs/reference/transformations.md).
+        is True; `implementation` has an unknown name; on a mesh of Explicit axes, an array is sharded along an axis
+        other than T and F, or along T although the rows of x or of the result are sorted by expert
+        (docs/reference/transformations.md).
       NotImplementedError: none of the implementations named in `implementation` can run this call.
-      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" supports it.
+      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" supports it,
+        and not on a mesh of Auto axes.
 
     Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245 (ParallelLinear).
 
@@ -106,10 +108,12 @@ def expert_mlp(
       out [T, D], in the dtype of x. The output of a token without experts (all its expert indices are E) is exactly 0.
 
     Raises:
-      ValueError: the shape or the dtype of an array does not fit the other arguments; the activation is unknown; an
-        array is sharded along an axis other than T (docs/reference/transformations.md).
+      ValueError: the shape or the dtype of an array does not fit the other arguments; the activation is unknown;
+        `implementation` has an unknown name; on a mesh of Explicit axes, an array is sharded along an axis other than T
+        (docs/reference/transformations.md).
       NotImplementedError: none of the implementations named in `implementation` can run this call.
-      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" supports it.
+      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" supports it,
+        and not on a mesh of Auto axes.
 
     Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245.
 

@@ -15,6 +15,7 @@ class Kernels(Protocol):
 
     `tasks`: the R = T * k (token, choice) pairs, sorted by expert and cut into tiles of M rows. All rows of a tile
       belong to one expert. A row of a tile is one pair. The last tile of an expert is filled up with empty rows.
+      Pairs without an expert form tiles of an additional expert with the number E. Their rows of the results are zero.
     `source`, `target`, `numbers`, `left_numbers`, `right_numbers`: int32 [tiles * M]. The rows of all tiles are
       numbered i = 0, 1, and so on. Entry i is the index of a row in another array, or -1 if row i is empty. For
       example, x[source[i]] is the row of x that the kernel multiplies for row i of the tiles.

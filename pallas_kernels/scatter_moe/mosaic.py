@@ -173,9 +173,9 @@ def _d_activated(activation, d_out, source, weight, tasks, h, gates):
 def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
     """Compute the backward pass of gate * (x @ weight[e]), the output of one expert in `expert_linear` with gates.
 
-    A Mosaic kernel computes dy = d_out[source] @ weight[e]^T, with one row per (token, choice) pair. From dy, XLA
-    computes the four results: the gradient of x, the array gate * x, the indices of its rows, and the gradient of the
-    gates without the term of the bias. `Kernels.d_gated` explains them.
+    A Mosaic kernel computes dy = d_out[source] @ weight[e]^T, with one row per (token, choice) pair. XLA computes the
+    rest. Return four results: the gradient of x; the array gate * x; for every row of the tiles, the index of its row
+    in this array; and the gradient of the gates without the term of the bias. `Kernels.d_gated` explains them.
     """
     k = gates.shape[1]
     dy = _product(d_out, source, weight, tasks, tasks.pairs, transposed=True).astype(jnp.float32)

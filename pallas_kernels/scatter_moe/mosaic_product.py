@@ -93,7 +93,11 @@ class Kind(NamedTuple):
 
     @property
     def columns_of_tile(self) -> int:
-        """The number of columns of a tile of the result: 256 in `product`, and 128 in the other kernels."""
+        """The number of columns of a tile of the result: 256 in `product`, and 128 in the other kernels.
+
+        One case differs: 256 in `activated` if the activation is gated and `Plan.columns` is 128. Then one tile has all
+        columns, just as with 128.
+        """
         return self.per_tile * COLUMNS if self.apart == COLUMNS else COLUMNS
 
 

@@ -1,8 +1,8 @@
 """The pipeline of the Mosaic expert kernels: one warpgroup copies rows and weights, the other warpgroups multiply them.
 
 A matrix product runs in steps. One step multiplies and adds 64 elements along the summed axis. The steps of a block are
-numbered from the start of the kernel, over all its tiles. Shared memory has a ring of STAGES stages. A stage has room
-for the operands of one step, and step s uses stage s % STAGES.
+numbered from the start of the kernel, over all tiles that the block computes. Shared memory has a ring of STAGES
+stages. A stage has room for the operands of one step, and step s uses stage s % STAGES.
 
 The copying warpgroup starts to copy the rows of a step (`row_copies.gather`) and goes on to the next step. AHEAD steps
 later, it hands the step over to the multiplying warpgroups: it waits until the rows are in shared memory, and then it
@@ -61,8 +61,8 @@ def send(ring: Ring, steps, copy: Callable, sent: Sent) -> Sent:
     """Copy the operands of the next `steps` steps to shared memory. The copying warpgroup calls this.
 
     For each s from 0 to `steps` - 1, wait until the stage of the step is free, and call `copy(s, stage)`, which starts
-    the copies. Then hand over all started steps to the multiplying warpgroups, except the newest AHEAD steps. Later
-    calls of `send` or `hand_over` hand over these newest steps.
+    the copies. After each call of `copy`, hand over all started steps to the multiplying warpgroups, except the newest
+    AHEAD steps. Later calls of `send` or `hand_over` hand over the steps that are left.
 
     `sent` is the progress of the copying warpgroup at the call. Return its progress at the end.
     """

@@ -30,7 +30,10 @@ def refuses(call: LinearCall | MlpCall) -> str | None:
 
 
 def detail(call: LinearCall | MlpCall) -> str:
-    """Describe for `explain` how the kernels run this call: the size of their tiles, such as "128 x 256 tiles"."""
+    """Describe for `explain` the tiles of the forward pass, as rows x columns, such as "128 x 256 tiles".
+
+    For `expert_mlp`, these are the tiles of the product with w_out. The other products may have tiles of other widths.
+    """
     weight = call.weight if isinstance(call, LinearCall) else call.w_out
     rows = _rows_of_tile(call.routing, call.x)
     return f"{rows} x {product_sizes(rows, *weight.shape[1:], call.x.dtype).columns} tiles"
@@ -124,8 +127,8 @@ def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
     """Compute the backward pass of gate * (x @ weight[e]), the output of one expert in `expert_linear` with gates.
 
     The kernel `d_activated` computes it: gate * (x @ weight[e]) is gate * act(h) @ weight[e] with h = x, and with the
-    identity as act. Return the four results that `Kernels.d_gated` explains: the gradient of x, the array gate * x, the
-    indices of its rows, and the gradient of the gates.
+    identity as act. Return the four results that `Kernels.d_gated` explains: the gradient of x; the array gate * x; for
+    every row of the tiles, a row index in this array; and the gradient of the gates without the term of the bias.
     """
     k = gates.shape[1]
     target, x_numbers = row_numbers(tasks, "pair" if x_rows == "token" else x_rows, k), row_numbers(tasks, x_rows, k)

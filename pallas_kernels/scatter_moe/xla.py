@@ -241,9 +241,9 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
     The row outputs of all calls become arrays [R, ..] with a row for every (token, choice) pair. The weight outputs of
     all calls for one expert are summed. The sums become arrays [E, ..].
 
-    `weights` has arrays [E, ..]. `in_rows` and `out_rows` are tuples of orders: "token", "pair" or "sorted", as in
-    `call.Rows`. They say how the rows of each array in `arrays`, and of each row output, are ordered. An array or an
-    output may be None, and then stays None.
+    `weights` has arrays [E, ..]. `in_rows` has the order of the rows of each array in `arrays`: "token", "pair" or
+    "sorted", as in `call.Rows`. `out_rows` has the order of the rows of each row output: "pair" or "sorted". An array
+    or an output may be None, and then stays None.
     """
     k = routing.expert_indices.shape[1]
     R, E = routing.order.shape[0], routing.num_experts

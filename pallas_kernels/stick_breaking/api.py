@@ -167,7 +167,8 @@ def merge_stick_breaking(
       (out [..., Hv], log_rem [...]) over the keys of both results.
 
     Raises:
-      ValueError: `near` or `far` is not a pair of arrays, or their shapes differ.
+      ValueError: `near` or `far` is not a pair of arrays; the shape of out without its last axis is not the shape of
+        log_rem; or the shapes in `near` and in `far` differ.
 
     In the example, the far keys are 0..3 and the near keys are 4..7. `query_offset` is the position of the first query,
     counted from the first key that is passed: -4 for the near keys, and 0 for the far keys.
@@ -189,10 +190,16 @@ def merge_stick_breaking(
             raise ValueError(f"{name} must be a pair of arrays, (out [..., Hv], log_rem [...]), got {got}")
         parts.append(tuple(map(jnp.asarray, part)))
     (out_near, log_near), (out_far, log_far) = parts
-    if out_near.shape != out_far.shape or log_near.shape != log_far.shape or out_near.shape[:-1] != log_near.shape:
+    for name, (out, log_rem) in (("near", parts[0]), ("far", parts[1])):
+        if out.shape[:-1] != log_rem.shape:
+            raise ValueError(
+                f"{name} must be (out [..., Hv], log_rem [...]) with the same axes [...], "
+                f"got out.shape={out.shape} and log_rem.shape={log_rem.shape}"
+            )
+    if out_near.shape != out_far.shape:  # if these shapes are equal, the shapes of log_rem are too
         raise ValueError(
-            f"near and far must have the same shapes, out [..., Hv] and log_rem [...], "
-            f"got near {out_near.shape}, {log_near.shape} and far {out_far.shape}, {log_far.shape}"
+            f"out must have the same shape in near and far, got out.shape={out_near.shape} in near and "
+            f"out.shape={out_far.shape} in far"
         )
     out = out_near.astype(log_near.dtype) + jnp.exp(log_near)[..., None] * out_far.astype(log_near.dtype)
     return out.astype(out_near.dtype), log_near + log_far

@@ -36,9 +36,12 @@ class Where(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """The static part of the attention mask: the numbers of queries T and keys S, causality, and the window.
+    """The static part of the attention mask: Python values that are known when a call is traced.
 
-    All fields are Python values, known when a call is traced. The arrays of the mask are in `Where`.
+    The mask is always causal: a query never sees a key to the right of its own position. The fields are the number T of
+    queries, the number S of keys, whether a query sees the key at its own position, the window, and the position of the
+    first query. `Where` has the arrays of the mask. If only the array `Where.offset` has the position of the first
+    query, `static_offset` is None.
     """
 
     T: int

@@ -1,4 +1,4 @@
-"""The code around the attention kernels that the Mosaic and Triton backends share: derivatives and decoding.
+"""The code that the Mosaic and Triton backends of attention share: derivatives and decoding. It calls their kernels.
 
 Decoding means few queries and many keys. For the backward pass, the forward pass saves its inputs and two results of
 the kernel `forward`. One is the index of the leftmost key tile that was computed for each query tile. The other one is
@@ -21,7 +21,7 @@ from .kernels import Kernels, Plan
 from .key_ranges import key_tile_ranges
 
 SNAPSHOTS = 2**31  # the most bytes of snapshots (see `Kernels.d_query`) that may be in memory at the same time
-SPLIT = 256  # the smallest number of keys that decoding gives to one block
+SPLIT = 256  # the smallest number of keys that decoding without skip_below gives to one block
 ROUND = 512  # keys of the first round of decoding with skip_below; each next round has twice the number of keys
 LN2 = math.log(2)
 
@@ -196,7 +196,8 @@ def splits(call: Call) -> int:
     """Return the number of parts into which decoding splits the keys of a key head.
 
     A block of the GPU computes one part of one key head. The number of parts is the largest one, but at least 1, for
-    which there are no more blocks than multiprocessors and each part has SPLIT keys or more.
+    which there are no more blocks than multiprocessors and each part of the S keys has SPLIT keys or more. With
+    `skip_below`, the keys of each round (`_decode`) are split into this number of parts, so a part may have fewer keys.
     """
     B, K = call.query.shape[0], call.key.shape[2]
     return max(1, min(platform.multiprocessors() // (B * K), call.mask.S // SPLIT))
@@ -206,8 +207,8 @@ def _decode(kernels: Kernels, call: Call):
     """Compute attention for few queries and many keys. Return the same results as `attention`.
 
     The keys are split into parts. Separate blocks compute the parts, and the results are merged. With `skip_below`, the
-    keys are computed in rounds, the nearest keys first, until less than 2^skip_below remains of the stick of every
-    query, or no keys remain.
+    keys are computed in rounds, the nearest keys first, and the keys of each round are split into parts. The rounds end
+    when less than 2^skip_below remains of the stick of every query, or no keys remain.
     """
     (B, _, N, H), (K, Hv), T = call.query.shape, call.value.shape[2:], call.mask.T
     G, P = N // K, splits(call)

@@ -18,9 +18,11 @@ CACHED = 16 * 2**20  # bytes of keys and values that fit into the level-2 cache 
 class Plan:
     """The sizes and settings of one call of an attention kernel, which are constants in the compiled kernel.
 
-    A block of the GPU computes one or two query tiles of one head, with the key tiles that these queries see. The head
-    is a query head, and its query rows are the T queries. In decoding, the head is a key head: the G query heads that
-    use it are packed into one head with T * G query rows, and N is K. Backends add fields in subclasses.
+    In the kernels `forward` and `d_query`, a block of the GPU computes one or two query tiles of one head, with the key
+    tiles that these queries see. The head is a query head, and its query rows are the T queries. In decoding, the head
+    is a key head: the G query heads that use it are packed into one head with T * G query rows, and N is K. In the
+    kernel `d_key_value`, a block computes one key tile of one key head. The properties `block_rows` and `tiles` are
+    about the blocks of `forward` and `d_query`. Backends add fields in subclasses.
     """
 
     B: int

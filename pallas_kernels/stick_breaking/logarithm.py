@@ -1,4 +1,4 @@
-"""Constants that all implementations use to compute log(beta) and log(1 - beta), where beta = sigmoid(logit)."""
+"""Constants with which the implementations compute log(beta) and log(1 - beta), where beta = sigmoid(logit)."""
 
 import math
 

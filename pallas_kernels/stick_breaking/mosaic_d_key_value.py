@@ -176,8 +176,8 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
 
     A step of the kernel computes one query tile, or two neighbouring ones. A loop goes over all query tiles of the
     query heads that use the key head of the block. It does so twice: pass 0 selects the steps that need no mask, and
-    pass 1 selects the steps that need a mask. A step is left out if none of its queries sees any of the keys, or if the
-    forward pass skipped the keys for all of them.
+    pass 1 selects the steps that need a mask. A step is left out if the forward pass computed the key tile of the
+    block for none of the query tiles of the step.
 
     `cursor` says where the loop is, by three indices: the pass, the query head (from 0 to N / K - 1, among the query
     heads of the key head), and the first query tile of the step. `step` is the index of the next step.
@@ -185,7 +185,7 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
     If the pass selects the query tiles at `cursor`, `offer` starts the copies for step `step`, and the returned step is
     `step` + 1. These are copies of the queries, d_out and the snapshots of each query tile, `copies` arrays in total.
     Otherwise, `offer` copies nothing, and the returned step is `step`. Each pass ends with a step without query tiles,
-    which tells the warpgroups that the pass ends.
+    which tells the warpgroups that the pass ends. This step is counted too, so the returned step is `step` + 1.
     """
     b, head, j = block
     G, tiles = plan.N // plan.K, len(scratch.query)

@@ -27,8 +27,8 @@ from .mosaic_tile import KEYS, ROWS, Assignment, Plan, block, tile_memory, two_s
 class Inputs(NamedTuple):
     """References to the arrays in global memory that the kernel for dq reads.
 
-    In the shapes of the fields, W is the number of warpgroups of a block that compute, and `tiles` is the number of
-    blocks of a head. So a head has tiles * W query tiles.
+    In the shapes of the fields, W is the number of computing warpgroups of a block, and `tiles` is the number of blocks
+    of a head. So a head has tiles * W query tiles.
     """
 
     query: Any  # [B, T, N, H]
@@ -55,8 +55,8 @@ class Outputs(NamedTuple):
 class Scratch(NamedTuple):
     """The shared memory of a block, and the barriers that protect it.
 
-    In the shapes of the fields, W is the number of warpgroups of the block that compute, and `stages` is the number of
-    key tiles that are in shared memory at the same time.
+    In the shapes of the fields, W is the number of computing warpgroups of the block, and `stages` is the number of key
+    tiles that are in shared memory at the same time.
     """
 
     query: Any  # [W, ROWS, H]; at the end, dq overwrites it
@@ -174,7 +174,7 @@ def _compute(plan: Plan, assigned: Assignment, inputs: Inputs, outputs: Outputs,
 
     def visit(masked, j, state):
         stage = pipeline.full_stage(scratch.ring, j - assigned.start, plan.stages)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # until the snapshots of the previous tile are copied
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # until the copy engine has read the previous snapshots
         for half, zero in enumerate(zeros(j, plan.H + plan.Hv > 128 or plan.segments)):
             prefix, high, low, acc = state
             own, column = wg + zero, j * KEYS + half * HALF

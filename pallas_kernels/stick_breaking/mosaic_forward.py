@@ -40,9 +40,8 @@ from .mosaic_tile import (
 class Inputs(NamedTuple):
     """References to the arrays in global memory that the kernel for the forward pass reads.
 
-    In the shapes of the fields, W is the number of warpgroups of a block that compute, and `tiles` is the number of
-    blocks of a head. So a head has tiles * W query tiles. `splits` is the number of parts into which the keys are
-    split.
+    In the shapes of the fields, W is the number of computing warpgroups of a block, and `tiles` is the number of blocks
+    of a head. So a head has tiles * W query tiles. `splits` is the number of parts into which the keys are split.
     """
 
     query: Any  # [B, T, N, H]
@@ -57,9 +56,8 @@ class Inputs(NamedTuple):
 class Outputs(NamedTuple):
     """References to the arrays in global memory that the kernel for the forward pass writes.
 
-    In the shapes of the fields, W is the number of warpgroups of a block that compute, and `tiles` is the number of
-    blocks of a head. So a head has tiles * W query tiles. `splits` is the number of parts into which the keys are
-    split.
+    In the shapes of the fields, W is the number of computing warpgroups of a block, and `tiles` is the number of blocks
+    of a head. So a head has tiles * W query tiles. `splits` is the number of parts into which the keys are split.
     """
 
     out: Any  # [B * splits, T, N, Hv]
@@ -70,8 +68,8 @@ class Outputs(NamedTuple):
 class Scratch(NamedTuple):
     """The shared memory of a block, and the barriers that protect it.
 
-    In the shapes of the fields, W is the number of warpgroups of the block that compute, and `stages` is the number of
-    key tiles that are in shared memory at the same time.
+    In the shapes of the fields, W is the number of computing warpgroups of the block, and `stages` is the number of key
+    tiles that are in shared memory at the same time.
     """
 
     query: Any  # [W, ROWS, H]

@@ -30,7 +30,8 @@ FINISHED = 1e30  # the cumulative log-decay of a query row that needs no keys; i
 class Plan(kernels.Plan):
     """The sizes of one call of an attention kernel for Hopper GPUs, which are constants in the compiled kernel.
 
-    The fields here are added to the fields of `kernels.Plan`.
+    The fields here are added to the fields of `kernels.Plan`. `stages` and `warpgroups` are for the kernels `forward`
+    and `d_query`. The kernel `d_key_value` has its own numbers of stages and warpgroups.
     """
 
     stages: int  # number of key tiles that are in shared memory at the same time
@@ -46,8 +47,8 @@ class Plan(kernels.Plan):
 class Assignment(NamedTuple):
     """What a warpgroup of the kernel `forward` or `d_query` computes, as indices: head, query tile, and key tiles.
 
-    Warpgroup `wg` of block i of a head computes query tile i * W + wg, where W is the number of warpgroups of the block
-    that compute. The keys of a batch entry may be split into parts. Then each part has separate blocks.
+    Warpgroup `wg` of block i of a head computes query tile i * W + wg, where W is the number of computing warpgroups of
+    the block. The keys of a batch entry may be split into parts. Then each part has separate blocks.
     """
 
     entry: jax.Array  # (index of the part of the keys) * B + b
@@ -177,7 +178,7 @@ def block(plan: Plan):
 def visited(bound, warpgroups: int):
     """Return (stop, start) such that the key tiles start..stop-1 contain the key-tile ranges of all warpgroups.
 
-    `warpgroups` is the number of warpgroups of the block that compute, 1 or 2. `bound(w, which)` returns the stop (if
+    `warpgroups` is the number of computing warpgroups of the block, 1 or 2. `bound(w, which)` returns the stop (if
     `which` is 0) or the start (if `which` is 3) of the key-tile range of warpgroup w.
     """
     if warpgroups == 1:

@@ -130,8 +130,8 @@ def visible(column, last, first, query_segments, key_segments_ref, window: tl.co
 
     `column` [C] are the indices of the keys. `last` and `first` [R] are the results of `reach`: causality and the
     window permit query r to see the keys first[r]..last[r]. If `segments`, the segment ids of a query and a key must
-    also be equal. `query_segments` [R] has the ids of the queries, and `key_segments_ref` points to the ids of all keys
-    of the batch entry.
+    also be equal, and not negative (padding). `query_segments` [R] has the ids of the queries, and `key_segments_ref`
+    points to the ids of all keys of the batch entry.
     """
     seen = column[None, :] <= last[:, None]
     if window >= 0:

@@ -222,7 +222,7 @@ def _fail(line: str, error: BaseException) -> int:
 
 
 def drop_output() -> None:
-    """Discard the buffer of stdout if it cannot be written; otherwise Python would try to write it again at exit."""
+    """Write the buffer of stdout. If this fails, discard the buffer, so that Python does not try again at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
         return

@@ -49,7 +49,8 @@ def parse_changes(config: Config, argv: list[str]) -> dict[str, Any]:
       The changes as {"section.field": value}.
 
     Raises:
-      ValueError: a field is unknown (the message suggests the nearest name), or its value is missing.
+      ValueError: a word does not begin with "--", a field is unknown (the message suggests the nearest name), or the
+        value of a field is missing.
 
     >>> parse_changes(Config(), ["--optim.peak_lr=3e-4", "--data.B", "8"])
     {'optim.peak_lr': 0.0003, 'data.B': 8}
@@ -107,7 +108,8 @@ def load_config(path: str) -> Config:
     the config.
 
     Raises:
-      ValueError: there is no such config, or it cannot be read. For a Python file, the message has the line number.
+      ValueError: there is no such config, or it cannot be read. If a line of a Python file raises an error, the message
+        has the number of this line.
     """
     file, named = Path(path), named_configs()
     if path in named:
@@ -115,7 +117,10 @@ def load_config(path: str) -> Config:
     what = _WHAT.format(", ".join(named))
     if path and file.is_dir():
         if (file / "config.json").exists():
-            what = f"did you mean {file / 'config.json'}? To start from the parameters of a run: --init-from {path}"
+            what = (
+                f"did you mean {file / 'config.json'}? To start from the parameters of this run, use the option of the "
+                f"command train: --init-from {path}"
+            )
         raise ValueError(f"{path} is a folder; {what}")
     if not path or not file.exists():
         near = difflib.get_close_matches(file.stem, named, n=1, cutoff=0.6)
@@ -155,7 +160,8 @@ def read_json(path: str | os.PathLike) -> Config:
 def _run(file: Path) -> Config:
     """Run a Python file, call its function `get_config()` and return the config.
 
-    Raise ValueError, with the file and the line, for any error in the file.
+    Raise ValueError for any error in the file. The message has the file. If a line of the file raised the error, the
+    message also has the number of this line.
     """
     try:
         get_config = runpy.run_path(str(file)).get("get_config")

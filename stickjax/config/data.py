@@ -27,7 +27,12 @@ class DataConfig:
     heldout_path: str | None = field(
         None, "held-out file or folder; None: a part of the data is held out (heldout_every)"
     )
-    heldout_every: int = field(10, "n: every n-th document, or every n-th labelled row, is held out", at_least=2)
+    heldout_every: int = field(
+        10,
+        "n: every n-th document or labelled row is held out; of a token file or a single document, roughly the last "
+        "1/n of the tokens",
+        at_least=2,
+    )
     split: str | None = field(
         None,
         "how a generated source is divided into training and test examples; logic: A, B, C; scan: simple, length, "

@@ -95,8 +95,8 @@ class ModelConfig(FamilyConfig):
     )
     remat: Literal["none", "dots", "full"] = field(
         "none",
-        "what the backward pass recomputes: nothing, all but the matrix products (dots), or whole layers (full); "
-        "none also keeps the parameters that fsdp gathers",
+        "what the backward pass recomputes: nothing (none), all but the matrix products (dots), or whole layers "
+        "(full); with remat=none, the parameters that fsdp gathers are kept too",
     )
     implementation: str | None = field(None, "kernels: mosaic, triton, xla, reference; None: the best that works")
 
@@ -136,10 +136,11 @@ class ModelConfig(FamilyConfig):
                 f"key_value='input' needs attention={known}, got attention={self.attention!r}: with key_value='input', "
                 "keys and values are the same array, but rotary positions must change only the keys"
             )
-        if self.head_norm or self.remainder == "bias":
+        if self.head_norm:
+            raise ValueError("head_norm=True needs attention_experts.E=0: attention experts need head_norm=False")
+        if self.remainder == "bias":
             raise ValueError(
-                "attention experts need head_norm=False and a remainder other than 'bias', got "
-                f"head_norm={self.head_norm} and remainder={self.remainder!r}; or set attention_experts.E=0"
+                "remainder='bias' needs attention_experts.E=0: attention experts need remainder='none' or 'value'"
             )
 
     def check_mesh(self, sizes: dict[str, int], T: int) -> None:

@@ -61,7 +61,7 @@ class ExpertsConfig:
         check_fields(self)
 
     def check(self, name: str, k: int, options: tuple[str, ...] | None = None) -> None:
-        """Raise ValueError if the fields contradict each other, or if the model family does not support a field.
+        """Raise ValueError if the fields contradict each other, or if an unsupported field does not have its default.
 
         Args:
           name: the field of the model's config that contains this mixture, such as "experts", for the message.
@@ -74,8 +74,8 @@ class ExpertsConfig:
             if f.name not in options and (value := getattr(self, f.name)) != f.default:
                 fields = ", ".join(options)
                 raise ValueError(
-                    f"{name}.{f.name}={value!r} is not supported by this model family; the fields of {name} that it "
-                    f"supports are {fields}"
+                    f"{name}.{f.name}={value!r} must be {f.default!r}, the default: this model family supports only "
+                    f"the fields {fields} of {name}"
                 )
         if not E:
             counts = ("k", "token_rounding", "bias_rate", "added", "pruned")
@@ -87,6 +87,10 @@ class ExpertsConfig:
         if not k:
             raise ValueError(f"{name}: E={E} experts need k >= 1 experts per token, got k=0")
         if k == 1 < E and self.order == "topk_softmax":  # with E=1 the router has no choice to learn
+            if options and "order" not in options:
+                raise ValueError(
+                    f"{name}: k=1 expert per token has a constant gate, so the router is not trained; use k >= 2"
+                )
             raise ValueError(
                 f"{name}: k=1 with order='topk_softmax' has a constant gate, so the router is not trained; use k >= 2 "
                 "or order='softmax_topk'"

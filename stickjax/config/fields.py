@@ -94,7 +94,7 @@ def with_present_names(config: type, values: dict[str, Any]) -> dict[str, Any]:
 def _made(kind: type, name: str, values: Any):
     """Return `kind(**values)`, an object of a nested dataclass. Return `values` unchanged if it is not a dictionary.
 
-    `name` is the field that contains the nested dataclass, such as "experts". Error messages begin with it.
+    `name` is the field that contains the nested dataclass, such as "experts", for error messages.
     """
     if not isinstance(values, dict):
         return values
@@ -172,7 +172,8 @@ def checked(name: str, value, kinds: tuple, bounds: dict) -> Any:
     """Check the type and the bounds of `value`. Return the value as one of the types `kinds`, such as 1.0 for 1.
 
     `bounds` is {name of a bound: limit}, where the names are at_least, above, at_most and below. Raise ValueError if
-    the value has another type or is outside its bounds. The message begins with `name`, the name of the field.
+    the value has another type or is outside its bounds. Also raise it for an empty text, a whole number above 10^15,
+    and a float that is not finite or does not fit into float32. The message begins with `name`, the name of the field.
 
     >>> checked("top_p", 1, (float,), {"above": 0, "at_most": 1})
     1.0

@@ -1,7 +1,7 @@
 """Suggest the right option or config field for a wrong word, such as data.B for "batch_size".
 
-If other programs use the word for the same setting (SYNONYMS), this setting is suggested. Otherwise an option or field
-with a similar name is suggested.
+If the name of an option or field is almost equal to the word, it is suggested. Otherwise, if the word is the name of a
+setting in other programs (SYNONYMS), this setting is suggested. Otherwise another similar name is suggested.
 """
 
 import difflib

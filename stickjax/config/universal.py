@@ -47,7 +47,9 @@ class SutConfig(FamilyConfig):
     experts: ExpertsConfig = field(ExpertsConfig(E=8, k=2), "experts of the feed-forward network")
     attention_experts: ExpertsConfig = field(ExpertsConfig(E=8, k=2), "experts with K query heads each")
     attention: Literal["softmax", "stick_breaking"] = field(
-        "softmax", "softmax: not causal, with relative positions; stick_breaking: causal, without positions"
+        "softmax",
+        "softmax: with relative positions, causal in a language model but not in a classifier; stick_breaking: causal, "
+        "without positions",
     )
     clip: int = field(
         64, "relative positions are -(clip - 1) to clip - 1; larger distances are clipped (softmax only)", at_least=1
@@ -94,7 +96,10 @@ class SutConfig(FamilyConfig):
 
     @property
     def causal(self) -> bool:
-        """Whether attention is causal. Stick-breaking attention is causal; softmax with relative positions is not."""
+        """Whether self-attention is causal in language models and in classifiers: True for stick-breaking attention.
+
+        Softmax attention is causal in language models, but not in classifiers.
+        """
         return self.attention == "stick_breaking"
 
     @property

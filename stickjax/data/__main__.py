@@ -24,7 +24,9 @@ def main(argv: list[str] | None = None) -> None:
     one.add_argument("source", metavar="SOURCE", help="text file, .jsonl file or folder")
     one.add_argument("out", metavar="OUT", help="name of the token file; writes OUT.bin and OUT.json")
     one.add_argument("--tokenizer", default="byte", help="byte, or the path of a tokenizer.json")
-    one.add_argument("--eot", help="added token that ends a text, if the tokenizer's folder does not name it")
+    one.add_argument(
+        "--eot", help="added token that ends a text (default: the token that the tokenizer's folder names)"
+    )
     one.add_argument("--text-field", default="text", help="field of a jsonl line that holds the text")
     one = commands.add_parser("verify", help="read a token file and compare it with its sha256")
     one.add_argument("out", metavar="OUT", help="the token file OUT.bin with its OUT.json")

@@ -109,8 +109,8 @@ def batches(
         raise ValueError(f"process_index={process_index} must be in 0..{process_count - 1}")
     if not len(source):
         raise ValueError(
-            "no example can be used: the data is empty, has fewer examples than a batch needs, or has only examples "
-            "of more than T tokens"
+            "no example can be used: the data is empty, or all examples have more than T tokens; use other data or a "
+            "larger T"
         )
     # Grain shuffles epoch e with the seed `seed` + e. Without this hash of `seed`, epoch 1 of a run with seed 0 would
     # have the same order as epoch 0 of a run with seed 1.
@@ -168,7 +168,7 @@ def task_loader(
     Args:
       task: a key of `stickjax.data.tasks.TASKS`, such as "recall".
       config: the data section of a config; T, B and `seed` are used. `seed` decides the order of the examples.
-      part: "train" or "test".
+      part: "train", "test", or another part that the function `examples` of the task explains.
       process_index: the index of this process, from 0.
       process_count: the number of processes, which divide the batch of B examples.
       options: arguments for the function `examples` of the task. The option `seed` is not `config.seed`: it decides the

@@ -109,8 +109,8 @@ def examples_of(config: Config, part: str, **options) -> Examples:
 
     `part` says which examples: "train", "valid" (for validation) or "test". The source "questions" also has the part
     "gen", which tests generalisation. Texts for "train" and "valid" have at most `config.data.T` tokens; other texts
-    may have any length. `options` are arguments for the function `examples` of the source. The option T replaces the
-    largest number of tokens of a text.
+    may have any length. For the source "scan", T limits the actions, but not the commands. `options` are arguments for
+    the function `examples` of the source. The option T replaces the largest number of tokens of a text.
 
     Raises ValueError if the source does not have examples of the form that the model reads. The function `examples` of
     the source may also raise ValueError.
@@ -151,10 +151,10 @@ class LengthBucketedBatches:
     """Random access to batches of B examples, where the examples of a batch have about the same length.
 
     The length of an example is the number of tokens of its longest text. The batches are sorted by length, shortest
-    first. The texts of a batch are padded to a common length: a multiple of 8 tokens, but at most T tokens. The sources
-    and the targets of translations are padded separately. Batches of random examples would need about twice the work,
-    because they would have more padding. `seed` decides which examples of the same length are in one batch. The longest
-    examples are left out if they do not fill a batch.
+    first. The texts of a batch are padded to a common length: a multiple of 8 tokens, but at most the length of the
+    arrays in `examples`. The sources and the targets of translations are padded separately. Batches of random examples
+    would need about twice the work, because they would have more padding. `seed` decides which examples of the same
+    length are in one batch. The longest examples are left out if they do not fill a batch.
     """
 
     def __init__(self, examples: Examples, B: int, seed: int):

@@ -77,10 +77,11 @@ def heldout_windows(
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
     for m in lengths:
-        if m < 1 or max(lengths) % m:
+        if m < 1:
+            raise ValueError(f"lengths={lengths}: every length must be at least 1, got {m}")
+        if max(lengths) % m:
             raise ValueError(
-                f"lengths={lengths}: every length must be at least 1 and divide the largest length, {max(lengths)}, "
-                f"but {m} does not"
+                f"lengths={lengths}: every length must divide the largest length, {max(lengths)}, but {m} does not"
             )
     eot, bos, ends = corpus.tokenizer.eot, corpus.tokenizer.bos, document_ends(corpus.tokens, corpus.tokenizer.eot)
     starts = np.append(0, ends[:-1])

@@ -58,7 +58,7 @@ def labelled_task(d: DataConfig, names: tuple[str, ...]) -> Task:
     the `vocab_size` of the tokenizer plus one.
 
     Raises ValueError if `d.right_field` is set although there is one name, or is None although there are two names.
-    Also raises it if the labels, the tokenizer or the rows cannot be read.
+    Also raises it if the labels or the tokenizer cannot be read, or cannot be made from the training rows.
     """
     if len(names) == 2 and d.right_field is None:
         raise ValueError("this model reads pairs: data.right_field must be the name of the field with the second text")
@@ -179,7 +179,10 @@ class LabelledRows:
             rows.append(Row(tuple(x.astype("<i4").tobytes() for x in ids), label_ids[record.label], record.line))
         if too_long:
             (where, n), most = too_long[0], max(n for _, n in too_long)
-            raise ValueError(f"{where}: a text of {n} tokens is longer than T={T}; the longest text has {most} tokens")
+            raise ValueError(
+                f"{where}: a text of {n} tokens is longer than T={T}; the longest text has {most} tokens; "
+                f"set data.T to {most} or more, or remove the long rows"
+            )
         size = T or max((len(text) for row in rows for text in row.texts), default=0) // 4
         lengths = lambda row: (max(map(len, row.texts)) // 4,)  # noqa: E731
         return LabelledExamples(rows, functools.partial(_arrays, self.names, size), (self.names,), lengths)
@@ -205,8 +208,12 @@ def read_labels(path: str) -> tuple[str, ...]:
         raise ValueError(f"{where} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
-    if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(label, str) for label in labels):
-        raise ValueError(f'{where} must be a JSON list of two labels or more, such as ["no", "yes"]')
+    if not isinstance(labels, list):
+        raise ValueError(f'{where} must be a JSON list of labels, such as ["no", "yes"]')
+    if wrong := [label for label in labels if not isinstance(label, str)]:
+        raise ValueError(f"{where}: the label {wrong[0]!r:.80} must be a text, in quotation marks")
+    if len(labels) < 2:
+        raise ValueError(f"{where} must have two labels or more, not {len(labels)}")
     if len(set(labels)) < len(labels):
         raise ValueError(f"{where}: the label {max(labels, key=labels.count)!r} occurs more than once")
     return tuple(labels)

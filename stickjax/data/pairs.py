@@ -8,7 +8,7 @@ from stickjax.data.tasks import Examples
 def pair_examples(config: Config, part: str, **options) -> Examples:
     """Return labelled pairs of sentences to train or test the classifier of a config.
 
-    `part` is "train", "valid" or "test".
+    The model of the config must read pairs. `part` is "train", "valid" or "test".
 
     `options` are keyword arguments of the source's function `examples`, such as `buckets` of
     `stickjax.data.tasks.logic.examples`. T is one of them: the largest number of tokens of a sentence. The default is

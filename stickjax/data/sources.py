@@ -32,8 +32,8 @@ _GENERATED = re.compile(r"generated (by|from)|automatically generated", re.IGNOR
 class NotText(Exception):
     """Raised for a file that is not text.
 
-    Its arguments are texts for messages: what the file is, such as "compressed", and for some files what the user can
-    do, such as "unpack it first".
+    Its arguments are texts for messages: what the file is, such as "compressed"; and for some files a second text, such
+    as what the user can do ("unpack it first") or where the error is.
     """
 
 
@@ -136,7 +136,7 @@ def _text_of(record: Any, text_field: str, where: str) -> str:
         if isinstance(record, dict):
             fields = f"the fields of this object are {', '.join(map(repr, record)) or 'none'}"
             more = f": its value is {text!r:.40}" if text_field in record else f"; {fields:.100}"
-        raise ValueError(f"{where}: no text in the field {text_field!r} (data.text_field){more}")
+        raise ValueError(f"{where}: no text in the field {text_field!r} (data.text_field or --text-field){more}")
     if re.search("[\ud800-\udfff]", text):  # possible in JSON, but not in UTF-8
         raise ValueError(
             f"{where}: the field {text_field!r} contains half of a surrogate pair, which is not a character"
@@ -184,6 +184,9 @@ def _records(file: Path, text: str, text_field: str) -> Iterable[str] | None:
 
     A record is a JSON object that has a text in its field `text_field`. The file may contain an array of records, one
     record on every line, or a single record. `text` is the content of the file, and `file` is its path for messages.
+
+    Only the first object decides whether the file has records. If a later object is not a record, the returned
+    iterable raises ValueError.
     """
     first = next((line for line in text.split("\n") if line.strip()), "")
     for part in (text, first):
@@ -240,7 +243,8 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
       name: the name of the config field or argument that has the path, for messages.
 
     Raises ValueError if the path does not exist, cannot be read, has no text, or is a file that is not text. Also
-    raises it if a JSON object does not have the field `text_field`. Then the message names the file and the line.
+    raises it, with the file and the line, if a line of a .jsonl or .ndjson file is not a JSON object with a text in the
+    field `text_field`. In a .json file whose first object has such a text, the other objects must have one too.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -149,7 +149,8 @@ def _ids(key: str, value: Any, added: Mapping[str, int], where: Path) -> list[in
       key: the name of the entry, such as "eos_token_id".
       value: the value of the entry: a token id if `key` ends in "_id", otherwise the text of a token or an object
         {"content": text}. It may also be a list of such values, or None. For the key "added_tokens_decoder", it is a
-        dictionary {id: {"content": text, "special": bool}}. Its tokens are used if "special" is true.
+        dictionary {id: {"content": text, "special": bool}}. Only the entries whose "special" is true count. The id of
+        such a token is `added[text]`; the keys of the dictionary are not used.
       added: {text: id} of the added tokens.
       where: the path of the file, for messages.
 

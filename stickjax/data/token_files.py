@@ -171,7 +171,8 @@ def open_tokens(path: str, tokenizer: Tokenizer, name: str) -> tuple[np.ndarray,
     if made_by != (tokenizer.name, tokenizer.vocab_size, tokenizer.eot):
         raise ValueError(
             f"{name}={path!r} was made by tokenizer {made_by[0]!r} with vocab_size={made_by[1]} and eot={made_by[2]}, "
-            f"but data.tokenizer is {tokenizer.name!r} with vocab_size={tokenizer.vocab_size} and eot={tokenizer.eot}"
+            f"but data.tokenizer is {tokenizer.name!r} with vocab_size={tokenizer.vocab_size} and eot={tokenizer.eot}; "
+            "use the tokenizer of the file, or tokenize the text again"
         )
     if dtype != token_dtype(tokenizer.vocab_size):
         raise ValueError(
@@ -187,7 +188,10 @@ def open_tokens(path: str, tokenizer: Tokenizer, name: str) -> tuple[np.ndarray,
     tokens = np.memmap(data_path, dtype, mode="r")
     largest = max(int(tokens[:_BLOCK].max()), int(tokens[-_BLOCK:].max()))
     if largest >= tokenizer.vocab_size:
-        raise ValueError(f"{name}={path!r}: token id {largest} must be below vocab_size={tokenizer.vocab_size}")
+        raise ValueError(
+            f"{name}={path!r}: token id {largest} must be below vocab_size={tokenizer.vocab_size}, so the file is "
+            "damaged; make it again by python -m stickjax.data tokenize"
+        )
     if size <= _VERIFIED:
         verify(path, name)
     else:

@@ -82,7 +82,8 @@ class Tokenizer(abc.ABC):
     def count_bytes(self, ids) -> int:
         """Return the number of UTF-8 bytes in the text of the token ids [n], to compute a loss per byte.
 
-        If the first or the last character is incomplete, it is counted as U+FFFD, which has 3 bytes.
+        If the first or the last character is incomplete, it is counted as U+FFFD, which has 3 bytes. A
+        `ByteTokenizer` counts the real bytes of such a character instead.
         """
         return len(self.decode(ids).encode())
 
@@ -186,9 +187,11 @@ class WordTokenizer(Tokenizer):
             raise ValueError(f"{where} cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not a words.json: {error}") from error
-        words = tree.get("words") if isinstance(tree, dict) and tree.get("format") == _WORDS_FORMAT else None
+        words = tree.get("words") if isinstance(tree, dict) else None
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise ValueError(f"{where} is not a words.json: it has no list of words")
+        if tree.get("format") != _WORDS_FORMAT:
+            raise ValueError(f'{where} is not a words.json: its "format" must be {_WORDS_FORMAT!r}')
         if len(set(words)) < len(words):
             twice = Counter(words).most_common(1)[0][0]
             raise ValueError(f"{where} is not a words.json: the word {twice!r} occurs more than once")
@@ -316,8 +319,8 @@ def _listed(tokens: Iterable[str], most: int = 12) -> str:
 def load_tokenizer(name: str, eot: str | None = None) -> Tokenizer:
     """Load a tokenizer. `name` is 'byte' or the path of a tokenizer.json or a words.json, as in `data.tokenizer`.
 
-    `eot` is the text of the added token that ends a document, as in the config field `data.eot`. If it is None, the
-    end of text is found in the files of the tokenizer.
+    `eot` is used for a tokenizer.json only. It is the text of the added token that ends a document, as in the config
+    field `data.eot`. If it is None, the end of text is found in the files of the tokenizer.
 
     Raises ValueError if the file cannot be read or has no end of text, or if the package `tokenizers` is missing.
 

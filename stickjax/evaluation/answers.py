@@ -18,16 +18,16 @@ Text = str | tuple[str, str]
 
 
 def predict(model, config: Config, texts: Sequence[Text]) -> list[str]:
-    """Return the most probable label of each text, or its translation.
+    """Return an answer for each text: the most probable label, or the translation.
 
     Args:
       model: the module with the parameters.
       config: the config of the model. Its data section names the task, such as source="listops".
-      texts: the texts, in the form of the training data. A model that reads pairs needs a tuple (left, right) for each.
+      texts: the texts, in the form of the training data. For a model that reads pairs, a text is a tuple (left, right).
 
     Raises:
-      ValueError: the model is a language model; or a text has no tokens, or a word that the task does not know, or is
-        not a pair although the model reads pairs.
+      ValueError: the model is a language model; a text contains no tokens; a word is unknown to the task; or the model
+        reads pairs and a text is not a tuple of two texts, or the reverse.
     """
     task, family = task_of(config), family_of(config.model)
     run = jax.jit(family.predict)
@@ -36,7 +36,7 @@ def predict(model, config: Config, texts: Sequence[Text]) -> list[str]:
 
 
 def induced_trees(model, config: Config, texts: Sequence[Text]) -> list[Tree] | list[tuple[Tree, Tree]]:
-    """Return the binary tree over the tokens of each text that the model induces: for a pair, a tuple of two trees.
+    """Return the binary tree that the model induces over the tokens of each text; for a pair, a tuple of two trees.
 
     `stickjax.evaluation.trees` prints, draws and compares trees. The arguments and errors are those of `predict`. If
     the model induces no trees, ValueError is raised too.
@@ -59,7 +59,7 @@ def _inputs(task: Task) -> tuple[str, ...]:
 
 
 def _answers(task: Task, texts: Sequence[Text], answer: Callable[[dict], list]) -> list:
-    """Return the answer for each text, in order. `answer(batch)` returns a list with an answer for each of its rows."""
+    """Return the answer for each text, in order. `answer(batch)` returns the answers for the rows of a batch."""
     names = _inputs(task)
     rows = [(i, *_encoded(task, names, i, text)) for i, text in enumerate(texts)]
     size = max((len(ids) for _, *row in rows for ids in row), default=0)
@@ -84,5 +84,6 @@ def _encoded(task: Task, names: tuple[str, ...], index: int, text: Text) -> list
     except ValueError as error:
         raise ValueError(f"texts[{index}]: {error}") from None
     if not all(map(len, encoded)):
-        raise ValueError(f"texts[{index}] has no tokens: {text!r:.80}")
+        part = ": one of the two texts" if len(names) == 2 else ""
+        raise ValueError(f"texts[{index}]{part} has no tokens: {text!r:.80}")
     return encoded

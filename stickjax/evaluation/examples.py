@@ -58,7 +58,7 @@ def accuracy(
       ValueError: `max_examples` is below 1, or `part` is unknown or has no examples.
     """
     if max_examples < 1:
-        raise ValueError(f"max_examples={max_examples} must be at least 1")
+        raise ValueError(f"max_examples={max_examples} (--max-pairs) must be at least 1")
     task, family = task_of(config), family_of(config.model)
     predict = jax.jit(family.predict)
     records = []
@@ -110,9 +110,9 @@ def buckets_of(config: Config, part: str, max_examples: int) -> dict[int | None,
 def batches_of(examples: Examples, B: int):
     """Yield (batch, rows) for all examples, the shortest first. A batch is a dictionary of B stacked examples.
 
-    `rows` is the list of the rows of these examples (see `Examples`). If fewer than B examples remain for the last
-    batch, its first example is repeated in the batch, but not in `rows`. Texts are padded to a power of two, at least
-    8, so that the model is compiled only a few times.
+    `rows` is the list of the elements of `examples.rows` that these examples are made from. If fewer than B examples
+    remain for the last batch, its first example is repeated in the batch, but its row is not repeated in `rows`. Texts
+    are padded to a power of two, at least 8, so that the model is compiled only a few times.
     """
     lengths = examples.lengths()
     order = np.argsort(lengths.max(1, initial=0), kind="stable")

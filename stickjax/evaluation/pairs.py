@@ -50,13 +50,12 @@ def accuracy(
 ) -> Records:
     """Compute the fraction of held-out pairs that the model labels correctly, for each bucket and halting threshold.
 
-    A bucket contains the pairs of sentences with the same number of logical operators. The number of a pair is the
-    number of its sentence with more operators. The last bucket also contains all pairs with larger numbers.
+    The index of the bucket of a pair is the larger number of logical operators of its two sentences, but at most 12.
 
     Args:
       model: the module with the parameters.
       config: its data section says how the pairs are generated.
-      buckets: the buckets to evaluate, by their numbers of operators.
+      buckets: the indices of the buckets to evaluate.
       thresholds: the halting thresholds to try; None: only the threshold of the config.
       max_pairs: the largest number of pairs per bucket. All thresholds use the same pairs.
       B: the largest number of pairs in one call of the model.

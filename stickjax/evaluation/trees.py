@@ -33,8 +33,10 @@ def from_brackets(words: Sequence[str], opening: str = "(", closing: str = ")") 
         else:
             stack[-1].append(len(kept))
             kept.append(word)
-    if len(stack) > 1 or not kept:
-        raise ValueError(f"the brackets do not match, or there is no word, in: {' '.join(words)}")
+    if len(stack) > 1:
+        raise ValueError(f"a bracket {opening!r} is not closed in: {' '.join(words)}")
+    if not kept:
+        raise ValueError(f"there is no word besides the brackets in: {' '.join(words)}")
     return _node(stack[0]), kept
 
 

@@ -22,9 +22,9 @@ KeyValues = tuple[jax.Array, jax.Array | None]  # (keys, values), [B,S,K,H] each
 class Context(NamedTuple):
     """The documents and positions of the query tokens, and the documents of the keys.
 
-    In an attention layer, T query tokens per sequence attend to S keys. All layers of a model use the same context. If
-    the mesh axis "context" divides the sequences, T is the number of tokens on this device, and S is the number of keys
-    of the whole sequence.
+    In an attention layer, T query tokens per sequence attend to S keys. All layers of a decoder use the same context.
+    If the mesh axis "context" divides the sequences, T is the number of tokens on this device, and S is the number of
+    keys of the whole sequence.
 
     `segment_ids` [B,T], `key_segment_ids` [B,S]: the document id of every token and of every key. A token attends only
       to keys with the same id; a negative id is padding. None: every sequence is one document.
@@ -101,13 +101,19 @@ class Attention(nnx.Module):
             )
             k, v = cache[0], cache[0] if cache[1] is None else cache[1]
         returned = kind.load()(c, q, k, v, context)
-        if not isinstance(returned, tuple) or len(returned) != 2 or returned[0].shape != q.shape:
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            found = f"a tuple of {len(returned)}" if isinstance(returned, tuple) else "a value that is not a tuple"
             raise ValueError(
-                f"attention={c.attention!r}: the function of this variant must return (out, rest), but it returned the "
-                f"shapes {jax.tree.map(lambda x: getattr(x, 'shape', x), returned)}. 'out' must have the shape "
-                f"{q.shape}; 'rest' must be None, or an array [B,T,N]: one minus the sum of each query's weights"
+                f"attention={c.attention!r}: the function of this variant must return (out, rest), but it returned "
+                f"{found}. 'out' must have the shape {q.shape}; 'rest' must be None, or an array [B,T,N]: one minus "
+                "the sum of each query's weights"
             )
         out, rest = returned
+        if out.shape != q.shape:
+            raise ValueError(
+                f"attention={c.attention!r}: the function of this variant returned (out, rest) where 'out' has the "
+                f"shape {out.shape}; it must have the shape of the queries, {q.shape}"
+            )
         if c.remainder != "none":
             if rest is None:
                 raise ValueError(

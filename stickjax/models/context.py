@@ -1,7 +1,7 @@
 """Stick-breaking attention of sequences that the mesh axis "context" divides among devices.
 
-A single device would compute the same result and the same gradients, up to rounding. Every device has two pieces of a
-sequence: one near the beginning of the sequence, and one near the end (`stickjax.parallel.mesh.shard_batch`). So all
+A single device would compute the same result and the same gradients, up to rounding. With n devices, a sequence is cut
+into 2n pieces. Device i has the pieces i and 2n - 1 - i, counted from 0 (`stickjax.parallel.mesh.shard_batch`). So all
 devices compute the same number of (query, key) pairs. The queries of a piece first attend to the keys of this piece,
 while the keys and values of all pieces are all-gathered. Then the queries attend to the keys of all earlier pieces, and
 `pallas_kernels.merge_stick_breaking` merges the two results.
@@ -21,8 +21,8 @@ from stickjax.parallel.collectives import all_gather, size
 def whole_sequence(x: Float[Array, "B t ..."]) -> Float[Array, "B T ..."]:
     """All-gather x along the mesh axis "context", and return the whole sequences, with their tokens in order.
 
-    On every device, x has two pieces of every sequence, one near its beginning and one near its end. The two pieces
-    have t tokens together. The result has all T = t * (number of devices) tokens of every sequence.
+    With n devices, x on device i has the pieces i and 2n - 1 - i of every sequence, which has 2n pieces. The two pieces
+    have t tokens together. The result has all T = n * t tokens of every sequence.
     """
     count, (B, t) = size("context"), x.shape[:2]
     x = all_gather(x, "context", 1, x.dtype).reshape(B, count, 2, t // 2, *x.shape[2:])

@@ -28,8 +28,9 @@ class MixtureOfHeads(Attention):
       gate_e * attention(x W_query[e], x W_key, x W_value) W_output[e].
 
     `config.attention_experts` describes the experts. There are K key heads, and every expert has K query heads. The
-    router chooses N / K experts for every token, so that a token has N query heads. A padding token uses no expert, and
-    its output is zero.
+    router chooses N / K experts for every token, so that a token has N query heads. If the config has
+    `attention_experts.bias`, a trainable `output_bias` [D] is added to the sum. A padding token uses no expert, and its
+    output is zero.
 
     If `config.key_value` is "biased", the keys and values have trainable biases. If it is "input", the keys and the
     values are both x itself, and the cache stores x only once.

@@ -25,7 +25,7 @@ class Parameter(NamedTuple):
 
     `axes`: the names of its axes, separated by spaces. "E D KH" has three axes; the last axis has the size K * H. E is
       the axis of the experts, and C the axis of the router columns. An axis may also be a size: "2", or "4D" for 4 * D.
-      In a model with stacked layers, a parameter has the additional first axis L, which is left out here.
+      A parameter of stacked layers has an additional first axis L, which is left out here.
     `partition`: for every axis, the mesh axis that divides it, or "-" if no mesh axis divides it. "-" at the end may be
       left out. With "", every device has the whole parameter.
     `label`: the muP label. "matrix": an internal matrix; its learning rate is divided by m_width, the width multiplier
@@ -207,11 +207,17 @@ def label(leaf: Leaf) -> str:
         return parameter(leaf).label
     last = leaf.names[-1] if leaf.names else ""
     labels = {row.label for rows in PARAMETERS.values() for name, row in rows.items() if name == last}
-    if len(labels) != 1:
+    if not labels:
         known = dict.fromkeys(name for rows in PARAMETERS.values() for name in rows)
         raise ValueError(
-            f"no muP label for {leaf.name!r}{nearest(last, known)}: PARAMETERS in stickjax.models.parameters must have "
-            "exactly one label for this name"
+            f"no muP label for {leaf.name!r}{nearest(last, known)}: PARAMETERS in stickjax.models.parameters has no "
+            f"row with the name {last!r}; use a name of the table, or add a row"
+        )
+    if len(labels) > 1:
+        raise ValueError(
+            f"no muP label for {leaf.name!r}: it is outside of a Flax module, and PARAMETERS in "
+            f"stickjax.models.parameters has rows with the name {last!r} and different labels: "
+            f"{', '.join(sorted(labels))}. Make the array an attribute of a Flax module"
         )
     return labels.pop()
 
@@ -226,8 +232,8 @@ def partition(leaf: Leaf) -> PartitionSpec:
     if leaf.owner is None:
         if dims >= 2:
             raise ValueError(
-                f"{leaf.name!r} has {dims} axes, so it must be an attribute of a Flax module, whose class "
-                "says how it is sharded"
+                f"{leaf.name!r} has {dims} axes, so it must be an attribute of a Flax module; then the table of "
+                "parameters says which mesh axes divide it"
             )
         return PartitionSpec()
     row = parameter(leaf)

@@ -1,4 +1,7 @@
-"""Softmax attention with trainable relative positions, for self-attention and for cross-attention."""
+"""Softmax attention for self-attention and for cross-attention.
+
+Self-attention can have trainable relative positions. Cross-attention has none.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +41,8 @@ def softmax_attention(
 ) -> Float[Array, "B T N H"]:
     """Compute sum_j softmax_j(scale * q_i . (k_j + R[j - i])) v_j for every query i, with the softmax in fp32.
 
-    The sum runs over the keys j for which `mask` is True. `relative` is R, trainable vectors for the distances j - i
+    The sum runs over the keys j for which `mask` is True. If `mask` is True for no key of a query, as for padding, the
+    output of this query is finite, but has no meaning. `relative` is R, trainable vectors for the distances j - i
     (see `relative_scores`); None: R is zero. With a random `key`, dropout is applied to the weights: a weight becomes
     zero with the probability `rate`.
     """

@@ -8,7 +8,7 @@ from stickjax.config import ModelConfig
 
 
 def attend(config: ModelConfig, q, k, v, context):
-    """Compute causal softmax attention. Models whose config has `attention="softmax"` call this function.
+    """Compute causal softmax attention. Decoders whose config has `attention="softmax"` call this function.
 
     q [B,T,N,H] are the queries, and k and v [B,S,K,H] are the keys and values. Queries and keys already have rotary
     positions. `context` is a `Context` of `stickjax.models.attention`.

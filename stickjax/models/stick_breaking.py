@@ -7,7 +7,7 @@ from stickjax.parallel.collectives import size
 
 
 def attend(config: ModelConfig, q, k, v, context):
-    """Compute stick-breaking attention. Models whose config has `attention="stick_breaking"` call this function.
+    """Compute stick-breaking attention. Decoders whose config has `attention="stick_breaking"` call this function.
 
     q [B,T,N,H] are the queries, and k and v [B,S,K,H] are the keys and values. `context` is a `Context` of
     `stickjax.models.attention`. If the mesh axis "context" divides the sequences, k and v are the keys and values of

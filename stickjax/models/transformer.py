@@ -25,7 +25,7 @@ class Cache(NamedTuple):
 
     `key` and `value` are [L,B,S,K,H], with room for S tokens per sequence. `length` is a scalar: the first `length`
     places are filled. `value` is None if the values equal the keys (`key_value="input"` in the config). `segment_ids`
-    [B,S] is -1 for padding and for places that are not filled yet.
+    [B,S] is negative for padding and for places that are not filled yet.
     """
 
     key: jax.Array

@@ -18,8 +18,8 @@ def with_vocabulary(config: Config, ids: Mapping[str, int] | None = None, device
 
     Args:
       config: the config of the experiment.
-      ids: the sizes of the data, such as {"V": 257}. None: read them from the tokenizer or the examples. They are read
-        only if a size in the config is None.
+      ids: the sizes of the data, such as {"V": 257}. None: read them from the tokenizer or the examples. If `ids` is
+        None and no size in the config is None, nothing is read or checked.
       devices: the devices of the mesh; None: all devices. They matter only if the size of a mesh axis is -1.
 
     Raises:

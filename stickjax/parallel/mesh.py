@@ -123,9 +123,9 @@ def shard_batch(mesh: Mesh | None, batch: dict, accumulate: int = 1) -> dict:
 
     `batch` is {name: array [B,T] or [B]}, with the B sequences that this process loads (see `rows_of_process`).
     `accumulate` is the number of microbatches. The sequences are ordered so that the i-th microbatches of all devices
-    together are the i-th microbatch of the whole batch. If T is sharded over the mesh axis "context", every device gets
-    two pieces of each of its sequences: one near the beginning of the sequence, and one near its end. So all devices
-    compute the same number of (query, key) pairs.
+    together are the i-th microbatch of the whole batch. If T is sharded over the mesh axis "context", the n-th device
+    along this axis gets two pieces of each of its sequences: the n-th piece from the beginning of the sequence, and the
+    n-th piece from its end. So all devices compute the same number of (query, key) pairs.
     """
     if mesh is None:
         return batch

@@ -57,9 +57,9 @@ _PEER_GONE = re.compile(r"Gloo|NCCL|coordination service|CoordinationService|[Cc
 def initialize(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
     """Connect this process with the other processes that train the same model. Call this before any other use of JAX.
 
-    Without arguments, the number of processes and the index of this process come from the environment variables of a
-    launcher: SLURM, Open MPI, MPICH or Intel MPI. Each process then uses one device of its machine: the device whose
-    number is the rank of the process on this machine. If the launcher does not give the address of process 0, set
+    Without `count` and `index`, both numbers come from the environment variables of a launcher: SLURM, Open MPI, MPICH
+    or Intel MPI. Each process then uses one device of its machine: the device whose number is the rank of the process
+    on this machine. If the launcher does not give the address of process 0, give `coordinator`, or set
     JAX_COORDINATOR_ADDRESS to HOST:PORT. Without arguments and without the variables of a launcher, this process trains
     alone, and this function does nothing.
 
@@ -69,9 +69,9 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
       index: the index of this process, from 0.
 
     Raises:
-      ValueError: only some of the three arguments are given; one of them is out of range; the port is in use; fewer
-        than `count` processes have connected; or the environment says that there are several processes, but not how
-        they find one another.
+      ValueError: only some of the three arguments are given (with a launcher, `coordinator` alone is allowed); one of
+        them is out of range; the port is in use; fewer than `count` processes have connected; or the environment says
+        that there are several processes, but not how they find one another.
       RuntimeError: JAX cannot find the address of process 0 in the environment of Open MPI.
     """
     rank = _find(coordinator, count, index)

@@ -5,7 +5,8 @@ python -m stickjax.plan configs/powermoe_3b.py --gpu h200 --devices 64 [--sweep]
 The command compiles the training step ahead of time. It prints the numbers of parameters, bytes and floating-point
 operations, the collectives and an estimated time. If the step does not fit into memory, the command also prints the
 smallest changes of the config that make it fit, and compiles the changed steps too. If the CUDA wheels are installed,
-the step is compiled for the GPUs, otherwise for virtual CPU devices.
+the step is compiled for the GPUs, otherwise for virtual CPU devices. If neither the config nor an option sets a mesh
+axis, the plan uses --mesh.fsdp=-1: all devices along the axis "fsdp".
 """
 
 import os

@@ -80,19 +80,21 @@ def absent_machine(chip: Chip, devices: int, hosts: int) -> Machine:
     virtual CPU devices instead, in the same number.
 
     Raises:
-      ValueError: the number of devices is not a multiple of the number of hosts; or the CUDA wheels are not installed,
-        and this process has fewer CPU devices than needed (see `virtual_devices`).
+      ValueError: `devices` or `hosts` is smaller than 1; `devices` is not a multiple of `hosts`; or the CUDA wheels
+        are not installed, and this process has fewer CPU devices than needed (see `virtual_devices`).
     """
-    if devices < 1 or hosts < 1 or devices % hosts:
-        raise ValueError(f"devices={devices} must be a multiple of hosts={hosts}, and both at least 1")
+    if devices < 1 or hosts < 1:
+        raise ValueError(f"devices={devices} and hosts={hosts} must be at least 1")
+    if devices % hosts:
+        raise ValueError(f"devices={devices} must be a multiple of hosts={hosts}")
     named = f"{devices} x {chip.kind}"
     if has_wheels():
         found, platforms = absent_devices(chip.name, devices, hosts), ("cuda",)
         description = f"{named} that are not present"
     else:
         found, platforms = jax.devices("cpu")[:devices], None
-        description = f"{devices} virtual CPU devices instead of {named}, with the memory and collectives of a CPU "
-        description += "program: pip install 'stickjax[cuda13]' to compile for the GPUs"
+        description = f"{devices} virtual CPU devices instead of {named} (memory and collectives are of a CPU program; "
+        description += "to compile for the GPUs: pip install 'stickjax[cuda13]')"
         if len(found) < devices:
             raise ValueError(
                 f"JAX has started with {len(found)} virtual CPU devices, but {devices} are needed; make the plan in "

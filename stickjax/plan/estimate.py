@@ -18,10 +18,10 @@ ASSUMPTIONS = (
     "kernels count",
     f"memory: {MEMORY:.0%} of the bandwidth; operands and results of matrix products and kernels are moved once, "
     "parameters and optimizer state are read and written once; elementwise operations are fused",
-    "network: the devices of a collective form a ring at the rated bandwidth of one direction, of the links within a "
-    "host or of each GPU's network adapter between hosts; no latency, no congestion",
-    "every expert gets the same number of tokens, attention computes all scores of its mask, no training step is "
-    "skipped",
+    "network: the devices of a collective form a ring; a GPU sends at the rated bandwidth of its links (within a host) "
+    "or of its network adapter (between hosts); no latency, no congestion",
+    "every expert gets the same number of tokens, attention computes every score that its mask allows, no training "
+    "step is skipped",
     f"fits: the peak is at most {MEMORY_SHARE:.0%} of the device's memory",
 )
 

@@ -14,6 +14,7 @@ a `Checkpoints` object saves is read again before it is renamed. This detects a 
 
 import base64
 import contextlib
+import difflib
 import errno
 import itertools
 import json
@@ -32,7 +33,6 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1
 
-from stickjax.config.fields import nearest
 from stickjax.parallel import processes
 from stickjax.system.checksums import checksum, crc32_of
 from stickjax.system.disk import REASONS, remove, sync_folder, system_error
@@ -88,11 +88,12 @@ class Checkpoints(contextlib.AbstractContextManager):
         return sorted(int(path.name) for path in _entries(self.folder) if _is_step(path.name))
 
     def save(self, step: int, state, extra: dict) -> None:
-        """Save a checkpoint without waiting for the disk. When this returns, `state` may be donated or changed.
+        """Save a checkpoint. When this returns, `state` may be donated or changed.
 
-        The first save of this object waits until its checkpoint is written and verified. Every later save waits for the
-        previous save. If training was resumed from an earlier step, the folder may have checkpoints of `step` or later
-        steps. They are renamed to `<step>.aside`, and never overwritten or deleted.
+        The first save of this object waits until its checkpoint is written and verified. Every later save only waits
+        for the previous save; its own checkpoint is written in the background. If training was resumed from an earlier
+        step, the folder may have checkpoints of `step` or later steps. They are renamed to `<step>.aside`, and never
+        overwritten or deleted.
 
         Args:
           step: the number of training steps so far. It must be larger than the step that this object last saved or
@@ -188,6 +189,8 @@ class Checkpoints(contextlib.AbstractContextManager):
             state = [_rebuild(leaf, arrays[name]) for name, leaf in leaves.items()]
             extra = json.loads(json.dumps(manifest["extra"]), object_hook=_decode_bytes)
             return Restored(candidate, jax.tree.structure(abstract_state).unflatten(state), extra)
+        if reasons and step is not None:
+            raise DamagedCheckpoint(f"the checkpoint of step {step} is damaged; nothing was deleted\n  {reasons[0]}")
         if reasons:
             raise DamagedCheckpoint("no intact checkpoint; nothing was deleted\n  " + "\n  ".join(reasons))
         return None
@@ -365,8 +368,12 @@ def _match(leaves: dict, rows: dict, prefix: str, folder: Path) -> dict[str, jax
     saved = {n for n in rows if not prefix or n == prefix or n.startswith(f"{prefix}/")}
     hint = f"; was {folder} saved with another config?"
     for name in sorted(specs.keys() ^ saved):
-        here, there, others = ("has", "does not", saved) if name in specs else ("does not have", "does", specs)
-        raise ValueError(f"the state {here} {name}, but the checkpoint {there}{nearest(name, others)}{hint}")
+        ours = name in specs
+        here, there = ("has", "does not") if ours else ("does not have", "does")
+        other, names = ("checkpoint", saved) if ours else ("state", specs)
+        similar = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        most_similar = f" (the most similar name in the {other} is {similar[0]!r})" if similar else ""
+        raise ValueError(f"the state {here} {name}, but the checkpoint {there}{most_similar}{hint}")
     for name, spec in specs.items():
         shape, dtype, _ = rows[name]
         if (list(spec.shape), str(spec.dtype)) != (shape, dtype):

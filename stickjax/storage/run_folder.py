@@ -158,12 +158,14 @@ def check_config(run: str | os.PathLike, config: Config) -> None:
 
     Training can begin if the folder has no config.json. It can continue if the config.json in the folder differs from
     `config` only in fields that do not change the training, such as paths. The message lists all other fields that
-    differ. Training cannot continue in a folder with a converted model.
+    differ. Training cannot continue in a folder that has one model and no checkpoints (see `model_leaves`).
     """
     if not (Path(run) / "config.json").exists():
         return
     if _is_model(run):
-        raise ValueError(f"{run} holds a converted model; train in another --run folder with --init-from {run}")
+        raise ValueError(
+            f"{run} holds one model, without checkpoints; train in another --run folder with --init-from {run}"
+        )
     before, free = read_config(run), [*_FREE, *(f"{place}:" for place in PATH_FIELDS)]
     if {"byte", "words"} & {before.data.tokenizer, config.data.tokenizer}:
         free.remove("data.tokenizer:")
@@ -238,9 +240,9 @@ def results_folder(run: Path) -> Path | None:
 
 
 def with_shardings(mesh: Mesh | None, abstract):
-    """Return a copy of `abstract`, a pytree of ShapeDtypeStructs of parameters, with their shardings on the mesh.
+    """Return a copy of `abstract`, a pytree of ShapeDtypeStructs, with the shardings of its arrays on the mesh.
 
-    Without a mesh, return `abstract` itself.
+    `abstract` is a model or a whole training state. Without a mesh, return `abstract` itself.
     """
     if mesh is None:
         return abstract
@@ -261,9 +263,9 @@ def load(
         the first device.
 
     Raises:
-      ValueError: `run` is not such a folder, or it has no checkpoint (of this `step`). The parameters are not finite,
-        do not have the shapes that the config says, or do not fit into the free memory. A Hugging Face folder is
-        damaged, or its model is not supported.
+      ValueError: `run` is not such a folder, or has no intact checkpoint (of this `step`). The parameters are not
+        finite, do not have the shapes that the config says, or do not fit into the free memory. A Hugging Face folder
+        is damaged, or its model is not supported.
     """
     config = read_config(run).replace(changes or {})
     shapes = jax.eval_shape(lambda: family_of(config.model).init(config.model, jax.random.key(0)))

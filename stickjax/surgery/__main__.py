@@ -6,7 +6,7 @@ python -m stickjax.surgery concentrate RUN OUT [--weight 0.1]
 python -m stickjax.surgery prune RUN OUT (--count N | --threshold X) [--kind ffn|attention|both] [--denominator old|new]
 python -m stickjax.surgery report RUN [--source stdlib --source text:FOLDER] [--plot PNG]
 
-concentrate continues the training, so that the model uses few modules. Then prune can remove the other modules.
+concentrate trains the model of RUN further, so that it uses few modules. Then prune can remove the other modules.
 extend, freeze and prune write a folder OUT with parameters, but without an optimizer state. The command
 python -m stickjax.train OUT/config.json --run NEW --init-from OUT trains the model in OUT.
 All commands also take changes of config fields: --section.field=value.

@@ -40,11 +40,13 @@ def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_ex
     (2, 3, 16, 8)
     """
     added = {"ffn": experts, "attention": attention_experts}
-    if min(added.values()) < 0 or not any(added.values()):
+    if min(added.values()) < 0:
         raise ValueError(
             f"the numbers of modules to add, experts={experts} and attention_experts={attention_experts}, "
-            "must be 0 or more, and not both 0"
+            "must be 0 or more"
         )
+    if not any(added.values()):
+        raise ValueError("no modules to add: experts and attention_experts are both 0; give at least one of the two")
     model = merged(model)
     present = {kind.name for kind in kinds_of(model.config)}
     for name, number in added.items():

@@ -78,7 +78,7 @@ def rebuilt(config: ModelConfig, leaves: dict[str, jax.Array], fresh: Transforme
     """Return a model with the config `config` and the arrays `leaves`, {name: array}.
 
     A name has the form that `named_leaves` uses, such as "blocks/ffn/w_in". An array that is missing in `leaves` is
-    taken from the model `fresh`.
+    taken from the model `fresh`. If `fresh` is None, `leaves` must have all arrays.
     """
     shape = fresh or jax.eval_shape(lambda: init(config, jax.random.key(0)))
     values = []

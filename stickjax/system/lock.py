@@ -50,7 +50,7 @@ class Lock:
     False
 
     Raises:
-      ValueError: another running process owns the lock; nothing was changed.
+      ValueError: another running process owns the lock, or the file `lock` is not a lock file. Nothing was changed.
       OSError: the folder cannot be written.
     """
 

@@ -17,9 +17,10 @@ def plain_path(folder: Path) -> Path:
     r"""Return a path of `folder` that Orbax and TensorStore read correctly: its real path, or a symbolic link to it.
 
     Orbax finds files by `glob`, for which `[0.1]`, `*` and `?` are patterns. TensorStore reads a backslash as a slash,
-    and cannot open a path that is not UTF-8. If the real path has such characters, this function makes a symbolic link
-    to `folder` in the system's folder for temporary files, and returns the path of the link. The link has the same name
-    in all processes.
+    and cannot open a path that is not UTF-8. Letters, digits, spaces and the characters /.,+=@~_- are safe. If the real
+    path has other characters, or begins like the address of a remote store (such as /gs/), this function makes a
+    symbolic link to `folder` in the system's folder for temporary files, and returns the path of the link. The link has
+    the same name in all processes.
 
     Raise ValueError if the link cannot be made, or if the path is too long.
 

@@ -42,8 +42,8 @@ def print_table(table: Table) -> None:
 class Columns(dict):
     """A table whose columns are NumPy arrays: {name of a column: array}. All arrays have the same length.
 
-    Its repr is the table as text, with the first and the last rows. If pandas is installed, `pandas.DataFrame(columns)`
-    converts the table to a data frame.
+    Its repr is the table as text. Of a table with more than SHOWN rows, only the first and the last rows are shown. If
+    pandas is installed, `pandas.DataFrame(columns)` converts the table to a data frame.
 
     >>> Columns.of([{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25, "rate": 7.0}])
     step  loss  rate

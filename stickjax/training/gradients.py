@@ -53,8 +53,8 @@ def mesh_gradients(mesh: Mesh | None, gradients: Callable) -> Callable:
 
     `gradients(params, batch, key)` returns (gradients, metrics). The returned function has the same arguments and
     results. Every device runs `gradients` on its part of the batch. Then the returned function sums the gradients over
-    the devices. The metrics are not summed here: `gradients` itself must sum them over the devices. Without a mesh,
-    return `gradients` unchanged.
+    all parts of the batch. The metrics are not summed here: `gradients` itself must sum them over the parts. Without a
+    mesh, return `gradients` unchanged.
     """
     if mesh is None:
         return gradients

@@ -46,7 +46,8 @@ from stickjax.training.stopping import stop_requests
 class Result(NamedTuple):
     """The result of `fit`: the last training state, and how the training ended.
 
-    `state`: the last training state; None if the run was interrupted before its first step.
+    `state`: the last training state; None if a Ctrl-C during the start of the run, or a second Ctrl-C, ended
+      `stickjax.fit`.
     `finished`: whether the last step was reached.
     `tokens_per_second`: the speed, measured after the first step; None if fewer than two steps ran.
     `outside`: the share of the wall time that was spent outside the jitted step, from 0 to 1, measured after the first

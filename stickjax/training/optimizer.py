@@ -20,9 +20,9 @@ from stickjax.training.schedules import Transform, make_token_schedule, scale_by
 def is_trainable(name: str, trainable: str) -> bool:
     """Return whether the parameter `name` is trainable. `trainable` is a value of the config field `optim.trainable`.
 
-    `trainable` is a text with patterns that are separated by commas, such as `*,!embed`. A parameter is trainable if
-    its name matches a pattern without a "!", and does not match any pattern after a "!". If all patterns have a "!", a
-    parameter is trainable if its name does not match any of them.
+    `trainable` is a text with patterns that are separated by commas, such as `*,!embed`. A pattern with a "!" freezes
+    the parameters whose names match the text after the "!". Any other parameter is trainable if its name matches a
+    pattern without a "!", or if all patterns have a "!".
 
     >>> [is_trainable("blocks.ffn.router.weight", patterns) for patterns in ("*.router.*", "!*.router.*", "*,!embed")]
     [True, False, True]

@@ -66,8 +66,8 @@ def power_by_tokens(
       another size; N is then n + left.
 
     Raises:
-      ValueError: a length is negative or not finite, warmup and decay together are longer than the run, a parameter of
-        the law is out of range, or `decay` is unknown.
+      ValueError: a length is negative or not finite; warmup and decay together are longer than the run; there is a
+        decay, but total_tokens is None; a, b, max_value or end_ratio is out of range; or `decay` is unknown.
 
     >>> learning_rate = power_by_tokens(warmup_tokens=10**9, total_tokens=32 * 10**9, decay_tokens=32 * 10**8)
     >>> [f"{learning_rate(n, 128):.6f}" for n in (0, 10**9, 10**10, 32 * 10**9)]
@@ -256,14 +256,19 @@ def _check_shape(warmup_tokens, total_tokens, decay_tokens, decay, a, b, max_val
     _check("warmup_tokens", warmup_tokens)
     _check("decay_tokens", decay_tokens or 0)
     _check("max_value", max_value, positive=True)
-    if not (a > 0 and math.isfinite(b) and 0 <= end_ratio <= 1):
-        raise ValueError(f"a={a} must be positive, b={b} finite and end_ratio={end_ratio} between 0 and 1")
+    if not a > 0:  # NaN fails, too
+        raise ValueError(f"a={a} must be positive")
+    if not math.isfinite(b):
+        raise ValueError(f"b={b} must be finite")
+    if not 0 <= end_ratio <= 1:
+        raise ValueError(f"end_ratio={end_ratio} must be between 0 and 1")
     if decay not in DECAYS:
         raise ValueError(f"decay={decay!r} is not one of {', '.join(map(repr, DECAYS))}{nearest(str(decay), DECAYS)}")
     if total_tokens is None and decay_tokens != 0:
         raise ValueError(f"{decay_tokens=} needs total_tokens, because the decay ends at the end of the run")
+    _check("total_tokens", total_tokens or 0)
     shortest = warmup_tokens + (decay_tokens or 0)
-    if total_tokens is not None and not shortest <= total_tokens < math.inf:  # NaN fails, too
+    if total_tokens is not None and shortest > total_tokens:
         raise ValueError(f"{warmup_tokens=} and {decay_tokens=} do not fit into {total_tokens=}")
 
 

@@ -160,7 +160,8 @@ def training(config: Config) -> Callable[[float], np.ndarray]:
 def last_loss(losses: np.ndarray) -> float:
     """Return the mean of the last quarter of `losses`, the training losses of all steps.
 
-    Runs can be compared by this mean, without held-out text, because every batch is text that is new to the model.
+    In the first epoch, every batch is text that is new to the model. So runs of at most one epoch can be compared by
+    this mean, without held-out text.
     """
     return float(losses[-max(1, len(losses) // 4) :].mean())
 

@@ -113,7 +113,7 @@ def generate(seed: int = 0, draws: int = 500_000) -> tuple[Parts, ...]:
 
     The index of the bucket of a pair is the larger number of operators of its two sentences, but at most 12. In each
     bucket, the first 85 % of the pairs are for training, and the others are for tests. With the default arguments,
-    training sentences in the buckets 0 to 6 have at most 37 tokens, and sentences in bucket 12 have at most about 74.
+    sentences in the buckets 0 to 6 have at most 37 tokens, and sentences in bucket 12 have at most 79.
 
     `draws` is the number of pairs to draw, before duplicates are removed, and `seed` decides the random pairs.
 
@@ -162,7 +162,7 @@ def examples(
 
     `left`, `right` [T]: the ids of the two sentences, padded with 0.
     `label` []: the index of their relation in RELATIONS.
-    `bucket` []: the index of the bucket of the pair, which `generate` explains.
+    `bucket` []: the index of the bucket of the pair (see `generate`).
 
     Args:
       part: "train", "valid" or "test".

@@ -128,7 +128,7 @@ def _picker(seed: int) -> Pick:
 def _draws(pick: Pick) -> Iterator[Example]:
     """Yield endlessly many random examples: statements and questions.
 
-    Statements and questions are drawn equally often. Then questions whose subject has a relative clause are left out.
+    Statements and questions are drawn equally often. Then a question is left out if its subject has a relative clause.
     """
     while True:
         sentence, is_question = _sentence(pick, SUBJECTS, OBJECTS), pick((False, True))
@@ -137,9 +137,10 @@ def _draws(pick: Pick) -> Iterator[Example]:
 
 
 def _gen_draws(pick: Pick) -> Iterator[Example]:
-    """Yield endlessly many random questions from statements whose first auxiliary differs from the main auxiliary.
+    """Yield endlessly many random questions. Each subject has a relative clause, and no object has one.
 
-    The first auxiliary is in a relative clause of the subject. The object has no relative clause.
+    A question is made from a statement. The first auxiliary of the statement is in the relative clause, and
+    differs from the main auxiliary, as `do` differs from `does`.
     """
     while True:
         sentence = _sentence(pick, ("clause",), GEN_OBJECTS)

@@ -124,7 +124,8 @@ def examples(
     for letter, size, name, what in (("T", T, "command", "command"), ("S", S, "actions", "list of actions")):
         longest = longest_of(rows, name)
         if size is not None and longest > size:
-            raise ValueError(f"{letter}={size} is too small: the longest {what} has {longest} words")
+            hint = "; in a config, data.T sets S" if letter == "S" else ""
+            raise ValueError(f"{letter}={size} is too small: the longest {what} has {longest} words{hint}")
         sizes.append(longest if size is None else size)
 
     def arrays(row: Example):

@@ -1,4 +1,4 @@
-"""The sum and the maximum over all binary trees with T leaves inside a complete binary tree.
+"""The sum of exp(score) over all binary trees with T leaves inside a complete binary tree.
 
 A complete binary tree of depth D has n = 2^(D+1) - 1 nodes. They are numbered level by level: the root is 0, and the
 children of node i are 2i + 1 and 2i + 2. A binary tree inside it has the same root. Its leaves are nodes n_0 .. n_(T-1)
@@ -14,7 +14,8 @@ over the places 0 .. 2^D of the line computes it. With a_0(0) = 0 and all other 
   a_(t+1)(p) = logsumexp over the nodes i with end(i) = p of a_t(start(i)) + scores[i, t],
   log_likelihood = a_T(2^D).
 
-The work is n operations for each word. The original code uses a matrix over pairs of nodes instead.
+The work is n operations for each word. The original code uses a matrix over pairs of nodes instead. The module
+`viterbi` finds the tree with the highest score in the same way.
 
 Tan et al., `Recursive Top-Down Production for Sentence Generation with Latent Trees
 <https://arxiv.org/abs/2010.04704>`_.
@@ -84,8 +85,8 @@ def edges(depth: int) -> list[tuple[int, int]]:
 def trees(depth: int, leaves: int, root: int = 0) -> Iterator[tuple[int, ...]]:
     """Yield all binary trees with `leaves` leaves whose leaves are at most `depth` levels below the node `root`.
 
-    Each tree is the tuple of the numbers of its leaves, from left to right. The number of trees is a Catalan number, so
-    this is for tests with few leaves.
+    Each tree is the tuple of the numbers of its leaves, from left to right. The number of trees grows
+    exponentially with `leaves`, so this is for tests with few leaves.
 
     >>> list(trees(2, 3))
     [(1, 5, 6), (3, 4, 2)]

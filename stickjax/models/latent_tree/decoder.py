@@ -149,8 +149,8 @@ class TreeDecoder(nnx.Module):
     def _expand(self, parents: Level, source: Source, split_random, random) -> Level:
         """Return the level below `parents`: two children of every node.
 
-        `split_random` are random bytes for the dropout of the parents, and `random` for the dropout of the attention of
-        the children. Both are None without dropout.
+        `split_random`: random bytes for the dropout of the vectors of the parents, or None. `random`: a list of the
+        five arrays of random bytes of the new level, or of five None.
         """
         c, H = self.config, self.config.H
         x = dropped(parents.x, c.split_dropout, split_random)

@@ -60,8 +60,10 @@ def viterbi(scores: Float[Array, "B n V"], limit: int) -> Derivation:
     """
     B, n, V = scores.shape
     depth = depth_of(n)
-    if V < 2 or limit < 1:
-        raise ValueError(f"V={V} must be at least 2 (id 0 is padding), and limit={limit} at least 1")
+    if V < 2:
+        raise ValueError(f"V={V} must be at least 2, because word 0 is padding")
+    if limit < 1:
+        raise ValueError(f"limit={limit} must be at least 1")
     T = min(limit, 2**depth)
     best_words = scores[..., 1:].argmax(-1).astype(jnp.int32) + 1
     own = scores[..., 1:].max(-1).T

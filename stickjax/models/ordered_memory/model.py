@@ -30,7 +30,8 @@ class OrderedMemoryClassifier(nnx.Module):
 
     A batch has the token ids `tokens` [B,T], or for pairs `left` and `right` [B,T]. Id 0 is padding, on the right or on
     the left. A sentence is represented by the encoder's output at its last token. With `directions=2`, a second encoder
-    reads the sentence from its end, and its output is appended.
+    reads the sentence from its end, and its output is appended. Without a random key (inference), the memory has
+    `config.evaluation_N` slots; 0 means `config.N` slots, as in training.
     """
 
     def __init__(self, config: OrderedMemoryConfig, key):

@@ -104,8 +104,8 @@ class PairClassifier(nnx.Module):
     The logits of the label are W_2 elu(W_1 [u; v; u * v; |u - v|] + b_1) + b_2, with 4 D hidden units. u is the final
     state of one token of the left sentence, and v is the final state of one token of the right sentence. With
     stick-breaking attention, which is causal, this token is the last one of its sentence. With softmax attention, it is
-    the first one. In the built-in data, a sentence is a logic formula, whose first token is its outermost bracket. For
-    softmax attention, other data must begin every sentence with a special token.
+    the first one. In the built-in data, a sentence is a logic formula. Its first token is its outermost bracket, or its
+    only variable. For softmax attention, other data must begin every sentence with a special token.
     """
 
     def __init__(self, config: SutConfig, key):
@@ -204,7 +204,7 @@ def embedded(config: SutConfig, embed, tokens, segment_ids, key):
     """Embed `tokens` [B,T]. Return (the input [B,T,D] of a stack, a new random key for the stack).
 
     `embed` [V,D] is the embedding matrix. The input for a token is sqrt(D) times its row of `embed`. If the config has
-    `sinusoidal` and attention is not causal, sinusoidal position embeddings are added. Positions count from the first
+    `sinusoidal` and `attention="softmax"`, sinusoidal position embeddings are added. Positions count from the first
     token of each segment. The input for padding, which has a negative segment id, is zero. With a random `key`, dropout
     is applied to the input. Without a key, the new key is None.
     """

@@ -3,6 +3,7 @@
 The parameters are tensors with the names that the package transformers uses. `configs` has the supported model types.
 """
 
+import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -12,7 +13,6 @@ import numpy as np
 
 from stickjax.config import Config
 from stickjax.config.decoder import ModelConfig
-from stickjax.config.fields import nearest
 from stickjax.data.special_tokens import TOKEN_IDS, read_object, write_files
 from stickjax.data.tokenizer import Tokenizer
 from stickjax.storage.hugging_face import configs, names
@@ -88,7 +88,7 @@ def write(
       shard_bytes: the largest number of bytes of tensors in a file. A file with a single tensor may be larger.
       tokenizer: the tokenizer of the model; None if it has no tokenizer.
       files: {name: content} of files that are written into the folder: `tokenizer.files`, or, without a tokenizer, only
-        the files that name special tokens.
+        the files that name special tokens. The file TOKEN_IDS is not written; its entries go into config.json.
     """
     c = config.model
     tree = configs.to_config_json(c, config.data.T)
@@ -111,7 +111,8 @@ def check(found: dict[str, Lazy], expected: dict[str, tuple[int, ...]], where: s
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     problems = [f"{word} {_listed(x)}" for word, x in (("lacks", missing), ("has unknown tensors:", extra)) if x]
     if problems:
-        hint = nearest(extra[0], missing) if extra else ""
+        similar = difflib.get_close_matches(extra[0], missing, n=1, cutoff=0.5) if extra else []
+        hint = f" ({extra[0]} is similar to the missing {similar[0]})" if similar else ""
         raise ValueError(f"{where} {' and '.join(problems)}{hint}")
     for name, shape in expected.items():
         if found[name].shape != shape:

@@ -1,7 +1,7 @@
 """Read the .bin files of torch without torch. A .bin file is a zip archive of a pickle and the bytes of tensors.
 
 A pickle is a program, and could execute any function. The reader in this file makes only dictionaries of tensors. If a
-pickle names any other function or class, the reader raises ValueError and does not execute it.
+pickle names a function or class that no tensor needs, the reader raises ValueError and does not execute it.
 """
 
 import math
@@ -32,7 +32,10 @@ def open_bin(path: Path) -> dict[str, Lazy]:
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             places = {info.filename: (info, _begin(file, info)) for info in archive.infolist()}
-            (root,) = {name.removesuffix("data.pkl") for name in places if name.endswith("/data.pkl")}
+            roots = {name.removesuffix("data.pkl") for name in places if name.endswith("/data.pkl")}
+            if len(roots) != 1:
+                raise ValueError(f"the zip archive has {len(roots)} files data.pkl, but a file of torch.save has one")
+            (root,) = roots
             if f"{root}byteorder" in places and archive.read(f"{root}byteorder") != b"little":
                 raise ValueError("the bytes are in big-endian order, but must be in little-endian order")
             with archive.open(f"{root}data.pkl") as program:
@@ -64,7 +67,9 @@ def _begin(file, info: zipfile.ZipInfo) -> int:
 
 
 class _Tensors(pickle._Unpickler):
-    """An unpickler that makes only tensors and dictionaries of tensors, and raises ValueError for anything else.
+    """An unpickler that raises ValueError if the pickle names a function or class that no tensor needs.
+
+    In the result, every tensor is a `Lazy` array.
 
     The base class is Python's unpickler that is written in Python. The usual unpickler, which is written in C, would
     allocate as much memory as a damaged file asks for.
