@@ -101,7 +101,7 @@ def _twice(run: Callable, arguments):
 
 
 def compared(program: Callable, expected, arguments) -> Errors:
-    """Run a compiled program twice and return the errors of its (outputs, gradients) against `expected`.
+    """Return the errors of a compiled program against `expected`, and whether a second run gives the same bits.
 
     `expected`: (outputs, gradients) of the reference. The gradients may be (), if none are to be compared.
     """

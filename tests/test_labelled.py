@@ -145,7 +145,7 @@ def test_a_tokenizer_of_words_is_its_file(tmp_path):
     assert (again.name, again.words, again.vocab_size) == (tokenizer.name, tokenizer.words, 7)
     assert again.document("A z").tolist() == [2, 1, 0]
     for content, message in (
-        ("{", "is not a words.json: "),
+        ("{", "is not a valid words.json: "),
         ("[]", "it has no list of words"),
         ('{"format": "stickjax-words", "words": ["a", "a"]}', "the word 'a' occurs more than once"),
     ):

@@ -193,11 +193,12 @@ def is_decoding(call: Call) -> bool:
 
 
 def splits(call: Call) -> int:
-    """Return the number of parts into which decoding splits the keys of a key head.
+    """Return the number of parts P into which decoding splits the keys of a key head.
 
-    A block of the GPU computes one part of one key head. The number of parts is the largest one, but at least 1, for
-    which there are no more blocks than multiprocessors and each part of the S keys has SPLIT keys or more. With
-    `skip_below`, the keys of each round (`_decode`) are split into this number of parts, so a part may have fewer keys.
+    One thread block computes one part of one key head of one sequence, so there are B * K * P blocks. P is as large as
+    possible under two limits: there are no more blocks than multiprocessors, and each part of the S keys has at least
+    SPLIT keys. If even P = 1 exceeds a limit, P is 1. With `skip_below`, the keys of each round (`_decode`) are split
+    into P parts, so a part may have fewer keys.
     """
     B, K = call.query.shape[0], call.key.shape[2]
     return max(1, min(platform.multiprocessors() // (B * K), call.mask.S // SPLIT))

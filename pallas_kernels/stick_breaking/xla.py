@@ -219,7 +219,7 @@ def _short_backward(call: Call, reach, d_out, d_log_rem):
 
 
 def _long_tiles(call):
-    """Return (number of queries, number of keys) of a tile of a long call, that is, of a loop over key tiles."""
+    """Return (number of queries, number of keys) of a tile of a long call, which loops over its key tiles."""
     # With skip_below, a query tile goes on until all its queries can stop. Tiles with fewer queries stop earlier.
     rows, columns = call.tiles or (_LONG_TILES if call.skip_below is None else _SKIP_TILES)
     return max(1, min(rows, call.mask.T)), max(1, min(columns, call.mask.S))

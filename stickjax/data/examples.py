@@ -110,7 +110,7 @@ def examples_of(config: Config, part: str, **options) -> Examples:
     `part` says which examples: "train", "valid" (for validation) or "test". The source "questions" also has the part
     "gen", which tests generalisation. Texts for "train" and "valid" have at most `config.data.T` tokens; other texts
     may have any length. For the source "scan", T limits the actions, but not the commands. `options` are arguments for
-    the function `examples` of the source. The option T replaces the largest number of tokens of a text.
+    the function `examples` of the source. If `options` has T, it is the limit instead, for every part.
 
     Raises ValueError if the source does not have examples of the form that the model reads. The function `examples` of
     the source may also raise ValueError.

@@ -186,15 +186,15 @@ class WordTokenizer(Tokenizer):
         except OSError as error:
             raise ValueError(f"{where} cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not a words.json: {error}") from error
+            raise ValueError(f"{where} is not a valid words.json: {error}") from error
         words = tree.get("words") if isinstance(tree, dict) else None
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise ValueError(f"{where} is not a words.json: it has no list of words")
+            raise ValueError(f"{where} is not a valid words.json: it has no list of words")
         if tree.get("format") != _WORDS_FORMAT:
-            raise ValueError(f'{where} is not a words.json: its "format" must be {_WORDS_FORMAT!r}')
+            raise ValueError(f'{where} is not a valid words.json: its "format" must be {_WORDS_FORMAT!r}')
         if len(set(words)) < len(words):
             twice = Counter(words).most_common(1)[0][0]
-            raise ValueError(f"{where} is not a words.json: the word {twice!r} occurs more than once")
+            raise ValueError(f"{where} is not a valid words.json: the word {twice!r} occurs more than once")
         return cls(words)
 
     def _encode(self, text: str, special: bool) -> np.ndarray:

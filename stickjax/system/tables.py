@@ -1,4 +1,4 @@
-"""Print tables in terminals of any width without cutting words, and keep tables as columns of numbers."""
+"""Print tables in terminals of any width without cutting words, and store a table as one NumPy array per column."""
 
 import html
 import io

@@ -46,14 +46,14 @@ def at_width(config: Config, width: int, *, mup: bool, base: float | None = None
         m_{width} = width / base \text{ with muP}, \qquad m_{width} = 1 \text{ without}
 
     The learning rate in the config stays the same. `logits_scaling`, the divisor of the output logits, keeps its ratio
-    to m_width. So the models with and without muP differ only in muP. At width = base they are the same model.
+    to m_width. So the two models of a width, with and without muP, differ only in muP. At width = base they are equal.
 
     Args:
       config: the experiment at some width.
       width: the new D.
       mup: True: m_width is width / base. False: m_width is 1.
-      base: the width at which m_width is 1. None: D / m_width, where D and m_width are fields of `config`. Then, with
-        muP, the config stays unchanged if `width` is its D.
+      base: the width at which m_width is 1. None: D / m_width, where D and m_width are fields of `config`. So with
+        muP and width = D, the config stays the same.
 
     Raises:
       ValueError: N, K or F would not be a whole number, or the model family has no m_width.

@@ -112,9 +112,10 @@ def log_likelihood_reference(scores: Float[Array, "n T"]) -> Float[Array, ""]:
 def log_likelihood(scores: Float[Array, "B n T"], lengths: Int[Array, " B"]) -> Float[Array, " B"]:
     r"""Compute the log of the sum of exp(score) over all binary trees whose T leaves are the T words of a sentence.
 
-    The score of a tree whose leaves are the nodes n_0 .. n_(T-1) is the sum over t of scores[n_t, t]. If
-    scores[i, t] is the log-probability that the node i is a leaf with word t, plus the node's share h of the
-    log-probabilities that its ancestors split (`TreeDecoder`), then the result is the log-probability of the sentence.
+    The score of a tree whose leaves are the nodes n_0 .. n_(T-1) is the sum over t of scores[n_t, t]. Suppose that
+    scores[i, t] is the log-probability that the node i is a leaf with word t, plus h. Here h is the node's share of the
+    log-probability that all its ancestors have children (`TreeDecoder`). Then the result is the log-probability of the
+    sentence.
 
     The gradient is the posterior: d log_likelihood / d scores[i, t] is the probability that word t is at the leaf i. A
     backward recursion computes it from the saved a_t. With g_T(2^D) = 1 and all other g_T(p) = 0,
@@ -199,9 +200,9 @@ def _summed_at_starts(levels: list[jax.Array]) -> jax.Array:
 
 
 def shifted(ends, at_start: float):
-    """Return the values at the places 0 .. 2^D - 1: `at_start` at place 0, and the values of `ends` at the others.
+    """Put `at_start` in front of `ends`, and drop the last value of `ends`.
 
-    `ends` has the values at the places 1 .. 2^D. Its last value is left out.
+    `ends` has a value for each of the places 1 .. 2^D, and the result for each of the places 0 .. 2^D - 1.
     """
     return jnp.concatenate([jnp.full_like(ends[:1], at_start), ends[:-1]])
 

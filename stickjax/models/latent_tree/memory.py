@@ -19,12 +19,14 @@ from stickjax.models.ordered_memory.cell import reachable, restricted_softmax
 class SlotDistribution(nnx.Module):
     """Computes the distribution p of a word over the N slots of the memory.
 
-    x is the projected word. m_i and p' are the candidates and the distribution of the previous word. Then
+    x is the projected word. m_i is the previous word's candidate for the content of slot i (`OrderedMemory`), and p' is
+    the previous word's distribution over the slots. Then
 
       q = LN(x query + query_bias),   k_i = LN(m_i key + key_bias)
       p_i is proportional to c_i exp((relu(q + k_i) . weight + bias) / sqrt(H)),
 
-    where c_i = sum over j <= i + 1 of p'_j for i < N, and c_N = 1. A c_i below 1e-5 counts as 0.
+    where c_i = sum over j <= i + 1 of p'_j for i < N, and c_N = 1. A c_i below 1e-5 counts as 0:
+    the word cannot use this slot.
     """
 
     def __init__(self, config: TreeConfig, key):
