@@ -1,4 +1,4 @@
-"""Latent trees on SCAN, split by length, at the size of the original (arXiv 2010.04704). We have not trained this config.
+"""Latent trees on SCAN, split by length, at the size of the paper (arXiv 2010.04704). We have not trained this config.
 
 python -m stickjax.train configs/tree_scan_gpu.py
 python -m stickjax.evaluate runs/tree_scan_gpu
