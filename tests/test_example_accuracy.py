@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import trained
 from stickjax import Config, DataConfig
 from stickjax.config import OrderedMemoryConfig
 from stickjax.data.examples import examples_of
@@ -86,7 +87,7 @@ def test_trees():
             from_brackets(text.split())
 
 
-def test_the_command_writes_numbers_and_pictures(tmp_path, capsys):
+def test_the_command_writes_numbers_and_pictures(tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     fit(LISTOPS.replace({"train.steps": 1, "optim.warmup_tokens": 0}), str(run), quiet=True)
     assert evaluate([str(run), "--max-pairs", "3", "--part", "valid"]) == 0
@@ -94,6 +95,11 @@ def test_the_command_writes_numbers_and_pictures(tmp_path, capsys):
     assert stored["part"] == "valid" and all(r["examples"] <= 3 for r in stored["buckets"])
     assert (run / "accuracy.png").stat().st_size > 1000 and (run / "trees.png").stat().st_size > 1000
     assert "F1 of trees" in capsys.readouterr().out
+    monkeypatch.setattr(trained, "RESULTS", tmp_path / "results")
+    assert trained.main([str(run), "--max-examples", "3", "--part", "valid", "--json"]) == 0
+    recorded = json.loads((tmp_path / "results" / "run.json").read_text())
+    assert [row["extra"] for row in recorded["rows"]] == stored["buckets"]
+    assert recorded["curve"]["step"] == [1] and recorded["config"]["data"]["source"] == "listops"
     assert evaluate([str(run), "--part", "gen"]) == 1
     assert "part='gen' is not one of" in capsys.readouterr().err
     assert evaluate([str(run), "--max-pairs", "0"]) == 1
