@@ -23,9 +23,10 @@ RESULTS = Path(__file__).parent / "results"
 POINTS = 50  # the largest number of points of the curve in the file
 
 
-def curve(run: str) -> dict[str, list[float]]:
-    """Return {name: values} of the logged metrics of a run, at up to POINTS steps; the last step is one of them."""
+def curve(run: str, step: int) -> dict[str, list[float]]:
+    """Return {name: values} of the logged metrics of a run up to `step`, at up to POINTS steps. The last one is included."""
     columns = metrics_of(run)
+    columns = {name: values[columns["step"] <= step] for name, values in columns.items()}
     stride = -(-len(columns["step"]) // POINTS)
     return {name: values[::-1][::stride][::-1].tolist() for name, values in columns.items()}
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         ]
         about = dict(part=arguments.part, step=loaded.step, config=json.loads(loaded.config.to_json()))
         file = RESULTS / f"{Path(arguments.run).resolve().name}.json"
-        write_json(file, info | about | {"curve": curve(arguments.run)}, rows)
+        write_json(file, info | about | {"curve": curve(arguments.run, loaded.step)}, rows)
         console.print(file.name)
     return 0
 
