@@ -24,7 +24,7 @@ POINTS = 50  # the largest number of points of the curve in the file
 
 
 def curve(run: str, step: int) -> dict[str, list[float]]:
-    """Return {name: values} of the logged metrics of a run up to `step`, at up to POINTS steps. The last one is included."""
+    """Return {name: values} of the metrics that a run logged up to `step`, at up to POINTS steps with the last one."""
     columns = metrics_of(run)
     columns = {name: values[columns["step"] <= step] for name, values in columns.items()}
     stride = -(-len(columns["step"]) // POINTS)
