@@ -83,7 +83,8 @@ def test_json_without_records_is_read_as_it_stands_and_that_is_said(tmp_path, co
         ("x.txt", "one".encode("utf-16"), "x.txt' is UTF-16 or UTF-32, not UTF-8 text: convert it"),
         ("x.jsonl", LINE.decode().encode("utf-32"), "x.jsonl' is UTF-16 or UTF-32, not UTF-8 text: convert it"),
         ("x.txt", "one".encode("utf-16-le"), "x.txt' is not UTF-8 text: it has NUL bytes \\(0x00\\), as UTF-16 has"),
-        ("x.jsonl.GZ", b"\x1f\x8b\x08\x08", "is compressed: unpack it first"),
+        ("x.txt.xz", b"\xfd7zXZ\x00", "is compressed: unpack it first"),
+        ("x.tar.gz", b"\x1f\x8b\x08\x08", "is compressed: unpack it first"),
     ],
 )
 def test_what_is_no_text_is_one_line(tmp_path, name, content, message):
@@ -117,7 +118,7 @@ def test_links_are_followed_once(tmp_path, caplog):
 
 def test_what_is_no_file_is_left_out_and_counted(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("one")
-    (tmp_path / "x.gz").write_bytes(b"\x1f\x8b\x08\x08")
+    (tmp_path / "x.xz").write_bytes(b"\xfd7zXZ\x00")
     os.mkfifo(tmp_path / "pipe.jsonl")
     os.mkfifo(tmp_path / "t.json")  # next to t.bin
     (tmp_path / "t.bin").write_text("two")

@@ -9,6 +9,7 @@ import numpy as np
 
 from stickjax.config import DataConfig
 from stickjax.data import tasks
+from stickjax.data.encoding import encode_documents
 from stickjax.data.sources import stdlib_documents, text_documents
 from stickjax.data.token_files import open_tokens, tokenize
 from stickjax.data.tokenizer import Tokenizer, load_tokenizer, token_dtype
@@ -108,7 +109,7 @@ def _load(source: str, config: DataConfig, tokenizer: Tokenizer) -> tuple[Corpus
     """
 
     def encoded(documents: Iterable[str]) -> list[tuple[np.ndarray, int]]:
-        return [(tokenizer.document(text), len(text.encode())) for text in documents]
+        return list(encode_documents(documents, tokenizer))
 
     if source == "tokens":
         corpus = _of_token_file(config.path, tokenizer, "data.path")

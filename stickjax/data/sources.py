@@ -12,12 +12,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from stickjax.data.compressed import ENDINGS, content_suffix, open_compressed
 from stickjax.system.text import printable
 
 log = logging.getLogger(__name__)
 
 TOKENS_FORMAT = "stickjax-tokens"  # the value of "format" in the .json of a token file
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z")
+_COMPRESSED = (".bz2", ".xz", ".lz4", ".zip", ".7z")  # unlike the files in `compressed.ENDINGS`, these are not read
 # BOM_UTF32_LE is not in this list: it begins with BOM_UTF16_LE.
 _OTHER_UNICODE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
@@ -72,18 +73,27 @@ def files_below(folder: Path, skip: re.Pattern | None = None) -> list[Path]:
 
 
 def open_text(file: Path) -> BinaryIO:
-    """Open a text file to read its bytes. A byte order mark of UTF-8 at the start of the file is skipped.
+    """Open a text file to read its bytes. A byte order mark of UTF-8 at the start of the text is skipped.
 
-    Raises NotText if the file is not a regular file, or if it begins with a byte order mark of UTF-16 or UTF-32. Raises
-    ValueError if the file cannot be read.
+    The bytes of a .gz or .zst file are decompressed. Raises NotText if the file is not a regular file, if it is an
+    archive such as .tar.gz, or if the text begins with a byte order mark of UTF-16 or UTF-32. Raises ValueError if the
+    file cannot be read.
     """
+    packed = file.suffix.lower() in ENDINGS
     try:
         mode = file.stat().st_mode
         if not stat.S_ISREG(mode):  # opening a pipe would wait for a writer
             raise NotText("a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device")
-        stream = file.open("rb")
-        mark = stream.read(4)
-        stream.seek(len(codecs.BOM_UTF8) if mark.startswith(codecs.BOM_UTF8) else 0)
+        if packed and content_suffix(file) == ".tar":
+            raise NotText("compressed", "unpack it first")
+        stream = open_compressed(file) if packed else file.open("rb")
+        try:
+            mark = stream.peek(4)
+        except BaseException:
+            stream.close()
+            raise
+        if mark.startswith(codecs.BOM_UTF8):
+            stream.read(len(codecs.BOM_UTF8))
     except OSError as error:
         if file.is_symlink() and not file.exists():
             raise NotText("a broken link") from error
@@ -209,7 +219,7 @@ def _documents(file: Path, text_field: str) -> tuple[Iterable[str], bool]:
 
     `text_field` is the name of the field in which a JSON object has its text. Raises NotText if the file is not text.
     """
-    suffix = file.suffix.lower()
+    suffix = content_suffix(file)
     if suffix in (".jsonl", ".ndjson"):
         return _jsonl_documents(file, text_field), False
     if suffix in (".bin", ".json") and _is_token_file(file):
@@ -231,7 +241,8 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
     A document is a text. Most files are one document. A .jsonl or .ndjson file has one document per line: the field
     `text_field` of the JSON object on the line. A .json file may contain such objects too: a single object, one object
     on every line, or an array of objects. Then each object is a document. Any other .json file is one document, and a
-    log message says so. Empty documents are left out. A byte order mark is removed.
+    log message says so. Empty documents are left out. A byte order mark is removed. A file that is compressed by gzip
+    or zstd, such as a.jsonl.gz or a.txt.zst, is read like the file that it contains.
 
     In a folder, hidden files are left out. Files that are not text are left out too, and a log message gives their
     number: files that are not UTF-8 or have NUL bytes, token files, pipes, sockets, devices and broken links. Links to
@@ -242,9 +253,10 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
       text_field: the name of the field in which a JSON object has its text.
       name: the name of the config field or argument that has the path, for messages.
 
-    Raises ValueError if the path does not exist, cannot be read, has no text, or is a file that is not text. Also
-    raises it, with the file and the line, if a line of a .jsonl or .ndjson file is not a JSON object with a text in the
-    field `text_field`. In a .json file whose first object has such a text, the other objects must have one too.
+    Raises ValueError if the path does not exist, cannot be read, has no text, or is a file that is not text; if
+    compressed data are damaged; or if the package `zstandard` is missing for a .zst file. Also raises it, with the file
+    and the line, if a line of a .jsonl or .ndjson file is not a JSON object with a text in the field `text_field`. In a
+    .json file whose first object has such a text, the other objects must have one too.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from stickjax.data.encoding import encode_documents, with_progress
 from stickjax.data.sources import TOKENS_FORMAT, NotText, read_text, text_documents
 from stickjax.data.tokenizer import Tokenizer, load_tokenizer, token_dtype
 from stickjax.system.disk import REASONS
@@ -42,7 +43,8 @@ def token_paths(path: str) -> tuple[Path, Path]:
 def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "text", eot: str | None = None) -> dict:
     """Convert a text to a token file, which consists of out.bin and out.json. Return the content of out.json.
 
-    Only one document is in memory at a time. Both files are written under temporary names and renamed when they are
+    Only a batch of documents is in memory, about two million characters or one longer document. The function
+    `with_progress` shows how far the work is. Both files are written under temporary names and renamed when they are
     complete, the .json last.
 
     Args:
@@ -61,13 +63,14 @@ def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "
     try:
         with tempfile.NamedTemporaryFile(dir=data_path.parent, prefix=".tokens-", delete=False) as file:
             partial.append(file.name)
-            for text in text_documents(source, text_field, name="SOURCE"):
-                block = encoder.document(text).tobytes()
+            texts = with_progress(text_documents(source, text_field, name="SOURCE"), "tokenize")
+            for ids, num_bytes in encode_documents(texts, encoder):
+                block = ids.tobytes()
                 file.write(block)
                 digest.update(block)
                 count["num_documents"] += 1
                 count["num_tokens"] += len(block) // dtype.itemsize
-                count["num_bytes"] += len(text.encode())
+                count["num_bytes"] += num_bytes
             file.flush()
             os.fsync(file.fileno())
         meta = dict(format=TOKENS_FORMAT, version=1, dtype=dtype.str, vocab_size=encoder.vocab_size)

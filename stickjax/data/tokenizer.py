@@ -94,9 +94,16 @@ class Tokenizer(abc.ABC):
 
     def document(self, text: str) -> np.ndarray:
         """Return the token ids [n] of a document in training: `prefix` without `eot`, the ids of the text, `eot`."""
+        return self.documents([text])[0]
+
+    def documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the token ids [n] of each document. A tokenizer.json encodes the documents in parallel."""
         dtype = token_dtype(self.vocab_size)
-        begin = np.array([i for i in self.prefix if i != self.eot], dtype)
-        return np.concatenate([begin, self._encode(text, False), np.array([self.eot], dtype)], dtype=dtype)
+        begin, end = np.array([i for i in self.prefix if i != self.eot], dtype), np.array([self.eot], dtype)
+        return [np.concatenate([begin, ids, end], dtype=dtype) for ids in self._encode_all(texts)]
+
+    def _encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self._encode(text, False) for text in texts]
 
     def prompt(self, text: str, *, special: bool = False) -> np.ndarray:
         """Return the token ids [n] of a prompt for a model: the ids of `encode(text)`, or `eot` if there are none.
@@ -286,13 +293,26 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = not special
         try:
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-            # The model of the tokenizer, such as BPE, may encode ordinary text as a special token of its vocabulary.
-            if not special and np.isin(ids, self._forbidden).any():
-                ids = [i for token in ids for i in (self._spelling(token) if token in self._forbidden else [token])]
+            return np.array(ids, token_dtype(self.vocab_size)) if special else self._ordinary(ids)
         except Exception as error:  # raised for a model without an unknown token
             raise ValueError(f"the tokenizer cannot encode {text[:40]!r}: {error}") from error
         finally:
             self._tokenizer.encode_special_tokens = True
+
+    def _encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        try:
+            found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [self._ordinary(encoding.ids) for encoding in found]
+        except Exception:  # the error does not say which text it is about; the error of `_encode` does
+            return super()._encode_all(texts)
+
+    def _ordinary(self, ids: list[int]) -> np.ndarray:
+        """Return the token ids [n] with each special token replaced by the ids of its spelling.
+
+        The model of the tokenizer, such as BPE, may encode ordinary text as a special token of its vocabulary.
+        """
+        if np.isin(ids, self._forbidden).any():
+            ids = [i for token in ids for i in (self._spelling(token) if token in self._forbidden else [token])]
         return np.array(ids, token_dtype(self.vocab_size))
 
     def _spelling(self, token: int) -> list[int]:
