@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 import stickjax
 from stickjax.config import ExpertsConfig
 from stickjax.config.decoder import ModelConfig
-from stickjax.storage.hugging_face import configs, names
+from stickjax.storage.hugging_face import configs, entries, names
 from stickjax.storage.hugging_face.configs import to_config_json, to_model_config
 
 GRANITE = dict(
@@ -334,7 +334,7 @@ def test_what_is_ignored_changes_no_logits():
     """
     seen = set()
 
-    class Tree(configs._Tree):
+    class Tree(entries.Entries):
         def __call__(self, name, *rest):
             seen.add(name)
             return super().__call__(name, *rest)
@@ -342,6 +342,6 @@ def test_what_is_ignored_changes_no_logits():
     for kind, (read, _, _, length) in configs._TYPES.items():
         read(Tree(TREES[kind]))
         seen.discard(length)
-    assert not seen & configs.IGNORED and not set(NOT_SUPPORTED) & configs.IGNORED
+    assert not seen & entries.IGNORED and not set(NOT_SUPPORTED) & entries.IGNORED
     with pytest.raises(ValueError, match="unknown, and may change"):
         to_model_config(MODULEFORMER | dict(rotary_dim=4))
