@@ -85,10 +85,10 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
         "w_in": Parameter("D G F", "fsdp - tensor"),
         "w_out": Parameter("F D", "tensor fsdp"),
     },
-    # S is the width of the shared expert, `experts.shared`.
+    # W is the width of the shared expert, `experts.shared`.
     "SharedExpert": {
-        "w_in": Parameter("D G S", "fsdp - tensor"),
-        "w_out": Parameter("S D", "tensor fsdp"),
+        "w_in": Parameter("D G W", "fsdp - tensor"),
+        "w_out": Parameter("W D", "tensor fsdp"),
     },
     "SparseExperts": {
         "w_in": Parameter("E D G F", "expert fsdp - tensor"),

@@ -18,6 +18,7 @@ from stickjax.data.tokenizer import Tokenizer
 from stickjax.storage.hugging_face import configs, names
 from stickjax.storage.hugging_face.files import FLOATS, Lazy, write_sharded
 from stickjax.storage.hugging_face.folder import open_folder
+from stickjax.storage.hugging_face.tables import PER_EXPERT
 from stickjax.system.disk import write_file
 
 # The names of the buffers (arrays that are not parameters) in files of the original ModuleFormer code.
@@ -65,6 +66,11 @@ def read(path: Path, model: ModelConfig) -> dict[str, Lazy]:
         raise ValueError(
             f"{path}: config.json says {model.L} layers, but the files have only {len(tensors)} tensors, "
             "fewer than one per layer"
+        )
+    if kind in PER_EXPERT and model.experts.E > len(tensors):  # for the same reason
+        raise ValueError(
+            f"{path}: config.json says {model.experts.E} experts, but the files have only {len(tensors)} tensors, "
+            "fewer than one per expert"
         )
     table = names.table(kind, model)
     expected = names.tensor_shapes(table, model)

@@ -8,7 +8,7 @@ stands for the index of the layer. `ours` is the name of the leaf. `axes` are th
 
 Axes are written as in "NH D": spaces separate the axes, and every letter is a size. A letter is a field of ModelConfig,
 except four: E is the number of feed-forward experts, A is the number of attention experts, R is the hidden width of a
-router (`experts.hidden`), and S is the width of the shared expert (`experts.shared`). Several letters together are one
+router (`experts.hidden`), and W is the width of the shared expert (`experts.shared`). Several letters together are one
 axis, whose last letter varies fastest. For example, a tensor with the axes "NH D" becomes a leaf with the axes "D N H".
 
 A digit is a size, too. For example, the axis "2F" of a gated feed-forward network has 2 * F entries: F values of the
@@ -132,8 +132,8 @@ def shape(config: ModelConfig, layout: str) -> tuple[int, ...]:
 def _size(config: ModelConfig, letter: str) -> int:
     if letter.isdigit():
         return int(letter)
-    names = {"A": "attention_experts.E", "E": "experts.E", "R": "experts.hidden", "V": "vocabulary"}
-    names["S"] = "experts.shared"
+    names = {"A": "attention_experts.E", "E": "experts.E", "R": "experts.hidden", "W": "experts.shared"}
+    names["V"] = "vocabulary"
     return operator.attrgetter(names.get(letter, letter))(config)
 
 
@@ -237,8 +237,8 @@ def tensors_from_leaves(table: list[Row], config: ModelConfig, leaves: dict[str,
             out = np.empty(own, dtype)
             for row in rows:
                 theirs, ours = axes(row)
-                whole = leaf if row.expert is not None else lambda *of: leaves[of[0]].read(of[1])
-                _place(config, out, theirs, whole(row.ours, number), ours, row)
+                whole = leaves[row.ours].read(number) if row.expert is None else leaf(row.ours, number)
+                _place(config, out, theirs, whole, ours, row)
             return out
 
         return Lazy(own, dtype, read)

@@ -100,7 +100,7 @@ def _olmoe(c: ModelConfig) -> list[Row]:
 
 def _granitemoeshared(c: ModelConfig) -> list[Row]:
     """The table of granitemoeshared and granitemoehybrid. Without experts, the shared network is the only one."""
-    shared, width = "model.layers.{}.shared_mlp", "S" if c.experts.E else "F"
+    shared, width = "model.layers.{}.shared_mlp", "W" if c.experts.E else "F"
     ours = "blocks/ffn/shared" if c.experts.E else "blocks/ffn"
     rows = [
         Row(f"{ours}/w_in", f"{shared}.input_linear.weight", f"2{width} D"),
@@ -213,3 +213,5 @@ TABLES: dict[str, Callable[[ModelConfig], list[Row]]] = {
     "qwen3_moe": _qwen3_moe,
     "stickbreaking_attn": _stickbreaking_attn,
 }
+# The model types that have one tensor for each feed-forward expert.
+PER_EXPERT = frozenset({"mixtral", "olmoe", "qwen3_moe"})
