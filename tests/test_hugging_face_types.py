@@ -89,6 +89,7 @@ def test_missing_and_other_entries(kind, changes, fields):
         ("qwen3_moe", dict(mlp_only_layers=[0]), r"mlp_only_layers=\[0\] is not supported"),
         ("qwen3_moe", dict(decoder_sparse_step=2), "decoder_sparse_step=2 is not supported"),
         ("qwen3_moe", dict(num_local_experts=6), "num_experts=5 and num_local_experts=6 are two names"),
+        ("mixtral", dict(num_local_experts=0), "num_local_experts=0 must be at least 1"),
         ("olmoe", dict(clip_qkv=8.0), "clip_qkv=8.0 is not supported"),
         (
             "granitemoehybrid",

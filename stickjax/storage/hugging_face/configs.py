@@ -104,7 +104,7 @@ def _lost(kind: str, c: ModelConfig) -> str:
     except (ValueError, ZeroDivisionError) as error:
         return f"this model: {error}"
     wanted = _effective(c)
-    return ", ".join(f"{name}={value!r}" for name, value in wanted.items() if value != found[name])
+    return ", ".join(f"{name}={value!r}" for name, value in wanted.items() if value != found.get(name))
 
 
 def to_config_json(c: ModelConfig, T: int, kind: str | None = None) -> dict:

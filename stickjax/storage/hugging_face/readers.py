@@ -58,17 +58,23 @@ def qwen3(get: Entries) -> dict:
     return plain(get) | dict(F=get("intermediate_size", int), query_key_norm="head")
 
 
+def experts_of(get: Entries, *names: str, order: str = "topk_softmax", shared: int = 0) -> ExpertsConfig:
+    """Return the experts of a model type that has them in every layer. `names` are the names of their number."""
+    if (E := get.either(names[0], names[-1], int)) < 1:
+        raise ValueError(f"{names[0]}={E} must be at least 1")
+    return ExpertsConfig(E, get("num_experts_per_tok", int), order, shared=shared)
+
+
 def mixtral(get: Entries) -> dict:
     get("num_key_value_heads", int)  # its default does not depend on the other entries
-    experts = ExpertsConfig(get("num_local_experts", int), get("num_experts_per_tok", int))
-    return plain(get, eps=1e-5, theta=1e6) | dict(F=get("intermediate_size", int), experts=experts)
+    fields = dict(F=get("intermediate_size", int), experts=experts_of(get, "num_local_experts"))
+    return plain(get, eps=1e-5, theta=1e6) | fields
 
 
 def routed(get: Entries) -> ExpertsConfig:
     """Return the experts of qwen3_moe and olmoe. norm_topk_prob=true: the gates of the k chosen experts sum to 1."""
     order = "topk_softmax" if get("norm_topk_prob", bool, False) else "softmax_topk"
-    E = get.either("num_experts", "num_local_experts", int)
-    return ExpertsConfig(E, get("num_experts_per_tok", int), order)
+    return experts_of(get, "num_experts", "num_local_experts", order=order)
 
 
 def qwen3_moe(get: Entries) -> dict:
@@ -92,13 +98,12 @@ def granite(get: Entries, own: tuple = ()) -> dict:
 
 
 def granitemoe(get: Entries) -> dict:
-    return granite(get) | dict(experts=ExpertsConfig(get("num_local_experts", int), get("num_experts_per_tok", int)))
+    return granite(get) | dict(experts=experts_of(get, "num_local_experts"))
 
 
-def granitemoeshared(get: Entries, own: tuple = ()) -> dict:
-    E, k, shared = (get(n, int) for n in ("num_local_experts", "num_experts_per_tok", "shared_intermediate_size"))
-    fields = granite(get, own=("shared_intermediate_size", *own))
-    return fields | (dict(experts=ExpertsConfig(E, k, shared=shared)) if E else dict(F=shared))
+def granitemoeshared(get: Entries) -> dict:
+    shared, fields = get("shared_intermediate_size", int), granite(get, own=("shared_intermediate_size",))
+    return fields | dict(experts=experts_of(get, "num_local_experts", shared=shared))
 
 
 def granitemoehybrid(get: Entries) -> dict:
@@ -113,7 +118,13 @@ def granitemoehybrid(get: Entries) -> dict:
         raise ValueError(
             f"position_embedding_type={positions!r} is not supported; position_embedding_type must be 'rope' or 'nope'"
         )
-    fields = granitemoeshared(get, own=("position_embedding_type",))
+    shared = get("shared_intermediate_size", int)
+    fields = granite(get, own=("shared_intermediate_size", "position_embedding_type"))
+    if get("num_local_experts", int):
+        fields |= dict(experts=experts_of(get, "num_local_experts", shared=shared))
+    else:
+        get("num_experts_per_tok", int, 0)  # without experts, the shared network is the only one
+        fields |= dict(F=shared)
     return fields if positions == "rope" else fields | dict(rope_theta=None, rope_scaling=RopeScaling())
 
 
