@@ -56,7 +56,7 @@ CASES = [
     ("heads", dict(data=2, fsdp=2, context=2)),
     ("heads", dict(fsdp=2, context=2, tensor=2)),
     ("modules", dict(data=2, fsdp=2, tensor=2)),
-    ("shared", dict(expert=2, fsdp=2, tensor=2)),
+    ("shared", dict(tensor=2)),
     ("normed", dict(tensor=2)),
 ]
 STEPS = 20
