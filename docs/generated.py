@@ -7,11 +7,13 @@ from pathlib import Path
 
 from stickjax.config import Config, ExpertsConfig, ModelConfig, SutConfig
 from stickjax.config.fields import nested_fields
+from stickjax.config.rope import RopeScaling
 
 SECTIONS = {
     '`model` of `family="decoder"`: `ModelConfig`': ("model", ModelConfig),
     '`model` of `family="sut"`: `SutConfig`': ("model", SutConfig),
     "`model.experts` and `model.attention_experts`: `ExpertsConfig`": ("model.experts", ExpertsConfig),
+    "`model.rope_scaling`: `RopeScaling`": ("model.rope_scaling", RopeScaling),
 } | {
     f"`{section.name}`: `{section.default_factory.__name__}`": (section.name, section.default_factory)
     for section in dataclasses.fields(Config)

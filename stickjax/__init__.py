@@ -121,31 +121,34 @@ def load(run: "str | os.PathLike", *, step: int | None = None, changes: dict | N
     return load(run, step=step, changes=changes)
 
 
-def export(model, path: "str | os.PathLike", *, shard_bytes: int = 5_000_000_000) -> None:
+def export(model, path: "str | os.PathLike", *, type: str | None = None, shard_bytes: int = 5_000_000_000) -> None:
     """Write a decoder as a Hugging Face folder: config.json, model.safetensors, and tokenizer.json if there is one.
 
-    `stickjax.load(path)` returns the same parameters, bit for bit. `stickjax.convert.export` lists the model types.
+    `stickjax.load(path)` returns the same parameters, bit for bit. The page docs/guides/hugging_face.md lists the model
+    types.
 
     Args:
       model: the result of `stickjax.load`, or only the module with the parameters, which has no tokenizer.
       path: a folder that does not exist yet; it appears only when it is complete.
+      type: the model type in config.json, such as "llama". It may be None if only one type can hold the model.
       shard_bytes: the largest size of a file with parameters, in bytes. A larger model is divided into several files,
         and an index file lists them.
 
     Raises:
-      ValueError: the folder exists, no Hugging Face model type can express the model, or a parameter is not finite.
+      ValueError: the folder exists, the model type cannot express the model, it is not given although several types can
+        (the message names them), or a parameter is not finite.
 
     >>> import jax, stickjax, tempfile
     >>> from stickjax.models.transformer import init
     >>> config = stickjax.ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, attention="softmax")
     >>> folder = tempfile.mkdtemp() + "/model"
-    >>> stickjax.export(init(config, jax.random.key(0)), folder)
+    >>> stickjax.export(init(config, jax.random.key(0)), folder, type="llama")
     >>> stickjax.load(folder).model.embed.shape
     (16, 8)
     """
     from stickjax.convert import export
 
-    export(model, path, shard_bytes=shard_bytes)
+    export(model, path, type=type, shard_bytes=shard_bytes)
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,6 @@
 """Convert models to and from the Hugging Face layout. The conversion does not need torch.
 
-python -m stickjax.convert FOLDER OUT [--step N] [--shard-bytes 5e9] [--eot TOKEN]
+python -m stickjax.convert FOLDER OUT [--step N] [--shard-bytes 5e9] [--eot TOKEN] [--type TYPE]
 
 If FOLDER is in the Hugging Face layout, OUT becomes a folder that `evaluate`, `generate` and `train --init-from` can
 read. If FOLDER is a run folder, OUT becomes a folder in the Hugging Face layout.
@@ -36,32 +36,29 @@ from stickjax.storage.run_folder import (
 SHARD_BYTES = 5_000_000_000
 
 
-def export(model: Loaded | Transformer, path: str, *, shard_bytes: int = SHARD_BYTES) -> None:
+def export(model: Loaded | Transformer, path: str, *, type: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a decoder as a Hugging Face folder: config.json, model.safetensors, and tokenizer.json if there is one.
 
-    `stickjax.load(path)` returns the same parameters, bit for bit. The model type in config.json is
-
-    - `moduleformer` for stick-breaking attention with attention experts and feed-forward experts,
-    - `jetmoe` for softmax attention with attention experts and feed-forward experts,
-    - `granitemoe` for softmax attention with feed-forward experts only,
-    - `granite` for softmax attention without experts.
+    `stickjax.load(path)` returns the same parameters, bit for bit. The page docs/guides/hugging_face.md lists the model
+    types, and which models they can hold.
 
     Args:
       model: the result of `stickjax.load`, or only the module with the parameters, which has no tokenizer.
       path: a folder that does not exist yet; it appears only when it is complete.
+      type: the model type in config.json, such as "llama". It may be None if only one type can hold the model.
       shard_bytes: the largest size of a file with parameters, in bytes. A larger model is divided into several files,
         and an index file lists them.
 
     Raises:
-      ValueError: the folder exists, no model type can express the model (the message names the config fields), or a
-        parameter is not finite.
+      ValueError: the folder exists, the model type cannot express the model (the message names the config fields), it
+        is not given although several types can (the message names them), or a parameter is not finite.
 
     >>> import jax, tempfile
     >>> from stickjax import ModelConfig, load
     >>> from stickjax.models.transformer import init
     >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, attention="softmax")
     >>> folder = tempfile.mkdtemp() + "/model"
-    >>> export(init(config, jax.random.key(0)), folder)
+    >>> export(init(config, jax.random.key(0)), folder, type="llama")
     >>> load(folder).model.embed.shape
     (16, 8)
     """
@@ -70,12 +67,13 @@ def export(model: Loaded | Transformer, path: str, *, shard_bytes: int = SHARD_B
     tokenizer = model.tokenizer if isinstance(model, Loaded) else None
     with complete_folder(path) as folder:
         files = tokenizer.files if tokenizer else {}
-        hugging_face.write(folder, config, finite(in_memory(params), "the model"), shard_bytes, tokenizer, files)
+        hugging_face.write(folder, config, finite(in_memory(params), "the model"), shard_bytes, tokenizer, files, type)
 
 
 def convert(
-    source: str, path: str, *, step: int | None = None, shard_bytes: int = SHARD_BYTES, eot: str | None = None
-) -> str:
+    source: str, path: str, *, step: int | None = None, shard_bytes: int = SHARD_BYTES, eot: str | None = None,
+    type: str | None = None,
+) -> str:  # fmt: skip
     """Convert a Hugging Face folder into a run folder, or a run folder into a Hugging Face folder.
 
     If `source` has training checkpoints, one checkpoint is read into memory completely, because Orbax cannot read a
@@ -89,6 +87,8 @@ def convert(
       eot: the added token of the tokenizer that ends a text, such as "<|im_end|>"; it becomes the config field
         `data.eot`. None: `data.eot` is not changed. If `data.eot` is None too, the token is read from the files beside
         the tokenizer.json.
+      type: the model type of a Hugging Face folder that is written, such as "llama". It may be None if only one type
+        can hold the model.
 
     Returns:
       A line for the terminal that says what was written and how many parameters it has.
@@ -98,6 +98,8 @@ def convert(
         nothing is written.
     """
     to_run = hugging_face.is_folder(Path(source))
+    if to_run and type is not None:
+        raise ValueError(f"--type={type} is for a run folder, but {source} is a Hugging Face folder already")
     config = read_config(source)
     config = config if eot is None else config.replace({"data.eot": eot})
     leaves = None if step is not None else model_leaves(source, config.model)
@@ -113,7 +115,7 @@ def convert(
             write_config(folder, config.replace({"data.tokenizer": str(Path(path).absolute() / "tokenizer.json")}))
             write_safetensors(folder / MODEL_FILE, leaves)
         else:
-            hugging_face.write(folder, config, leaves, shard_bytes, tokenizer, files)
+            hugging_face.write(folder, config, leaves, shard_bytes, tokenizer, files, type)
     count = sum(int(np.prod(leaf.shape)) for leaf in leaves.values())
     return f"{path}: {'a run folder' if to_run else 'the Hugging Face layout'}, {count:,} parameters{note}"
 
@@ -131,10 +133,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--eot", metavar="TOKEN", help="added token that ends a text (default: the token that FOLDER names)"
     )
+    parser.add_argument(
+        "--type", help="model_type of the folder to write, such as llama (default: the only one that fits the model)"
+    )
     words = parser.parse_args(argv)
     if not 1 <= words.shard_bytes < math.inf:
         raise ValueError(f"--shard-bytes={words.shard_bytes} must be a number of bytes, at least 1")
-    print(convert(words.folder, words.out, step=words.step, shard_bytes=int(words.shard_bytes), eot=words.eot))
+    options = dict(step=words.step, shard_bytes=int(words.shard_bytes), eot=words.eot, type=words.type)
+    print(convert(words.folder, words.out, **options))
     return 0
 
 

@@ -50,7 +50,8 @@ def same_bits(ours, theirs):
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 def test_there_and_back_is_the_same_to_the_bit(folder, tmp_path, capsys):
     run, back, again = (str(tmp_path / name) for name in ("run", "back", "again"))
-    assert main([str(folder), run]) == main([run, back, "--shard-bytes=2e5"]) == main([back, again]) == 0
+    kind = f"--type={json.loads((folder / 'config.json').read_text())['model_type']}"
+    assert main([str(folder), run]) == main([run, back, "--shard-bytes=2e5", kind]) == main([back, again]) == 0
     assert capsys.readouterr().err == "" and sorted(os.listdir(tmp_path)) == ["again", "back", "run"]
     original = tensors(folder)
     if "granitemoe" in str(folder):  # converted folders have the published names
@@ -76,8 +77,8 @@ def test_a_run_with_checkpoints_is_exported(tmp_path, capsys):
         write_config(tmp_path / "run", config)
         with Checkpoints(tmp_path / "run") as checkpoints:
             checkpoints.save(step, {"params": model}, {})
-    assert main([str(tmp_path / "run"), str(tmp_path / "first"), "--step=1"]) == 0
-    assert main([str(tmp_path / "run"), str(tmp_path / "last")]) == 0
+    assert main([str(tmp_path / "run"), str(tmp_path / "first"), "--step=1", "--type=granitemoe"]) == 0
+    assert main([str(tmp_path / "run"), str(tmp_path / "last"), "--type=granitemoe"]) == 0
     assert same_bits(stickjax.load(tmp_path / "first").model, init(config.model, jax.random.key(1)))
     loaded = stickjax.load(tmp_path / "last")
     assert same_bits(loaded.model, model) and loaded.config.model.dtype == "bfloat16"
@@ -89,7 +90,15 @@ def test_a_run_with_checkpoints_is_exported(tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        (dict(attention="stick_breaking"), "model_type fits: .* attention_experts.E=0 and experts.E=0"),
+        (
+            dict(attention="stick_breaking", remainder="value"),
+            "'stickbreaking_attn', the most similar to this model, cannot express remainder='value'",
+        ),
+        (
+            dict(attention="stick_breaking", experts=ExpertsConfig(4, 2)),
+            "'moduleformer', the most similar to this model, cannot express this model: ",
+        ),
+        ({}, "the model_types granite, granitemoehybrid, llama can all hold this model; choose one with --type"),
         (
             dict(attention="stick_breaking", attention_experts=ExpertsConfig(3), experts=ExpertsConfig(4, 2)),
             "'moduleformer', the most similar to this model, cannot express .*attend_current=False",
@@ -114,10 +123,32 @@ def test_what_a_model_type_cannot_express_is_not_exported(changes, said, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "kind, changes, said",
+    [
+        ("llama", dict(m_emb=2.0), "model_type 'llama' cannot express m_emb=2.0"),
+        ("qwen3", {}, "'qwen3' cannot express query_key_norm='none'"),
+        ("olmoe", dict(experts=ExpertsConfig(4, 2)), "'olmoe' cannot express query_key_norm='none'"),
+        ("mixtral", dict(experts=ExpertsConfig(4, 2, shared=8)), "'mixtral' cannot express experts.shared=8"),
+        ("granite", dict(rope_theta=None), "'granite' cannot express rope_theta=None"),
+        ("stickbreaking_attn", dict(attention="stick_breaking", H=4), "'stickbreaking_attn' cannot express H=4"),
+        ("llamas", {}, "type='llamas' is not one of .* .did you mean 'llama'"),
+    ],
+)
+def test_a_type_that_cannot_hold_the_model_is_refused(kind, changes, said):
+    with pytest.raises(ValueError, match=said):
+        to_config_json(ModelConfig(**SIZES | changes), 8, kind)
+
+
+def test_a_type_is_only_for_what_is_written(tmp_path, capsys):
+    assert main([str(FOLDERS[0]), str(tmp_path / "out"), "--type=llama"]) == 1
+    assert "--type=llama is for a run folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_fields_that_change_no_logits_do_not_hinder(tmp_path):
     changes = dict(m_width=2.0, remat="full", implementation="xla")
     model = init(ModelConfig(**SIZES | changes), jax.random.key(0))
-    export(model, str(tmp_path / "out"))
+    export(model, str(tmp_path / "out"), type="granite")
     assert stickjax.load(tmp_path / "out").config.model.logits_scaling == 2.0
 
 
@@ -160,7 +191,7 @@ def words(tmp_path):
 def test_the_tokenizer_goes_along(words, tmp_path, capsys):
     config = Config(ModelConfig(**SIZES | dict(V=3))).replace({"data.tokenizer": words, "data.T": 64})
     loaded = Loaded(init(config.model, jax.random.key(0)), config, load_tokenizer(words), 0)
-    export(loaded, str(tmp_path / "hf"))
+    export(loaded, str(tmp_path / "hf"), type="granite")
     tree, named = (json.loads((tmp_path / f"hf/{name}.json").read_text()) for name in ("config", "tokenizer_config"))
     assert tree["eos_token_id"] == 0 and named["eos_token"] == "<|endoftext|>"
     assert main([str(tmp_path / "hf"), str(tmp_path / "run")]) == 0
@@ -190,7 +221,11 @@ def test_what_a_folder_says_about_special_tokens_is_kept(has_tokenizer, tmp_path
         (hf / name).write_text(text)
     if has_tokenizer:
         shutil.copy(words, hf / "tokenizer.json")
-    assert main([str(hf), str(tmp_path / "run")]) == main([str(tmp_path / "run"), str(tmp_path / "back")]) == 0
+    assert (
+        main([str(hf), str(tmp_path / "run")])
+        == main([str(tmp_path / "run"), str(tmp_path / "back"), "--type=granite"])
+        == 0
+    )
     back = json.loads((tmp_path / "back/config.json").read_text())
     assert {name: back[name] for name in tree if name.endswith("_token_id")} == {
         "eos_token_id": 0, "bos_token_id": 4, "pad_token_id": None
@@ -208,7 +243,7 @@ def test_an_end_that_the_user_names_is_that_of_the_exported_model(words, tmp_pat
     config = Config(ModelConfig(**SIZES | dict(V=3)))
     config = config.replace({"data.tokenizer": words, "data.eot": "<|im_end|>"})
     save(tmp_path / "run", init(config.model, jax.random.key(0)), config)
-    assert main([str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
+    assert main([str(tmp_path / "run"), str(tmp_path / "hf"), "--type=granite"]) == 0
     said = {name: json.loads((tmp_path / f"hf/{name}.json").read_text()) for name in ("config", "generation_config")}
     assert said == {"config": said["config"], "generation_config": {"eos_token_id": 0, "top_p": 0.9}}
     assert said["config"]["eos_token_id"] == 0 and stickjax.load(tmp_path / "hf").tokenizer.eot == 0
@@ -216,27 +251,29 @@ def test_an_end_that_the_user_names_is_that_of_the_exported_model(words, tmp_pat
 
 def test_an_end_that_no_file_says_is_named_at_the_conversion(words, tmp_path, capsys):
     config = Config(ModelConfig(**SIZES | dict(V=3)))
-    export(init(config.model, jax.random.key(0)), str(tmp_path / "hf"))
+    export(init(config.model, jax.random.key(0)), str(tmp_path / "hf"), type="granite")
     text = Path(words).read_text().replace("<|endoftext|>", "<|im_end|>")
     (tmp_path / "hf/tokenizer.json").write_text(text)
     assert main([str(tmp_path / "hf"), str(tmp_path / "run")]) == 1
     assert "set data.eot to one of its added tokens: '<|im_end|>'" in capsys.readouterr().err
     assert main([str(tmp_path / "hf"), str(tmp_path / "run"), "--eot=<|im_end|>"]) == 0
     assert stickjax.load(tmp_path / "run").tokenizer.eot == 0
-    assert main([str(tmp_path / "run"), str(tmp_path / "back")]) == 0
+    assert main([str(tmp_path / "run"), str(tmp_path / "back"), "--type=granite"]) == 0
     assert stickjax.load(tmp_path / "back").tokenizer.eot == 0
 
 
 def test_a_byte_model_says_its_end(tmp_path):
     config = Config(ModelConfig(**SIZES | dict(V=None)))
-    export(Loaded(init(config.model, jax.random.key(0)), config, ByteTokenizer(), 0), str(tmp_path / "hf"))
+    export(
+        Loaded(init(config.model, jax.random.key(0)), config, ByteTokenizer(), 0), str(tmp_path / "hf"), type="granite"
+    )
     assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == 256
 
 
 def test_what_cannot_be_used_is_not_converted(tmp_path, capsys):
     config = Config(ModelConfig(**SIZES))
     model = init(config.model, jax.random.key(0))
-    export(model, str(tmp_path / "hf"))
+    export(model, str(tmp_path / "hf"), type="granite")
     (tmp_path / "hf/tokenizer.json").write_text("{}")
     assert main([str(tmp_path / "hf"), str(tmp_path / "out")]) == 1
     assert "is not a tokenizer.json" in capsys.readouterr().err
@@ -248,14 +285,14 @@ def test_what_cannot_be_used_is_not_converted(tmp_path, capsys):
     assert capsys.readouterr().err.endswith("hf: 1 of 384 values of blocks/ffn/w_out, layer 1, are not finite\n")
     model.embed = type(model.embed)(model.embed[...].at[0, 0].set(np.inf))
     with pytest.raises(ValueError, match="the model: 1 of 4112 values of embed are not finite"):
-        export(model, str(tmp_path / "inf"))
+        export(model, str(tmp_path / "inf"), type="granite")
     assert os.listdir(tmp_path) == ["hf"]
 
 
 def test_a_converted_model_is_evaluated_sampled_and_trained(tmp_path, capsys):
     model = init(ModelConfig(**SIZES, param_dtype="bfloat16"), jax.random.key(0))
     hf, run = str(tmp_path / "hf"), str(tmp_path / "run")
-    export(model, hf)
+    export(model, hf, type="granite")
     assert main([hf, run]) == 0
     assert generate.main([run, "--prompt=a"]) == 1 and "tokenizer.json" in capsys.readouterr().err
     texts = tmp_path / "texts"
@@ -369,12 +406,12 @@ def sparse_folder(folder, tree, shapes, shards):
     return total
 
 
-def converted(source, out):
+def converted(source, out, *options):
     """Convert the folder `source` to the folder `out` in a new process, and measure the memory of the process.
 
     Return (peak memory above the memory after the imports, peak memory), in bytes.
     """
-    command = [sys.executable, "-c", STREAM, str(source), str(out)]
+    command = [sys.executable, "-c", STREAM, str(source), str(out), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     growth, peak = map(int, done.stdout.split()[-2:])
@@ -386,8 +423,8 @@ def test_the_largest_tensor_bounds_the_memory_not_the_model(tmp_path):
     total = sparse_folder(tmp_path / "sparse", *granitemoe(L=22, D=512, F=512, E=32), shards=5)
     largest = 2 * 32 * 1024 * 512
     assert total > 2**30 > 25 * largest
-    for source, out in (("sparse", "run"), ("run", "hf")):
-        growth, _ = converted(tmp_path / source, tmp_path / out)
+    for source, out, *options in (("sparse", "run"), ("run", "hf", "--type=granitemoe")):
+        growth, _ = converted(tmp_path / source, tmp_path / out, *options)
         assert growth < 6 * largest
     for name in ("sparse", "run", "hf"):
         shutil.rmtree(tmp_path / name)

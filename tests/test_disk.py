@@ -100,14 +100,14 @@ def test_models_are_written_whole_or_not(tmp_path, limit, capsys):
         ModelConfig(V=257, D=8, L=2, N=2, K=1, H=4, F=16, experts=ExpertsConfig(E=4, k=2), attention="softmax")
     )
     model = init(config.model, jax.random.key(0))
-    stickjax.export(Loaded(model, config, None, 0), tmp_path / "theirs")
+    stickjax.export(Loaded(model, config, None, 0), tmp_path / "theirs", type="granitemoe")
     save(tmp_path / "run", model, config)
     before = names(tmp_path)
     limit(4096)
     said = "model.safetensors: the file exceeds the size limit, such as ulimit -f"
     for main, argv in (
         (convert.main, [tmp_path / "theirs", tmp_path / "out/new"]),
-        (convert.main, [tmp_path / "run", tmp_path / "out/new"]),
+        (convert.main, [tmp_path / "run", tmp_path / "out/new", "--type=granitemoe"]),
         (modules_main, ["extend", tmp_path / "run", tmp_path / "out/new", "--experts=2"]),
     ):
         assert main([*map(str, argv)]) == 1

@@ -92,7 +92,7 @@ COMMANDS = {
     "resume": "train CONFIG --run RUN --train.steps=3",
     "evaluate": "evaluate RUN --max-tokens 64 --max-pairs 4 --lengths 1",
     "generate": "generate RUN --prompt a --max-new-tokens 3",
-    "convert": "convert RUN OUT",
+    "convert": "convert RUN OUT --type granitemoe",
     "freeze": "modules freeze RUN OUT *embed* *table*",
     "report": "modules report RUN --tokens 64",
     "extend": "modules extend RUN OUT --experts 1",

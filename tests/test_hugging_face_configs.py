@@ -9,12 +9,13 @@ import math
 import numpy as np
 import pytest
 from conftest import FORWARD, assert_close
+from hugging_face_trees import MORE_TREES
 from safetensors.numpy import save_file
 
 import stickjax
 from stickjax.config import ExpertsConfig
 from stickjax.config.decoder import ModelConfig
-from stickjax.storage.hugging_face import configs, names
+from stickjax.storage.hugging_face import configs, entries, names
 from stickjax.storage.hugging_face.configs import to_config_json, to_model_config
 
 GRANITE = dict(
@@ -210,7 +211,7 @@ def test_logits_are_the_formula_where_no_entry_has_its_default(kind, tmp_path):
     loaded = stickjax.load(written(tmp_path / "hf", tree), changes={"model.implementation": "reference"})
     assert_close(loaded.model(TOKENS[None].astype(np.int32)).logits[0], expected, FORWARD["float32"])
     assert loaded.config.data.T == 48
-    assert to_model_config(to_config_json(loaded.config.model, 48))[0] == to_model_config(tree)[0]
+    assert to_model_config(to_config_json(loaded.config.model, 48, kind))[0] == to_model_config(tree)[0]
 
 
 @pytest.mark.parametrize("kind, entry", [(k, e) for k in ("granite", "jetmoe") for e in DEFAULTS if e in TREES[k]])
@@ -295,14 +296,14 @@ NOT_SUPPORTED = dict(
     layer_types=["full_attention", "sliding_attention"], position_embedding_type="nope", rotary_percent=0.5,
     partial_rotary_factor=0.5, attn_logit_softcapping=30.0, final_logit_softcapping=30.0, qk_norm=True,
     shared_intermediate_size=64, attention_bias=True, sliding_window=512, hidden_act="gelu",
-    rope_scaling={"type": "linear", "factor": 2.0}, quantization_config={"bits": 4}, is_encoder_decoder=True,
+    rope_scaling={"type": "yarn", "factor": 2.0}, quantization_config={"bits": 4}, is_encoder_decoder=True,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("tree", [GRANITE, JETMOE], ids=["granite", "jetmoe"])
 def test_what_ours_does_not_have_is_refused_by_name(tree):
     for name, value in NOT_SUPPORTED.items():
-        with pytest.raises(ValueError, match=f"{name}|rope_scaling: (factor|type)"):
+        with pytest.raises(ValueError, match=f"{name}|rope_scaling: rope_type"):
             to_model_config(tree | {name: value})
     usual = dict(layer_types=["full_attention", "attention"], position_embedding_type="rope", rotary_percent=1.0)
     usual |= dict(qk_norm=False, shared_intermediate_size=0, attn_logit_softcapping=None, unheard_of=None)
@@ -334,14 +335,14 @@ def test_what_is_ignored_changes_no_logits():
     """
     seen = set()
 
-    class Tree(configs._Tree):
+    class Tree(entries.Entries):
         def __call__(self, name, *rest):
             seen.add(name)
             return super().__call__(name, *rest)
 
     for kind, (read, _, _, length) in configs._TYPES.items():
-        read(Tree(TREES[kind]))
+        read(Tree((TREES | MORE_TREES)[kind]))
         seen.discard(length)
-    assert not seen & configs.IGNORED and not set(NOT_SUPPORTED) & configs.IGNORED
+    assert not seen & entries.IGNORED and not set(NOT_SUPPORTED) & entries.IGNORED
     with pytest.raises(ValueError, match="unknown, and may change"):
         to_model_config(MODULEFORMER | dict(rotary_dim=4))

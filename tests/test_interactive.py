@@ -242,7 +242,7 @@ def test_a_loaded_model_is_evaluated_and_exported(whole, tmp_path):
     model = stickjax.load(whole.run)
     found = model.evaluate(lengths=(1, 2), max_tokens=64)
     assert found["multiple"].tolist() == [1, 2] and (found["bits_per_byte"] > 0).all()
-    stickjax.export(model, tmp_path / "theirs")
+    stickjax.export(model, tmp_path / "theirs", type="granite")
     theirs = stickjax.load(tmp_path / "theirs")
     assert_same_state(theirs.model, model.model)
     assert repr(theirs.metrics) == "an empty table" and theirs.run == str(tmp_path / "theirs")

@@ -39,6 +39,10 @@ MODELS = {
         experts=ExpertsConfig(4, 2, hidden=8, **MODULE_ROUTER, **LOSSES),
         attention_experts=ExpertsConfig(3, hidden=8, **MODULE_ROUTER, **LOSSES),
     ),
+    "shared": ModelConfig(
+        **SIZES, experts=ExpertsConfig(4, 2, shared=8, **LOSSES), query_key_norm="all", query_key_value_bias=True
+    ),
+    "normed": ModelConfig(**SIZES, attention="softmax", query_key_norm="head"),
 }
 STRATEGIES = [dict(data=4), dict(fsdp=4), dict(context=4), dict(tensor=2), dict(expert=4)]
 CASES = [
@@ -52,6 +56,8 @@ CASES = [
     ("heads", dict(data=2, fsdp=2, context=2)),
     ("heads", dict(fsdp=2, context=2, tensor=2)),
     ("modules", dict(data=2, fsdp=2, tensor=2)),
+    ("shared", dict(tensor=2)),
+    ("normed", dict(tensor=2)),
 ]
 STEPS = 20
 

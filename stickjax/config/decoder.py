@@ -8,6 +8,7 @@ from stickjax.config.attention import OPTIONS, variant, variants_with
 from stickjax.config.experts import ExpertsConfig
 from stickjax.config.family import FamilyConfig
 from stickjax.config.fields import Dtype, accept_former_names, check_fields, field
+from stickjax.config.rope import RopeScaling
 
 
 @accept_former_names
@@ -69,7 +70,16 @@ class ModelConfig(FamilyConfig):
         "a base-2 logarithm, such as -24: when less than 2^-24 of the stick remains, skip all keys farther to the left "
         "(stick-breaking only); None: skip no key",
     )
-    rope_theta: float = field(10_000.0, "base of the rotary frequencies (softmax only)", above=0)
+    rope_theta: float | None = field(
+        10_000.0, "base of the rotary frequencies (softmax only); None: no positions", above=0
+    )
+    rope_scaling: RopeScaling = field(RopeScaling(), "how the rotary frequencies are scaled (softmax only)")
+    query_key_norm: Literal["none", "head", "all"] = field(
+        "none",
+        "RMSNorm of queries and keys before the positions: none, one per head with one scale for all heads (head), or "
+        "one over the channels of all heads (all)",
+    )
+    query_key_value_bias: bool = field(False, "add trainable biases to queries, keys and values")
     activation: Literal["swiglu", "geglu", "reglu", "gelu", "gelu_tanh", "relu", "relu2", "silu"] = field(
         "swiglu", "activation function of the feed-forward network"
     )
@@ -105,6 +115,8 @@ class ModelConfig(FamilyConfig):
         if self.N % self.K:
             raise ValueError(f"N={self.N} query heads must be a multiple of K={self.K} key heads")
         self.experts.check("experts", self.experts.k)
+        if self.attention_experts.shared:
+            raise ValueError(f"attention_experts.shared={self.attention_experts.shared} must be 0: only experts has it")
         chosen = self.N // self.K if self.attention_experts.E else 0
         if self.attention_experts.k not in (0, chosen):
             raise ValueError(
@@ -136,6 +148,11 @@ class ModelConfig(FamilyConfig):
                 f"key_value='input' needs attention={known}, got attention={self.attention!r}: with key_value='input', "
                 "keys and values are the same array, but rotary positions must change only the keys"
             )
+        if self.query_key_norm != "none" or self.query_key_value_bias:
+            wrong = (
+                "query_key_value_bias=True" if self.query_key_value_bias else f"query_key_norm={self.query_key_norm!r}"
+            )
+            raise ValueError(f"{wrong} needs attention_experts.E=0: attention experts do not have it")
         if self.head_norm:
             raise ValueError("head_norm=True needs attention_experts.E=0: attention experts need head_norm=False")
         if self.remainder == "bias":
@@ -177,6 +194,7 @@ class ModelConfig(FamilyConfig):
                 if mixture.network != "linear"
             ),
             *((letter, getattr(self, letter), tensor, f"tensor={tensor}") for letter in "NKF"),
+            ("experts.shared", self.experts.shared, tensor, f"tensor={tensor}"),
             ("V", self.V or tensor, tensor, f"tensor={tensor}"),  # if V is None, a multiple of tensor is chosen later
         ]
         for letter, size, parts, divisor in divided:

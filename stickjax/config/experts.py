@@ -26,6 +26,9 @@ class ExpertsConfig:
     )
     hidden: int = field(256, "hidden width of the mlp and gmm router networks", at_least=1)
     bias: bool = field(False, "add a trainable bias to the output of the mixture")
+    shared: int = field(
+        0, "hidden width of a dense network that every token uses beside its k experts; 0: none", at_least=0
+    )
     sample_topk: int = field(
         0,
         "in training, this many of the k experts are drawn at random with the router's probabilities; the others are "
@@ -78,7 +81,7 @@ class ExpertsConfig:
                     f"the fields {fields} of {name}"
                 )
         if not E:
-            counts = ("k", "token_rounding", "bias_rate", "added", "pruned")
+            counts = ("k", "shared", "token_rounding", "bias_rate", "added", "pruned")
             if used := [f"{field}={value}" for field in counts if (value := getattr(self, field))]:
                 raise ValueError(f"{name}: {', '.join(used)} needs E >= 1 experts, got E=0")
             return

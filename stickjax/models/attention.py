@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from stickjax.config import ModelConfig
 from stickjax.config.attention import variant
-from stickjax.models.layers import HeadNorm, cast, matrix_std, normal, output_std, rotary
+from stickjax.models.layers import HeadNorm, cast, matrix_std, normal, output_std, query_key_norms, rotary
 from stickjax.models.router import RouterSums
 from stickjax.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel
 
@@ -43,7 +43,8 @@ class Attention(nnx.Module):
     """An attention layer with N query heads and K key/value heads, all of dimension H.
 
     The queries are x W_q, the keys x W_k and the values x W_v. N / K query heads share a key/value head. The outputs of
-    the heads are multiplied by W_o and summed.
+    the heads are multiplied by W_o and summed. With `query_key_value_bias` in the config, each of the three has a
+    trainable bias, which starts at zero. With `query_key_norm`, queries and keys are then normalised (`QueryKeyNorm`).
 
     The stick-breaking weights of a query sum to 1 - rem, where rem is the part of the stick that no key takes. The
     config field `remainder` says what is added to the output of a head. "none": nothing. "value": rem times the value
@@ -59,6 +60,9 @@ class Attention(nnx.Module):
         self.output = normal(ko, (c.N, c.H, c.D), output_std(c), c)
         self.head_bias = nnx.Param(jnp.zeros((c.N, c.H), c.param_dtype)) if c.remainder == "bias" else None
         self.norm = HeadNorm(c) if c.head_norm else None
+        self.query_norm, self.key_norm = query_key_norms(c)
+        zeros = lambda heads: nnx.Param(jnp.zeros((heads, c.H), c.param_dtype)) if c.query_key_value_bias else None  # noqa: E731
+        self.query_bias, self.key_bias, self.value_bias = zeros(c.N), zeros(c.K), zeros(c.K)
 
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: KeyValues | None = None, token_mask=None, key=None
@@ -77,6 +81,11 @@ class Attention(nnx.Module):
         q, k, v = jnp.split(
             jnp.einsum("BTD,DXH->BTXH", copy_to_tensor_parallel(x), jnp.concatenate(weights, 1)), (N, N + K), axis=2
         )
+        if c.query_key_value_bias:
+            biases = (self.query_bias, self.key_bias, self.value_bias)
+            q, k, v = (a + cast(bias, c)[None, None] for a, bias in zip((q, k, v), biases, strict=True))
+        if c.query_key_norm != "none":
+            q, k = self.query_norm(q), self.key_norm(k)
         out, cache = self.attend(q, k, v, context, cache)
         return reduce_from_tensor_parallel(jnp.einsum("BTNH,NHD->BTD", out, cast(self.output, c))), cache, None
 
@@ -90,8 +99,8 @@ class Attention(nnx.Module):
           The outputs of the heads [B,T,N,H], and the new cache, which is None if `cache` is None.
         """
         c, own, kind = self.config, v, variant(self.config.attention)
-        if kind.rotary:
-            q, k = (rotary(a, context.positions, c.rope_theta) for a in (q, k))
+        if kind.rotary and c.rope_theta is not None:
+            q, k = (rotary(a, context.positions, c.rope_theta, c.rope_scaling) for a in (q, k))
         if cache is not None:
             cache = tuple(
                 old

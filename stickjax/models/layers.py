@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from pallas_kernels.arguments import sum_type
 from pallas_kernels.scatter_moe.call import ACTIVATIONS, GATED
 from stickjax.config import ModelConfig
+from stickjax.config.rope import RopeScaling
 from stickjax.parallel.collectives import copy_to_tensor_parallel, reduce_from_tensor_parallel
 
 
@@ -160,14 +161,83 @@ class HeadNorm(nnx.Module):
         ).astype(x.dtype)
 
 
-def rotary(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
+class QueryKeyNorm(nnx.Module):
+    """Normalise the queries or the keys x of an attention layer, in fp32: x / sqrt(mean(x^2) + eps) * scale.
+
+    If `config.query_key_norm` is "head", the mean is over the H values of a head, and all heads have the same `scale`
+    [H]. If it is "all", the mean is over the values of all heads, and `scale` is [heads, H], where `heads` is N for
+    queries and K for keys.
+    """
+
+    def __init__(self, config: ModelConfig, heads: int):
+        self.config, self.heads = config, heads
+        self.scale = nnx.Param(jnp.ones(self.shape(config, heads), config.param_dtype))
+
+    @staticmethod
+    def shape(config: ModelConfig, heads: int) -> tuple[int, ...]:
+        return (config.H,)
+
+    def __call__(self, x: Float[Array, "B T X H"]) -> Float[Array, "B T X H"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(self.mean_square(y) + self.config.norm_eps)
+        return (y * self.scale_of_heads()).astype(x.dtype)
+
+    def mean_square(self, x: Float[Array, "B T X H"]):
+        return jnp.square(x).mean(-1, keepdims=True)
+
+    def scale_of_heads(self):
+        # Each device along the mesh axis "tensor" has a part of the heads, and all of them use the same scale.
+        return copy_to_tensor_parallel(self.scale[...].astype(jnp.float32))[None, None, None]
+
+
+class AllQueryNorm(QueryKeyNorm):
+    """The `QueryKeyNorm` of the queries for `config.query_key_norm="all"`."""
+
+    @staticmethod
+    def shape(config: ModelConfig, heads: int) -> tuple[int, ...]:
+        return (heads, config.H)
+
+    def mean_square(self, x: Float[Array, "B T X H"]):
+        # The sum goes over the heads of all devices; each of them then uses it for its own heads.
+        total = jnp.square(x).sum((-2, -1), keepdims=True)
+        return copy_to_tensor_parallel(reduce_from_tensor_parallel(total)) / (self.heads * x.shape[-1])
+
+    def scale_of_heads(self):
+        return self.scale[...].astype(jnp.float32)[None, None]
+
+
+class AllKeyNorm(AllQueryNorm):
+    """The `QueryKeyNorm` of the keys for `config.query_key_norm="all"`."""
+
+
+def query_key_norms(config: ModelConfig) -> tuple[QueryKeyNorm | None, QueryKeyNorm | None]:
+    """Return the normalisations of the queries and of the keys that `config.query_key_norm` names; None: none."""
+    if config.query_key_norm == "none":
+        return None, None
+    query, key = (QueryKeyNorm, QueryKeyNorm) if config.query_key_norm == "head" else (AllQueryNorm, AllKeyNorm)
+    return query(config, config.N), key(config, config.K)
+
+
+def rotary(
+    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float, scaling: RopeScaling | None = None
+) -> Float[Array, "B T N H"]:
     """Apply rotary positions (arXiv 2104.09864) to the queries or keys x.
 
     The channels i and i + H/2 of a head form a pair, for i < H/2. The pair is rotated by the angle
-    position * theta^(-2i/H).
+    position * theta^(-2i/H). `scaling` makes the angles smaller, as the docstring of `RopeScaling` says; None:
+    no scaling.
     """
     half = x.shape[-1] // 2
-    angle = positions[..., None, None].astype(jnp.float32) * (theta ** -(jnp.arange(half) / half))[None, None, None]
+    frequency = theta ** -(jnp.arange(half) / half)
+    if scaling is not None and scaling.kind != "none":
+        turns, low, high = (
+            scaling.original_T * frequency / (2 * math.pi),
+            scaling.low_freq_factor,
+            scaling.high_freq_factor,
+        )
+        kept = 0.0 if scaling.kind == "linear" else jnp.clip((turns - low) / (high - low), 0, 1)
+        frequency = frequency * (kept + (1 - kept) / scaling.factor)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency[None, None, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
@@ -185,11 +255,11 @@ class FeedForward(nnx.Module):
     w_in[:, 0] computes the gate. Else G is 1.
     """
 
-    def __init__(self, config: ModelConfig, key):
-        self.config = config
+    def __init__(self, config: ModelConfig, key, hidden: int | None = None):
+        self.config, F = config, config.F if hidden is None else hidden
         k_in, k_out = jax.random.split(key)
-        self.w_in = normal(k_in, (config.D, gates(config), config.F), matrix_std(config), config)
-        self.w_out = normal(k_out, (config.F, config.D), output_std(config), config)
+        self.w_in = normal(k_in, (config.D, gates(config), F), matrix_std(config), config)
+        self.w_out = normal(k_out, (F, config.D), output_std(config), config)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         w_in, w_out = cast(self.w_in, self.config), cast(self.w_out, self.config)
@@ -197,3 +267,10 @@ class FeedForward(nnx.Module):
         return reduce_from_tensor_parallel(
             jnp.einsum("BTF,FD->BTD", ACTIVATIONS[self.config.activation](hidden), w_out)
         )
+
+
+class SharedExpert(FeedForward):
+    """A `FeedForward` with `config.experts.shared` hidden units, which every token uses beside its k experts."""
+
+    def __init__(self, config: ModelConfig, key):
+        super().__init__(config, key, config.experts.shared)

@@ -52,6 +52,7 @@ class MixtureOfHeads(Attention):
         self.key_bias = zeros(c.K, c.H) if c.key_value == "biased" else None
         self.value_bias = zeros(c.K, c.H) if c.key_value == "biased" else None
         self.output_bias = zeros(c.D) if c.attention_experts.bias else None
+        self.query_norm = self.key_norm = None
         self.head_bias = self.norm = None  # head n belongs to different experts for different tokens
 
     def __call__(

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import cost, expert_mlp, route
 from stickjax.config import ModelConfig
-from stickjax.models.layers import all_experts, gates, matrix_std, normal, output_std
+from stickjax.models.layers import SharedExpert, all_experts, gates, matrix_std, normal, output_std
 from stickjax.models.router import Router, RouterSums
 from stickjax.parallel.collectives import (
     all_gather_for_experts,
@@ -23,7 +23,10 @@ class SparseExperts(nnx.Module):
     A router chooses the experts and gates of every token x. A padding token uses no expert, and its output is zero.
     `w_in` is [E,D,G,F], and `w_out` is [E,F,D]. G is 2 for a gated activation, such as swiglu, else 1. If experts were
     added to a trained model, their weights are the parameters `new_w_in` and `new_w_out`, and the indices of these
-    experts come last. If the config has `experts.bias`, a trainable `output_bias` [D] is added to the sum.
+    experts come last.
+
+    If the config has `experts.shared`, the output of a dense `SharedExpert` is added to the sum, without a gate, and
+    also for padding tokens. If the config has `experts.bias`, a trainable `output_bias` [D] is added to the sum.
 
     If the mesh axis "expert" divides the experts, every device computes its own experts for the tokens of all devices
     along this axis. No (token, choice) pair is dropped, even if the load is not balanced.
@@ -39,6 +42,7 @@ class SparseExperts(nnx.Module):
         k_in, k_out = jax.random.split(jax.random.fold_in(key, 1))
         self.new_w_in = normal(k_in, (new, c.D, gates(c), c.F), matrix_std(c), c) if new else None
         self.new_w_out = normal(k_out, (new, c.F, c.D), output_std(c), c) if new else None
+        self.shared = SharedExpert(c, jax.random.fold_in(key, 2)) if c.experts.shared else None
         self.output_bias = nnx.Param(jnp.zeros(c.D, c.param_dtype)) if c.experts.bias else None
 
     def __call__(
@@ -56,6 +60,8 @@ class SparseExperts(nnx.Module):
         run = cost.share(E / self.router.experts.count, lambda *arrays: expert_mlp(*arrays, **options))
         y = run(tokens, w_in.reshape(E, D, G * F), w_out, route(chosen, E), weights)
         y = reduce_scatter_from_experts(reduce_from_tensor_parallel(y)).reshape(x.shape)
+        if self.shared is not None:
+            y = y + self.shared(x)
         return add_output_bias(self, y, token_mask), sums
 
 

@@ -65,7 +65,13 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
         "value": Parameter("D K H", "fsdp tensor"),
         "output": Parameter("N H D", "tensor - fsdp"),
         "head_bias": _HEADS,
+        "query_bias": _HEADS,
+        "key_bias": Parameter("K H", "tensor", "vector"),
+        "value_bias": Parameter("K H", "tensor", "vector"),
     },
+    "QueryKeyNorm": {"scale": Parameter("H", label="vector")},
+    "AllQueryNorm": {"scale": _HEADS},
+    "AllKeyNorm": {"scale": Parameter("K H", "tensor", "vector")},
     "MixtureOfHeads": {
         "expert_query": Parameter("E D KH", "- fsdp tensor"),
         "expert_output": Parameter("E KH D", "- tensor fsdp"),
@@ -78,6 +84,11 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
     "FeedForward": {
         "w_in": Parameter("D G F", "fsdp - tensor"),
         "w_out": Parameter("F D", "tensor fsdp"),
+    },
+    # W is the width of the shared expert, `experts.shared`.
+    "SharedExpert": {
+        "w_in": Parameter("D G W", "fsdp - tensor"),
+        "w_out": Parameter("W D", "tensor fsdp"),
     },
     "SparseExperts": {
         "w_in": Parameter("E D G F", "expert fsdp - tensor"),

@@ -18,6 +18,7 @@ from stickjax.data.tokenizer import Tokenizer
 from stickjax.storage.hugging_face import configs, names
 from stickjax.storage.hugging_face.files import FLOATS, Lazy, write_sharded
 from stickjax.storage.hugging_face.folder import open_folder
+from stickjax.storage.hugging_face.tables import PER_EXPERT
 from stickjax.system.disk import write_file
 
 # The names of the buffers (arrays that are not parameters) in files of the original ModuleFormer code.
@@ -60,13 +61,18 @@ def read(path: Path, model: ModelConfig) -> dict[str, Lazy]:
     folder lacks tensors or has unknown ones, or if a tensor has a wrong shape or a dtype other than F32, F16 and BF16.
     The message names the tensors.
     """
-    table = names.table(read_object((path / "config.json").read_bytes(), "the file")["model_type"], model)
-    tensors = _tensors(path, model)
+    kind, tensors = read_object((path / "config.json").read_bytes(), "the file")["model_type"], _tensors(path, model)
     if model.L > len(tensors):  # checked first, because L may be huge and the names of all layers are made next
         raise ValueError(
             f"{path}: config.json says {model.L} layers, but the files have only {len(tensors)} tensors, "
             "fewer than one per layer"
         )
+    if kind in PER_EXPERT and model.experts.E > len(tensors):  # for the same reason
+        raise ValueError(
+            f"{path}: config.json says {model.experts.E} experts, but the files have only {len(tensors)} tensors, "
+            "fewer than one per expert"
+        )
+    table = names.table(kind, model)
     expected = names.tensor_shapes(table, model)
     check(tensors, expected, str(path))
     for name, tensor in tensors.items():
@@ -77,7 +83,7 @@ def read(path: Path, model: ModelConfig) -> dict[str, Lazy]:
 
 def write(
     path: Path, config: Config, leaves: dict[str, Lazy], shard_bytes: int, tokenizer: Tokenizer | None,
-    files: Mapping[str, bytes],
+    files: Mapping[str, bytes], kind: str | None = None,
 ) -> None:  # fmt: skip
     """Write a model as a Hugging Face folder. `read` returns the same parameters from the folder, bit for bit.
 
@@ -89,9 +95,10 @@ def write(
       tokenizer: the tokenizer of the model; None if it has no tokenizer.
       files: {name: content} of files that are written into the folder: `tokenizer.files`, or, without a tokenizer, only
         the files that name special tokens. The file TOKEN_IDS is not written; its entries go into config.json.
+      kind: the model_type; None: the only model_type that can hold the model.
     """
     c = config.model
-    tree = configs.to_config_json(c, config.data.T)
+    tree = configs.to_config_json(c, config.data.T, kind)
     table = names.table(tree["model_type"], c)
     tree |= read_object(files.get(TOKEN_IDS, b"{}"), TOKEN_IDS)
     if tokenizer is not None and tokenizer.eot < c.vocabulary and tree.get("eos_token_id") is None:

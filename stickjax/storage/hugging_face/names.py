@@ -7,144 +7,29 @@ stands for the index of the layer. `ours` is the name of the leaf. `axes` are th
 `stickjax.models.parameters` has the axes of the leaf.
 
 Axes are written as in "NH D": spaces separate the axes, and every letter is a size. A letter is a field of ModelConfig,
-except three: E is the number of feed-forward experts, A is the number of attention experts, and R is the hidden width
-of a router (`experts.hidden`). Several letters together are one axis, whose last letter varies fastest. For example, a
-tensor with the axes "NH D" becomes a leaf with the axes "D N H".
+except four: E is the number of feed-forward experts, A is the number of attention experts, R is the hidden width of a
+router (`experts.hidden`), and W is the width of the shared expert (`experts.shared`). Several letters together are one
+axis, whose last letter varies fastest. For example, a tensor with the axes "NH D" becomes a leaf with the axes "D N H".
 
 A digit is a size, too. For example, the axis "2F" of a gated feed-forward network has 2 * F entries: F values of the
 gate, then the F values that the gate multiplies. If only the tensor or only the leaf has the digit 2, then a row of the
-table maps one of the two halves: `part` is 0 for the first half, and 1 for the second.
+table maps one of the two halves: `part` is 0 for the first half, and 1 for the second. Some model types have one tensor
+for each feed-forward expert. Then `expert` is the index of the expert, and only the leaf has the axis E.
 """
 
+import functools
 import operator
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from stickjax.config import ModelConfig
-from stickjax.config.experts import ExpertsConfig
 from stickjax.config.fields import nearest, one_of
 from stickjax.models.layers import gates
 from stickjax.models.parameters import axes_by_name
 from stickjax.models.transformer import init
 from stickjax.storage.hugging_face.files import Lazy
-
-
-class Row(NamedTuple):
-    """A row of a table: it maps a tensor to a leaf. The top of this file explains the fields."""
-
-    ours: str
-    theirs: str
-    axes: str
-    part: int = 0
-
-
-def _attention(layer: str) -> list[Row]:
-    return [
-        Row("blocks/attention/query", f"{layer}.q_proj.weight", "NH D"),
-        Row("blocks/attention/key", f"{layer}.k_proj.weight", "KH D"),
-        Row("blocks/attention/value", f"{layer}.v_proj.weight", "KH D"),
-        Row("blocks/attention/output", f"{layer}.o_proj.weight", "D NH"),
-    ]
-
-
-def _llama(c: ModelConfig) -> list[Row]:
-    """Return the rows that the tables of granite, granitemoe and jetmoe share.
-
-    They are the rows of the embedding, the normalisations and the output matrix.
-    """
-    return [
-        Row("embed", "model.embed_tokens.weight", "V D"),
-        Row("blocks/attention_norm/scale", "model.layers.{}.input_layernorm.weight", "D"),
-        Row("blocks/ffn_norm/scale", "model.layers.{}.post_attention_layernorm.weight", "D"),
-        Row("norm/scale", "model.norm.weight", "D"),
-    ] + ([] if c.tied else [Row("unembed", "lm_head.weight", "V D")])
-
-
-def _granite(c: ModelConfig) -> list[Row]:
-    mlp = "model.layers.{}.mlp"
-    return [
-        *_llama(c),
-        *_attention("model.layers.{}.self_attn"),
-        Row("blocks/ffn/w_in", f"{mlp}.gate_proj.weight", "F D", 0),
-        Row("blocks/ffn/w_in", f"{mlp}.up_proj.weight", "F D", 1),
-        Row("blocks/ffn/w_out", f"{mlp}.down_proj.weight", "D F"),
-    ]
-
-
-def _granitemoe(c: ModelConfig) -> list[Row]:
-    moe = "model.layers.{}.block_sparse_moe"
-    return [
-        *_llama(c),
-        *_attention("model.layers.{}.self_attn"),
-        Row("blocks/ffn/router/weight", f"{moe}.router.layer.weight", "E D"),
-        Row("blocks/ffn/w_in", f"{moe}.input_linear.weight", "E 2F D"),
-        Row("blocks/ffn/w_out", f"{moe}.output_linear.weight", "E D F"),
-    ]
-
-
-def _jetmoe(c: ModelConfig) -> list[Row]:
-    heads, mlp = "model.layers.{}.self_attention", "model.layers.{}.mlp"
-    return [
-        *_llama(c),
-        Row("blocks/attention/router/weight", f"{heads}.experts.router.layer.weight", "A D"),
-        Row("blocks/attention/expert_query", f"{heads}.experts.input_linear.weight", "A KH D"),
-        Row("blocks/attention/expert_output", f"{heads}.experts.output_linear.weight", "A D KH"),
-        Row("blocks/attention/output_bias", f"{heads}.experts.bias", "D"),
-        Row("blocks/attention/key", f"{heads}.kv_proj.weight", "2KH D", 0),
-        Row("blocks/attention/value", f"{heads}.kv_proj.weight", "2KH D", 1),
-        Row("blocks/ffn/router/weight", f"{mlp}.router.layer.weight", "E D"),
-        Row("blocks/ffn/w_in", f"{mlp}.input_linear.weight", "E 2F D"),
-        Row("blocks/ffn/w_out", f"{mlp}.output_linear.weight", "E D F"),
-        Row("blocks/ffn/output_bias", f"{mlp}.bias", "D"),
-    ]
-
-
-def _moduleformer(c: ModelConfig) -> list[Row]:
-    layer = "transformer.h.{}"
-    heads, mlp = f"{layer}.attn.q_proj", f"{layer}.mlpf"
-    rows = [
-        Row("embed", "transformer.wte.weight", "V D"),
-        *_layer_norm("blocks/attention_norm", f"{layer}.ln_1"),
-        Row("blocks/attention/expert_query", f"{heads}.experts.weight", "A D KH"),
-        Row("blocks/attention/expert_output", f"{heads}.output_experts.weight", "A KH D"),
-        *_router(c.attention_experts, "blocks/attention/router", f"{heads}.gate", "A"),
-        *_layer_norm("blocks/ffn_norm", f"{layer}.ln_2"),
-        Row("blocks/ffn/w_in", f"{mlp}.experts.weight", "E D F"),
-        Row("blocks/ffn/w_out", f"{mlp}.output_experts.weight", "E F D"),
-        *_router(c.experts, "blocks/ffn/router", f"{mlp}.gate", "E"),
-        *_layer_norm("norm", "transformer.ln_f"),
-        Row("unembed", "lm_head.weight", "V D"),
-    ]
-    for name in ("key", "value") if c.key_value == "biased" else ():
-        theirs = f"{layer}.attn.{name[0]}_proj"
-        rows.append(Row(f"blocks/attention/{name}", f"{theirs}.weight", "KH D"))
-        rows.append(Row(f"blocks/attention/{name}_bias", f"{theirs}.bias", "KH"))
-    return rows
-
-
-def _layer_norm(ours: str, theirs: str) -> list[Row]:
-    return [Row(f"{ours}/scale", f"{theirs}.weight", "D"), Row(f"{ours}/bias", f"{theirs}.bias", "D")]
-
-
-def _router(mixture: ExpertsConfig, ours: str, theirs: str, count: str) -> list[Row]:
-    if mixture.network == "linear":
-        return [Row(f"{ours}/weight", f"{theirs}.w_gate.0.weight", f"{count} D")]
-    if mixture.network == "mlp":
-        return [
-            Row(f"{ours}/hidden", f"{theirs}.w_gate.0.weight", "R D"),
-            Row(f"{ours}/hidden_bias", f"{theirs}.w_gate.0.bias", "R"),
-            Row(f"{ours}/weight", f"{theirs}.w_gate.3.weight", f"{count} R"),
-        ]
-    return [
-        Row(f"{ours}/hidden", f"{theirs}.w_gate.weight", "R D"),
-        Row(f"{ours}/weight", f"{theirs}.expert_centroids", f"{count} R"),
-        Row(f"{ours}/log_scale", f"{theirs}.temperature", "1"),
-    ]
-
-
-_TABLES = {"granite": _granite, "granitemoe": _granitemoe, "jetmoe": _jetmoe, "moduleformer": _moduleformer}
+from stickjax.storage.hugging_face.tables import TABLES, Row
 
 
 def table(model_type: str, c: ModelConfig) -> list[Row]:
@@ -158,10 +43,10 @@ def table(model_type: str, c: ModelConfig) -> list[Row]:
       ValueError: there is no table for the model type; a row names a leaf that the model does not have; or the axes of
         the tensor and the axes of the leaf in a row have different letters.
     """
-    one_of("model_type", model_type, tuple(_TABLES))
+    one_of("model_type", model_type, tuple(TABLES))
     model = jax.eval_shape(lambda: init(c, jax.random.key(0)))
     known = {name.replace(".", "/"): _sizes(c, name, axes) for name, axes in axes_by_name(model).items()}
-    return [row._replace(axes=f"{row.axes} -> {_checked(row, known)}") for row in _TABLES[model_type](c)]
+    return [row._replace(axes=f"{row.axes} -> {_checked(row, known)}") for row in TABLES[model_type](c)]
 
 
 def _checked(row: Row, known: dict[str, str]) -> str:
@@ -174,7 +59,8 @@ def _checked(row: Row, known: dict[str, str]) -> str:
         raise ValueError(
             f"the table row for the tensor {row.theirs} has an unknown parameter {row.ours!r}{nearest(row.ours, known)}"
         )
-    theirs, ours = (sorted(filter(str.isalpha, axes)) for axes in (row.axes, known[row.ours]))
+    own = row.axes if row.expert is None else f"E {row.axes}"
+    theirs, ours = (sorted(filter(str.isalpha, axes)) for axes in (own, known[row.ours]))
     if theirs != ours:
         raise ValueError(
             f"the table row for the tensor {row.theirs} has the axes {row.axes!r}, but the parameter {row.ours} has "
@@ -246,16 +132,18 @@ def shape(config: ModelConfig, layout: str) -> tuple[int, ...]:
 def _size(config: ModelConfig, letter: str) -> int:
     if letter.isdigit():
         return int(letter)
-    names = {"A": "attention_experts.E", "E": "experts.E", "R": "experts.hidden", "V": "vocabulary"}
+    names = {"A": "attention_experts.E", "E": "experts.E", "R": "experts.hidden", "W": "experts.shared"}
+    names["V"] = "vocabulary"
     return operator.attrgetter(names.get(letter, letter))(config)
 
 
-def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray, of: str, part: int) -> None:
+def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray, of: str, row: Row) -> None:
     """Copy the array `source` into the array `target`, with the axes in the order of `target`.
 
     `of` are the axes of `source`, and `to` are the axes of `target`, as in "NH D". A digit is an axis, too: an array
     with the axes "2 F D" has two parts with the axes "F D". If only `of` has a digit, only the part of `source` with
-    the index `part` is copied. If only `to` has a digit, `source` is copied into the part of `target` with this index.
+    the index `row.part` is copied. If only `to` has a digit, `source` is copied into the part of `target` with this
+    index. In the same way, `row.expert` is the index on the axis E if only one of the two arrays has this axis.
     """
     to, of = to.replace(" ", ""), of.replace(" ", "")
 
@@ -263,10 +151,10 @@ def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray,
         """Return a view of `array` with one axis for every letter or digit that is in both `own` and `other`.
 
         `own` are the letters and digits of `array`, and `other` are the letters and digits of the other array. If only
-        `own` has a digit, the view has only the part of `array` with the index `part`.
+        `own` has a digit or the letter E, the view has only one index on this axis.
         """
-        view = array.reshape([_size(config, letter) for letter in own])
-        return view[tuple(slice(None) if letter in other else part for letter in own)]
+        view, index = array.reshape([_size(config, letter) for letter in own]), {"E": row.expert}
+        return view[tuple(slice(None) if letter in other else index.get(letter, row.part) for letter in own)]
 
     if target.dtype == source.dtype:  # copied as integers, because NumPy copies bfloat16 slowly
         target, source = (x.view(f"u{x.itemsize}") for x in (target, source))
@@ -312,7 +200,7 @@ def leaves_from_tensors(table: list[Row], config: ModelConfig, tensors: dict[str
             out = np.empty(own, dtype)
             for row in rows:
                 theirs, ours = axes(row)
-                _place(config, out, ours, tensors[row.theirs.format(i)].read(None), theirs, row.part)
+                _place(config, out, ours, tensors[row.theirs.format(i)].read(None), theirs, row)
             return out
 
         if "{}" not in rows[0].theirs:
@@ -338,6 +226,10 @@ def tensors_from_leaves(table: list[Row], config: ModelConfig, leaves: dict[str,
     `table`. A parameter is read only when one of its tensors is read.
     """
 
+    @functools.lru_cache(maxsize=1)  # a layer of experts is read once, not once for each expert
+    def leaf(name: str, number: int | None) -> np.ndarray:
+        return leaves[name].read(number)
+
     def tensor(number: int | None, rows: list[Row]) -> Lazy:
         own, dtype = shape(config, axes(rows[0])[0]), leaves[rows[0].ours].dtype
 
@@ -345,7 +237,8 @@ def tensors_from_leaves(table: list[Row], config: ModelConfig, leaves: dict[str,
             out = np.empty(own, dtype)
             for row in rows:
                 theirs, ours = axes(row)
-                _place(config, out, theirs, leaves[row.ours].read(number), ours, row.part)
+                whole = leaves[row.ours].read(number) if row.expert is None else leaf(row.ours, number)
+                _place(config, out, theirs, whole, ours, row)
             return out
 
         return Lazy(own, dtype, read)

@@ -1,0 +1,192 @@
+"""Read a config.json: one function per model_type returns {field of ModelConfig: value}. `get` reads its entries.
+
+The entries that a function does not read are errors, unless `entries` lists them as ignored.
+"""
+
+from stickjax.config.decoder import MODULE_ROUTER, MODULES
+from stickjax.config.experts import ExpertsConfig
+from stickjax.config.rope import RopeScaling
+from stickjax.storage.hugging_face.entries import Entries
+
+# {entry of config.json: the only value that stickjax supports}. An entry that is absent or null means this value.
+# `_ONLY` is for all model types, `_ONLY_LLAMA` for the model types that are like Llama: granite, granitemoe and jetmoe.
+_ONLY = {
+    "quantization_config": None, "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {},
+    "cross_attention_hidden_size": None, "per_layer_config": None,
+}  # fmt: skip
+_ONLY_LLAMA = _ONLY | {
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None,
+    "use_sliding_window": False, "position_embedding_type": "rope", "rotary_percent": 1, "partial_rotary_factor": 1,
+    "attn_logit_softcapping": None, "final_logit_softcapping": None, "qk_norm": False, "use_qk_norm": False,
+    "clip_qkv": None, "shared_intermediate_size": 0, "normalization_function": "rmsnorm",
+}  # fmt: skip
+
+
+def like_llama(get: Entries, tied: bool = False, eps: float = 1e-6, theta: float = 1e4, own: tuple = ()) -> dict:
+    """Return {field of ModelConfig: value} for the entries that all types like Llama have.
+
+    `tied`, `eps` and `theta` are the defaults of the model type. `own` are the entries of `_ONLY_LLAMA` that the caller
+    reads itself.
+    """
+    get.only({name: value for name, value in _ONLY_LLAMA.items() if name not in own})
+    get.layer_types()
+    return dict(
+        V=get("vocab_size", int), D=get("hidden_size", int), L=get.either("num_hidden_layers", "num_layers", int),
+        attention="softmax", activation="swiglu", **get.rope(theta),
+        norm_eps=get("rms_norm_eps", float, eps), tied=get("tie_word_embeddings", bool, tied),
+    )  # fmt: skip
+
+
+def heads(get: Entries) -> dict:
+    N = get("num_attention_heads", int)
+    H = get("head_dim", int, None) or get.quotient("hidden_size", "num_attention_heads")
+    return dict(N=N, K=get("num_key_value_heads", int, N), H=H)
+
+
+def plain(get: Entries, **options) -> dict:
+    """Return the fields of a type like Llama without multipliers, but not those of its feed-forward network."""
+    return like_llama(get, **options) | heads(get) | dict(logits_scaling=1.0)
+
+
+def llama(get: Entries) -> dict:
+    return plain(get) | dict(F=get("intermediate_size", int))
+
+
+def qwen3(get: Entries) -> dict:
+    get("head_dim", int), get("num_key_value_heads", int)  # their defaults do not depend on the other entries
+    get.unused("max_window_layers")
+    return plain(get) | dict(F=get("intermediate_size", int), query_key_norm="head")
+
+
+def experts_of(get: Entries, *names: str, order: str = "topk_softmax", shared: int = 0) -> ExpertsConfig:
+    """Return the experts of a model type that has them in every layer. `names` are the names of their number."""
+    if (E := get.either(names[0], names[-1], int)) < 1:
+        raise ValueError(f"{names[0]}={E} must be at least 1")
+    return ExpertsConfig(E, get("num_experts_per_tok", int), order, shared=shared)
+
+
+def mixtral(get: Entries) -> dict:
+    get("num_key_value_heads", int)  # its default does not depend on the other entries
+    fields = dict(F=get("intermediate_size", int), experts=experts_of(get, "num_local_experts"))
+    return plain(get, eps=1e-5, theta=1e6) | fields
+
+
+def routed(get: Entries) -> ExpertsConfig:
+    """Return the experts of qwen3_moe and olmoe. norm_topk_prob=true: the gates of the k chosen experts sum to 1."""
+    order = "topk_softmax" if get("norm_topk_prob", bool, False) else "softmax_topk"
+    return experts_of(get, "num_experts", "num_local_experts", order=order)
+
+
+def qwen3_moe(get: Entries) -> dict:
+    get("num_key_value_heads", int)  # its default does not depend on the other entries
+    get.only({"decoder_sparse_step": 1, "mlp_only_layers": []})
+    get.unused("max_window_layers intermediate_size")  # the width of dense layers, which the model does not have
+    F = get("moe_intermediate_size", int)
+    return plain(get) | dict(F=F, experts=routed(get), query_key_norm="head")
+
+
+def olmoe(get: Entries) -> dict:
+    return plain(get, eps=1e-5) | dict(F=get("intermediate_size", int), experts=routed(get), query_key_norm="all")
+
+
+def granite(get: Entries, own: tuple = ()) -> dict:
+    return like_llama(get, own=own) | heads(get) | dict(
+        F=get("intermediate_size", int),
+        m_emb=get("embedding_multiplier", float, 1.0), m_res=get("residual_multiplier", float, 1.0),
+        attention_scale=get("attention_multiplier", float, 1.0), logits_scaling=get("logits_scaling", float, 1.0),
+    )  # fmt: skip
+
+
+def granitemoe(get: Entries) -> dict:
+    return granite(get) | dict(experts=experts_of(get, "num_local_experts"))
+
+
+def granitemoeshared(get: Entries) -> dict:
+    shared, fields = get("shared_intermediate_size", int), granite(get, own=("shared_intermediate_size",))
+    return fields | dict(experts=experts_of(get, "num_local_experts", shared=shared))
+
+
+def granitemoehybrid(get: Entries) -> dict:
+    """Return {field of ModelConfig: value} for a granitemoehybrid whose layers are all attention."""
+    get("layer_types", list)  # without it, all layers would be mamba layers
+    get.unused(
+        "mamba_chunk_size mamba_conv_bias mamba_d_conv mamba_d_head mamba_d_state mamba_expand mamba_n_groups "
+        "mamba_n_heads mamba_proj_bias time_step_limit time_step_min time_step_max time_step_floor"
+    )
+    positions = get("position_embedding_type", str, "nope")
+    if positions not in ("rope", "nope"):
+        raise ValueError(
+            f"position_embedding_type={positions!r} is not supported; position_embedding_type must be 'rope' or 'nope'"
+        )
+    shared = get("shared_intermediate_size", int)
+    fields = granite(get, own=("shared_intermediate_size", "position_embedding_type"))
+    if get("num_local_experts", int):
+        fields |= dict(experts=experts_of(get, "num_local_experts", shared=shared))
+    else:
+        get("num_experts_per_tok", int, 0)  # without experts, the shared network is the only one
+        fields |= dict(F=shared)
+    return fields if positions == "rope" else fields | dict(rope_theta=None, rope_scaling=RopeScaling())
+
+
+def stickbreaking_attn(get: Entries) -> dict:
+    """Return {field of ModelConfig: value} for the stick-breaking model of flash-linear-attention."""
+    get.only(_ONLY | {"hidden_act": "swish", "window_size": None, "elementwise_affine": True})
+    get.unused(
+        "hidden_ratio fuse_norm fuse_swiglu fuse_cross_entropy fuse_linear_cross_entropy use_l2warp"
+    )  # hidden_ratio only gives a default for intermediate_size
+    N = get("num_heads", int)
+    return dict(
+        V=get("vocab_size", int), D=get("hidden_size", int), L=get("num_hidden_layers", int), N=N,
+        K=get("num_kv_heads", int, N), H=get.quotient("hidden_size", "num_heads"), F=get("intermediate_size", int),
+        attention="stick_breaking", attend_current=get("attend_current", bool, False), activation="swiglu",
+        query_key_norm="head" if get("qk_norm", bool, False) else "none",
+        query_key_value_bias=get("qkv_bias", bool, False), norm_eps=get("norm_eps", float, 1e-6),
+        tied=get("tie_word_embeddings", bool, False), logits_scaling=1.0,
+    )  # fmt: skip
+
+
+def jetmoe(get: Entries) -> dict:
+    """Return {field of ModelConfig: value} for the config.json of a jetmoe model. `get` reads its entries.
+
+    Some entries have one name in transformers and another name in the original code of JetMoE. Both names are accepted.
+    """
+    get.only({"activation_function": "silu", "glu": True, "bias": True})
+    E, k = (
+        get.either(*names, int)
+        for names in (("num_local_experts", "moe_num_experts"), ("num_experts_per_tok", "moe_top_k"))
+    )
+    K = get("num_key_value_heads", int)
+    N = get("num_attention_heads", int, K * k)
+    if N != K * k:
+        raise ValueError(f"num_attention_heads={N} must be num_key_value_heads * num_experts_per_tok = {K} * {k}")
+    read, F = like_llama(get, tied=True), get.either("intermediate_size", "ffn_hidden_size", int)
+    # The normalisations of a block always use 1e-6. The epsilon in the file is for the last normalisation only.
+    return read | dict(
+        N=N, K=K, H=get.either("kv_channels", "head_dim", int), F=F,
+        experts=ExpertsConfig(E, k, bias=True), attention_experts=ExpertsConfig(E, bias=True),
+        logits_scaling=1.0, norm_eps=1e-6, final_norm_eps=read["norm_eps"],
+    )  # fmt: skip
+
+
+def moduleformer(get: Entries) -> dict:
+    get.only(_ONLY | {"tie_word_embeddings": False, "activation_function": "gelu_new", "n_inner": None})
+    get("layer_norm_epsilon", float, None)  # the original code always uses 1e-5
+    D, A, K = (get(name, int) for name in ("n_embd", "att_hidden", "n_head"))
+    loss, weight = get("aux_loss_type", str, "mi"), get("aux_loss_weight", float, 0.0)
+    if loss not in ("mi", "switch"):
+        raise ValueError(f"aux_loss_type={loss!r} is not supported; aux_loss_type must be 'mi' or 'switch'")
+    losses = dict(mi_weight=weight) if loss == "mi" else dict(switch_weight=weight, z_weight=0.1 * weight)
+    router = (
+        MODULE_ROUTER
+        | losses
+        | dict(network=get("gate_type", str), hidden=get("gating_size", int), sample_topk=get("sample_topk", int, 0))
+    )
+    return MODULES | dict(
+        V=get("vocab_size", int), D=D, L=get("n_layer", int), N=K * get("k_att", int), K=K,
+        H=get.quotient("att_hidden", "n_head"), F=get("ffd_hidden", int),
+        experts=ExpertsConfig(get("n_mlp_experts", int), get("k_mlp", int), **router),
+        attention_experts=ExpertsConfig(get("n_att_experts", int), **router),
+        # The original code omits the projections if their results have the size of the input.
+        key_value="input" if (A, K) == (D, 1) else "biased",
+        norm_eps=1e-5,
+    )  # fmt: skip
