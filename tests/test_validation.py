@@ -218,8 +218,8 @@ def test_the_curves(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train.eval_every": -1}, "eval_every=-1 must be a whole number, at least 0"),
-        ({"train.eval_tokens": 0}, "eval_tokens=0 must be a whole number, at least 1"),
+        ({"train.eval_every": -1}, "eval_every=-1 must be at least 0"),
+        ({"train.eval_tokens": 0}, "eval_tokens=0 must be at least 1"),
     ],
 )
 def test_wrong_numbers(change, message):
