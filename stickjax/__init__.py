@@ -21,6 +21,7 @@ from stickjax.system import renamed
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable
 
     from stickjax.interactive import TrainedModel
     from stickjax.training.loop import Result
@@ -43,6 +44,7 @@ def fit(
     init_from: str | None = None,
     branch: str | None = None,
     quiet: bool = False,
+    on_metrics: "Callable[[dict], None] | None" = None,
 ) -> "Result":
     """Train a model, and write its checkpoints and metrics into a run folder.
 
@@ -62,6 +64,9 @@ def fit(
       branch: "RUN@STEP", a checkpoint of another run. The training continues from it with `config`, which may for
         example add a learning-rate decay.
       quiet: True to print and show nothing.
+      on_metrics: `on_metrics(row)` is called with every row of metrics, {name of a metric: number}, after the row is
+        written into the run folder. With several processes, only process 0 calls it. An exception in it ends the
+        training.
 
     Returns:
       `Result`: the last training `state`; `finished`, whether all steps were done; `tokens_per_second`; `stopped_by`,
@@ -85,15 +90,16 @@ def fit(
     """
     from stickjax.interactive import fit
 
-    return fit(config, run, init_from=init_from, branch=branch, quiet=quiet)
+    return fit(config, run, init_from=init_from, branch=branch, quiet=quiet, on_metrics=on_metrics)
 
 
-def load(run: "str | os.PathLike", *, step: int | None = None, changes: dict | None = None) -> "TrainedModel":
+def load(run: "str | os.PathLike", *, step: "int | str | None" = None, changes: dict | None = None) -> "TrainedModel":
     """Load the model of a run folder or of a Hugging Face folder, ready to generate text and to be evaluated.
 
     Args:
       run: a run folder, a folder in the Hugging Face layout, or a folder that `stickjax.convert` wrote.
-      step: the step of the checkpoint to load; None: the newest intact checkpoint.
+      step: the step of the checkpoint to load; "best": the checkpoint with the best score of the validations during
+        the training (`train.eval_every`); None: the newest intact checkpoint.
       changes: config fields to change, such as {"model.window": 128}. The shapes of the parameters must stay the same.
 
     Returns:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from stickjax.config import Config
-from stickjax.config.command import Parser, command
+from stickjax.config.command import Parser, command, step_or_best
 from stickjax.data.special_tokens import read_files, write_files
 from stickjax.models.transformer import Transformer
 from stickjax.storage import hugging_face
@@ -71,7 +71,7 @@ def export(model: Loaded | Transformer, path: str, *, type: str | None = None, s
 
 
 def convert(
-    source: str, path: str, *, step: int | None = None, shard_bytes: int = SHARD_BYTES, eot: str | None = None,
+    source: str, path: str, *, step: int | str | None = None, shard_bytes: int = SHARD_BYTES, eot: str | None = None,
     type: str | None = None,
 ) -> str:  # fmt: skip
     """Convert a Hugging Face folder into a run folder, or a run folder into a Hugging Face folder.
@@ -82,7 +82,7 @@ def convert(
     Args:
       source: the folder to read.
       path: the folder to write, which must not exist yet.
-      step: the step of the checkpoint, if `source` is a run folder; None: the newest checkpoint.
+      step: the step of the checkpoint, if `source` is a run folder, or "best"; None: the newest checkpoint.
       shard_bytes: the largest size of a file with parameters in a Hugging Face folder, in bytes.
       eot: the added token of the tokenizer that ends a text, such as "<|im_end|>"; it becomes the config field
         `data.eot`. None: `data.eot` is not changed. If `data.eot` is None too, the token is read from the files beside
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m stickjax.convert", description="Convert to or from Hugging Face folders.")
     parser.add_argument("folder", help="a folder in the Hugging Face layout, or a run folder")
     parser.add_argument("out", help="the folder to write, in the other layout; it must not exist")
-    parser.add_argument("--step", type=int, help="step of a run's checkpoint (default: the newest)")
+    parser.add_argument("--step", type=step_or_best, help="step of a run's checkpoint, or best (default: the newest)")
     parser.add_argument(
         "--shard-bytes", type=float, default=SHARD_BYTES, help="largest file size in bytes (default 5e9)"
     )

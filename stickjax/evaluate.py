@@ -18,20 +18,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from rich.table import Table
 
 from stickjax.config import Config
-from stickjax.config.command import Parser, command, say_error
+from stickjax.config.command import Parser, command, say_error, step_or_best
 from stickjax.config.command_line import parse_changes
 from stickjax.data.corpus import load_corpus
 from stickjax.data.examples import task_of
 from stickjax.data.heldout import heldout_windows
 from stickjax.evaluation import bias, examples, plots
 from stickjax.evaluation import pairs as accuracy
+from stickjax.evaluation.held_out import target_sums
 from stickjax.evaluation.plots import Records
 from stickjax.models.families import family_of
 from stickjax.storage.run_folder import Loaded, load, read_config, results_folder
@@ -41,27 +40,6 @@ from stickjax.system.text import json_text, printable
 from stickjax.training.metrics import read_metrics
 
 LENGTHS = (1, 2, 4, 8)
-
-
-@jax.jit
-def _sums(model: nnx.Module, windows: jax.Array, target_mask: jax.Array) -> dict[str, jax.Array]:
-    """Predict each token of a batch of texts from the previous tokens, and return sums over the batch.
-
-    Args:
-      model: the module with the parameters.
-      windows: token ids [B,T+1]. In each row, the first T tokens are inputs, and the last T tokens are targets.
-      target_mask: [B,T], True for the targets that count, and False for padding.
-
-    Returns:
-      {"nll": the sum of the negative log-likelihoods of the targets, in nats}. For a model that halts tokens, such
-      as a Universal Transformer, also "depth": the sum of the depths of the input tokens. The depth of a token is the
-      expected number of blocks that are applied to it, given its halting probabilities.
-    """
-    output = family_of(model.config).apply(model, {"tokens": windows[:, :-1]})
-    by_token = {"nll": optax.softmax_cross_entropy_with_integer_labels(output.logits, windows[:, 1:])}
-    if (depth := getattr(output, "depth", None)) is not None:
-        by_token["depth"] = depth
-    return {name: jnp.where(target_mask, values, 0).sum() for name, values in by_token.items()}
 
 
 def evaluate(
@@ -109,7 +87,7 @@ def evaluate(
         say(f"{m}x (context {context}): compiling, then scoring {tokens:,} tokens")
         padded = np.pad(pieces, ((0, empty), (0, 0))), np.pad(target_mask, ((0, empty), (0, 0)))
         batches = zip(*(np.split(array, count) for array in padded), strict=True)
-        parts = [jax.device_get(_sums(model, *batch)) for batch in batches]
+        parts = [jax.device_get(target_sums(model, *batch)) for batch in batches]
         sums = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
         bits = sums["nll"] / math.log(2)
         record = dict(
@@ -197,7 +175,7 @@ def _lengths(text: str) -> tuple[int, ...]:
 def _parser() -> Parser:
     parser = Parser(prog="python -m stickjax.evaluate")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; several runs are drawn in one picture")
-    parser.add_argument("--step", type=int, help="evaluate the checkpoint of this step")
+    parser.add_argument("--step", type=step_or_best, help="evaluate the checkpoint of this step, or the best one: best")
     parser.add_argument("--lengths", default="1,2,4,8", help="contexts, in multiples of T (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=2**17, help="largest number of tokens to score")
     parser.add_argument("--max-pairs", type=int, default=1024, help="largest number of examples to score per bucket")

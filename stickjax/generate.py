@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from stickjax.config.command import Parser, command
+from stickjax.config.command import Parser, command, step_or_best
 from stickjax.config.command_line import parse
 from stickjax.config.fields import SEED
 from stickjax.data.tokenizer import StreamDecoder, Tokenizer
@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
         help="end the text before this string or special token; may be repeated",
     )
     parser.add_argument("--special-tokens", action="store_true", help="encode text such as <|user|> as a special token")
-    parser.add_argument("--step", type=int, help="step of the checkpoint; by default the newest")
+    parser.add_argument("--step", type=step_or_best, help="step of the checkpoint, or best; by default the newest")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="set a config field: model.window=64"
     )

@@ -26,7 +26,7 @@ from stickjax.training.metrics import metrics_of
 def fit(config: Config | str | os.PathLike, run: str | os.PathLike | None, *, quiet: bool, **options) -> Result:
     """Train a model in a run folder. This is the implementation of `stickjax.fit`, with the same arguments.
 
-    `options` are the arguments `init_from` and `branch`.
+    `options` are the arguments `init_from`, `branch` and `on_metrics`.
     """
     name = None
     if not isinstance(config, Config):
@@ -47,7 +47,7 @@ def fit(config: Config | str | os.PathLike, run: str | os.PathLike | None, *, qu
         return Result(None, False, None, 0.0, int(signal.SIGINT), run)
 
 
-def load(run: str | os.PathLike, *, step: int | None, changes: dict | None) -> "TrainedModel":
+def load(run: str | os.PathLike, *, step: int | str | None, changes: dict | None) -> "TrainedModel":
     """Load the model of a folder. This is the implementation of `stickjax.load`, with the same arguments."""
     model = TrainedModel(*run_folder.load(run, step=step, changes=changes))
     model.run = os.fspath(run)

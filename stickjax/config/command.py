@@ -92,6 +92,18 @@ def number(kind: type, **bounds: float) -> Callable[[str], int | float]:
     return parsed
 
 
+def step_or_best(text: str) -> int | str:
+    """Parse the option --step: the step of a checkpoint, or the word "best".
+
+    >>> step_or_best("400"), step_or_best("best")
+    (400, 'best')
+    """
+    try:
+        return text if text == "best" else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a step nor best") from error
+
+
 SEED_TYPE = number(int, at_least=0, at_most=SEED)
 
 

@@ -81,7 +81,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The config of the training: its length, its log lines, its checkpoints, and its seed."""
+    """The config of the training: its length, log lines, checkpoints, validation, and seed."""
 
     steps: int = field(400, "number of optimizer steps", at_least=1, at_most=2**31 - 1)
     accumulate: int = field(1, "microbatches per step; B must be a multiple of it", at_least=1)
@@ -89,6 +89,13 @@ class TrainConfig:
     log_every: int = field(10, "steps between lines of metrics.jsonl", at_least=1)
     checkpoint_every: int = field(100, "steps between checkpoints; the last step always has one", at_least=1)
     keep: int = field(3, "number of newest checkpoints to keep", at_least=1)
+    eval_every: int = field(
+        0, "steps between validations of the model; the last step always has one; 0: no validation", at_least=0
+    )
+    eval_tokens: int = field(2**16, "largest number of held-out tokens that a validation scores", at_least=1)
+    track: Literal["tensorboard", "wandb", "trackio"] | None = field(
+        None, "tracker of experiments that also gets the metrics: tensorboard, wandb or trackio; None: no tracker"
+    )
     max_bad_steps: int = field(
         10, "stop after this many steps in a row with a loss or gradient that is not finite", at_least=1
     )

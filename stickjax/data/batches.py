@@ -196,6 +196,7 @@ class TrainingData(NamedTuple):
     `tokenizer`, `heldout_source`, `heldout_hash`: the tokenizer, and the name and the hash of the held-out data. They
       are None if the data are neither a text nor labelled rows.
     `files`: {name: content} of the files that a run folder keeps besides the files of the tokenizer.
+    `heldout`: the token stream of the held-out text; None if the data are not a text.
     """
 
     loader: Callable[[int, int], grain.DatasetIterator]
@@ -207,6 +208,7 @@ class TrainingData(NamedTuple):
     heldout_source: str | None = None  # only for a text and for labelled rows
     heldout_hash: str | None = None  # only for a text and for labelled rows
     files: Mapping[str, bytes] = {}
+    heldout: Corpus | None = None  # only for a text
 
 
 def text_data(config: Config) -> TrainingData:
@@ -235,5 +237,5 @@ def text_data(config: Config) -> TrainingData:
     summary = f"{corpus.summary()}; {held}"
     return TrainingData(
         loader, {"V": corpus.tokenizer.vocab_size}, corpus.hash, corpus.source, summary, corpus.tokenizer,
-        heldout.source, heldout.hash,
+        heldout.source, heldout.hash, heldout=heldout,
     )  # fmt: skip

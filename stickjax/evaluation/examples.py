@@ -66,14 +66,12 @@ def accuracy(
         say(f"{len(examples):,} {task.name}" + ("" if bucket is None else f", {task.bucket_name}: {bucket}"))
         right, first, labels, pairs = [], [], [], []
         for batch, rows in batches_of(examples, min(B, max_examples)):
-            inputs = {name: x for name, x in batch.items() if name not in ("label", "target")}
-            answers = jax.device_get(predict(model, inputs))[: len(rows)]
-            if "label" in batch:
+            exact, word = right_answers(predict, model, batch, len(rows))
+            right.append(exact)
+            if word is None:
                 labels.append(batch["label"][: len(rows)])
-                right.append(answers == labels[-1])
             else:
-                exact, word = _compared(answers, batch["target"][: len(rows)])
-                right.append(exact), first.append(word)
+                first.append(word)
             if task.brackets:
                 pairs += _tree_pairs(task, family.induced_trees(model, batch), rows)
         record = {"bucket": bucket, "accuracy": float(np.concatenate(right).mean()), "examples": len(examples)}
@@ -83,6 +81,24 @@ def accuracy(
             record["first_word"] = float(np.concatenate(first).mean())
         records.append(record | ({"f1": trees.f1(pairs)} if pairs else {}))
     return records
+
+
+def right_answers(predict: Callable, model, batch: dict, count: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Let the model answer the first `count` examples of a batch, and compare its answers with the right ones.
+
+    `predict(model, inputs)` returns the answers: labels [B], or translations [B,T]. Return two boolean arrays [count]:
+    True where the whole answer is right, and True where the first word of a translation is right. For labels, the
+    second one is None.
+
+    >>> batch = {"tokens": np.zeros((2, 3)), "label": np.array([1, 3])}
+    >>> right_answers(lambda model, inputs: np.array([1, 2]), None, batch, 2)
+    (array([ True, False]), None)
+    """
+    inputs = {name: x for name, x in batch.items() if name not in ("label", "target")}
+    answers = jax.device_get(predict(model, inputs))[:count]
+    if "label" in batch:
+        return answers == batch["label"][:count], None
+    return _compared(answers, batch["target"][:count])
 
 
 def buckets_of(config: Config, part: str, max_examples: int) -> dict[int | None, Examples]:

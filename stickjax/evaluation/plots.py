@@ -113,12 +113,23 @@ def plot_length_curves(runs: dict[str, Records], path) -> None:
 def plot_training(runs: dict[str, Records], path) -> None:
     """Plot the training loss in bits per token, and the learning rate, against the number of tokens trained.
 
+    If rows have a held-out loss, it is a second curve beside the training loss. If rows have the accuracy on the
+    validation examples, it is a curve in a third panel.
+
     `runs` is {name of a run: the rows of its metrics.jsonl, as dictionaries}.
     """
-    page, panels = figure("tokens", "", ("training loss (bits per token)", "learning rate"), share=False)
+    titles = ["training loss (bits per token)", "learning rate"]
+    titles += ["validation accuracy"] if any("valid_accuracy" in r for rows in runs.values() for r in rows) else []
+    page, panels = figure("tokens", "", titles, share=False)
     for name, rows in runs.items():
         tokens = [r["tokens"] for r in rows]
-        panels[0].plot(tokens, [r["loss"] / math.log(2) for r in rows], label=label(name), linewidth=1)
+        (line,) = panels[0].plot(tokens, [r["loss"] / math.log(2) for r in rows], label=label(name), linewidth=1)
+        style = dict(color=line.get_color(), linestyle="--", marker=".")
+        if heldout := [r for r in rows if "heldout_loss" in r]:
+            losses = [r["heldout_loss"] / math.log(2) for r in heldout]
+            panels[0].plot([r["tokens"] for r in heldout], losses, label=label(f"{name}, held out"), **style)
+        if valid := [r for r in rows if "valid_accuracy" in r]:
+            panels[2].plot([r["tokens"] for r in valid], [r["valid_accuracy"] for r in valid], **style)
         panels[1].plot(tokens, [r["learning_rate"] for r in rows], label=label(name))
     panels[0].legend()
     save(page, path)

@@ -12,13 +12,13 @@ checksum too, because the values that Orbax writes might differ from the values 
 a `Checkpoints` object saves is read again before it is renamed. This detects a path or a file system that loses data.
 """
 
-import base64
 import contextlib
 import difflib
 import errno
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -34,6 +34,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1
 
 from stickjax.parallel import processes
+from stickjax.storage.manifest import DamagedCheckpoint, decode_bytes, encode_bytes, in_short, read_manifest, read_score
 from stickjax.system.checksums import checksum, crc32_of
 from stickjax.system.disk import REASONS, remove, sync_folder, system_error
 from stickjax.system.lock import Lock
@@ -45,10 +46,6 @@ READ_BACK_BYTES = 2**28  # bytes that are read at once to verify a new checkpoin
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
-class DamagedCheckpoint(ValueError):
-    """Raised if the files of a checkpoint differ from what was saved, or cannot be read."""
-
-
 class Restored(NamedTuple):
     step: int
     state: Any
@@ -56,7 +53,7 @@ class Restored(NamedTuple):
 
 
 class Checkpoints(contextlib.AbstractContextManager):
-    """The checkpoints of a run, in `run_folder/checkpoints/<step>`. `save` deletes all but the newest `keep` of them.
+    """The checkpoints of a run, in `run_folder/checkpoints/<step>`. `save` keeps the newest `keep` and the best.
 
     Only one training at a time may save into a run folder. So `with Checkpoints(folder)` takes the lock of the folder,
     and raises ValueError if another training has the lock. To restore a checkpoint, no lock is needed.
@@ -87,7 +84,24 @@ class Checkpoints(contextlib.AbstractContextManager):
         """Return the steps of all complete checkpoints, oldest first."""
         return sorted(int(path.name) for path in _entries(self.folder) if _is_step(path.name))
 
-    def save(self, step: int, state, extra: dict) -> None:
+    def best(self, before: int | None = None) -> int | None:
+        """Return the step of the complete checkpoint with the lowest score (see `save`); None if none has a score.
+
+        Of two checkpoints with the same score, the earlier one is the best. With `before`, only checkpoints of earlier
+        steps than `before` count.
+        """
+        self.wait()
+        return processes.shared(partial(self._best, before))
+
+    def is_best(self, step: int, score: float) -> bool:
+        """Return whether `score` is lower than the scores of all checkpoints of earlier steps than `step`.
+
+        A score that is not finite is never the best.
+        """
+        best = self.best(step)
+        return processes.shared(lambda: math.isfinite(score) and (best is None or score < self._score(best)))
+
+    def save(self, step: int, state, extra: dict, score: float | None = None) -> None:
         """Save a checkpoint. When this returns, `state` may be donated or changed.
 
         The first save of this object waits until its checkpoint is written and verified. Every later save only waits
@@ -100,6 +114,8 @@ class Checkpoints(contextlib.AbstractContextManager):
             restored.
           state: any pytree of arrays, typed PRNG keys and numbers (stored as JAX arrays).
           extra: a dictionary of JSON values and bytes, which `restore` returns.
+          score: how good the state is: lower is better. The checkpoint with the lowest score is kept next to the newest
+            ones. None, or a number that is not finite: the checkpoint has no score.
 
         Raises:
           ValueError: `step` is too small, or two leaves of `state` have the same name.
@@ -111,7 +127,8 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise ValueError(f"step={step} must be larger than {self._position}, the step saved or restored last")
         arrays = {name: _stored(name, leaf) for name, leaf in named_leaves(state).items()}
         rows = {name: [list(a.shape), str(a.dtype), checksum(a)] for name, a in arrays.items()}
-        manifest = json.dumps({"step": step, "arrays": rows, "extra": extra}, default=_encode_bytes)
+        scored = {} if score is None or not math.isfinite(score) else {"score": float(score)}
+        manifest = json.dumps({"step": step, "arrays": rows, "extra": extra} | scored, default=encode_bytes)
         # Orbax refuses arrays of size 0; the manifest alone describes them.
         arrays = {name: a for name, a in arrays.items() if a.size}
         if self._lock is not None:
@@ -177,7 +194,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             folder = self.folder / str(candidate)
             try:
                 # Process 0 alone checks the files; all processes together compute the checksums of the arrays.
-                manifest = processes.shared(partial(_read_manifest, folder, candidate), raises=DamagedCheckpoint)
+                manifest = processes.shared(partial(read_manifest, folder, candidate), raises=DamagedCheckpoint)
                 specs = _match(leaves, manifest["arrays"], prefix, folder)
                 arrays = _read_arrays(folder, specs, manifest["arrays"])
             except DamagedCheckpoint as error:
@@ -187,7 +204,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                 continue
             self._position = candidate
             state = [_rebuild(leaf, arrays[name]) for name, leaf in leaves.items()]
-            extra = json.loads(json.dumps(manifest["extra"]), object_hook=_decode_bytes)
+            extra = json.loads(json.dumps(manifest["extra"]), object_hook=decode_bytes)
             return Restored(candidate, jax.tree.structure(abstract_state).unflatten(state), extra)
         if reasons and step is not None:
             raise DamagedCheckpoint(f"the checkpoint of step {step} is damaged; nothing was deleted\n  {reasons[0]}")
@@ -224,7 +241,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     def _read_back(self, step: int, arrays: dict[str, jax.Array]) -> None:
         """Read the new checkpoint `<step>.tmp`. Raise DamagedCheckpoint if it differs from `arrays`, {name: array}."""
         folder = self.folder / f"{step}.tmp"
-        manifest = processes.shared(partial(_read_manifest, folder, step), raises=DamagedCheckpoint)
+        manifest = processes.shared(partial(read_manifest, folder, step), raises=DamagedCheckpoint)
         specs: dict[str, jax.ShapeDtypeStruct] = {}
         for name, array in arrays.items():
             if specs and sum(a.nbytes for a in map(arrays.get, specs)) + array.nbytes > READ_BACK_BYTES:
@@ -238,9 +255,18 @@ class Checkpoints(contextlib.AbstractContextManager):
             return
         (self.folder / f"{step}.tmp").rename(self.folder / str(step))
         sync_folder(self.folder)  # before an old checkpoint is deleted
-        for old in self.steps()[: -self.keep]:
+        best = self._best()
+        for old in (step for step in self.steps()[: -self.keep] if step != best):
             # Rename it first, so that a half-deleted folder never looks like a checkpoint.
             remove((self.folder / str(old)).rename(self.folder / f"{old}.deleting"))
+
+    def _score(self, step: int) -> float | None:
+        return read_score(self.folder / str(step))
+
+    def _best(self, before: int | None = None) -> int | None:
+        scores = {step: self._score(step) for step in self.steps() if before is None or step < before}
+        scored = {step: score for step, score in scores.items() if score is not None}
+        return min(scored, key=scored.get, default=None)
 
     def _finish(self, step: int, response, manifest: str) -> None:
         self._complete(step, response, manifest)
@@ -254,7 +280,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             if processes.is_writer():
                 shutil.rmtree(self.folder / f"{step}.tmp", ignore_errors=True)
             code = system_error(error) or errno.EIO
-            reason = REASONS.get(code) or _line(error)
+            reason = REASONS.get(code) or in_short(error)
             message = f"the checkpoint of step {step} was not saved: {reason}; the run has checkpoints {self.steps()}"
             raise OSError(code, message, str(self.folder)) from error
 
@@ -334,30 +360,6 @@ def _rebuild(leaf, array):
     return type(leaf)(array) if isinstance(leaf, int | float) else array
 
 
-def _read_manifest(folder: Path, step: int) -> dict:
-    """Read manifest.json in `folder`, check it and all files that it lists, and return its content.
-
-    Raise DamagedCheckpoint if the file cannot be read, if its step is not `step`, or if the crc32 of the manifest or of
-    a file that it lists is wrong.
-    """
-    try:
-        outer = json.loads((folder / "manifest.json").read_text())
-        manifest = outer["manifest"]
-        if zlib.crc32(json.dumps(manifest).encode()) != outer["crc32"]:
-            raise ValueError("manifest.json is damaged: its crc32 differs from the one that it records")
-        if manifest["step"] != step:
-            raise ValueError(f"step in manifest.json must be {step}, the name of its folder, got {manifest['step']}")
-        for name, crc32 in manifest["files"].items():
-            if crc32_of(folder / name) != crc32:
-                raise ValueError(f"{name} is damaged: its crc32 differs from the one in manifest.json")
-        rows = manifest["arrays"].values()
-        if not isinstance(manifest["extra"], dict) or any(list(map(type, row)) != [list, str, int] for row in rows):
-            raise ValueError("manifest.json does not describe a checkpoint: 'extra' or 'arrays' has a wrong type")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedCheckpoint(_line(error)) from error
-    return manifest
-
-
 def _match(leaves: dict, rows: dict, prefix: str, folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Compare the leaves of a state with a checkpoint. Return {name: ShapeDtypeStruct} of the arrays to read from it.
 
@@ -390,22 +392,8 @@ def _read_arrays(folder: Path, specs: dict, rows: dict) -> dict[str, jax.Array]:
         with context:
             arrays |= v1.load(plain_path(folder.parent) / folder.name / "arrays", stored) if stored else {}
     except Exception as error:
-        raise DamagedCheckpoint(f"Orbax cannot read the arrays: {_line(error)}") from error
+        raise DamagedCheckpoint(f"Orbax cannot read the arrays: {in_short(error)}") from error
     for name, array in arrays.items():
         if checksum(array) != rows[name][2]:
             raise DamagedCheckpoint(f"{name} is damaged: its checksum differs from the one in manifest.json")
     return arrays
-
-
-def _encode_bytes(value):
-    if isinstance(value, bytes):
-        return {"base64": base64.b64encode(value).decode()}
-    raise TypeError(f"'extra' has a value of type {type(value).__name__}, which JSON cannot store: {value!r:.80}")
-
-
-def _decode_bytes(value: dict):
-    return base64.b64decode(value["base64"]) if value.keys() == {"base64"} else value
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

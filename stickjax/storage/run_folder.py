@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -43,6 +43,8 @@ _FREE = (
     "train.checkpoint_every",
     "train.keep",
     "train.max_bad_steps",
+    "train.eval_every",
+    "train.track",
     "model.implementation",
     "mesh.",
 )
@@ -251,13 +253,18 @@ def with_shardings(mesh: Mesh | None, abstract):
 
 
 def load(
-    run: str | os.PathLike, *, step: int | None = None, changes: dict | None = None, mesh: Mesh | None = None
+    run: str | os.PathLike,
+    *,
+    step: int | Literal["best"] | None = None,
+    changes: dict | None = None,
+    mesh: Mesh | None = None,
 ) -> Loaded:
     """Load a trained model with its config and tokenizer from a run folder or a Hugging Face folder.
 
     Args:
       run: a run folder, a Hugging Face folder, or a folder that `save` or `stickjax.convert` has written.
-      step: the step of the checkpoint to load; None: the newest intact checkpoint. Only a run folder has checkpoints.
+      step: the step of the checkpoint to load; "best": the checkpoint with the best score of the validations during
+        the training (`train.eval_every`); None: the newest intact checkpoint. Only a run folder has checkpoints.
       changes: config fields to change, such as {"model.window": 128}. The shapes of the parameters must not change.
       mesh: the mesh of devices on which the parameters are placed; it may differ from the mesh of the training. None:
         the first device.
@@ -280,6 +287,11 @@ def load(
         params = jax.tree.structure(abstract).unflatten(arrays)
         check_finite(params, str(run))
         return Loaded(params, config, tokenizer_of(config), 0)
+    if step == "best" and (step := Checkpoints(run).best()) is None:
+        raise ValueError(
+            f"{run} has no best checkpoint, because none was validated; train with train.eval_every above 0, or leave "
+            'out step="best"'
+        )
     restored = Checkpoints(run).restore(abstract, step=step, prefix="params")
     if restored is None:
         raise ValueError(f"{run} has no checkpoint yet")

@@ -20,7 +20,7 @@ import jax
 from rich.table import Table
 
 from stickjax.config import DataConfig
-from stickjax.config.command import SEED_TYPE, Parser, command, number
+from stickjax.config.command import SEED_TYPE, Parser, command, number, step_or_best
 from stickjax.config.command_line import parse_changes
 from stickjax.evaluation import plots
 from stickjax.storage.run_folder import load, read_config, results_folder, save
@@ -183,7 +183,7 @@ def _parser() -> Parser:
     added.add_argument("--weight", type=float, default=0.1, help="weight of the load-concentration loss")
     added = command("report", _report, "show which text uses which modules", out=False)
     read(added, "held-out text to compare")
-    added.add_argument("--step", type=int, help="report on the checkpoint of this step")
+    added.add_argument("--step", type=step_or_best, help="report on the checkpoint of this step, or best")
     share = number(float, at_least=0, at_most=1)
     added.add_argument(
         "--below", type=share, default=0.01, help="a module is unused if its share of its layer's pairs is smaller"

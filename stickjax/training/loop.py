@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -16,6 +15,7 @@ from pallas_kernels import dispatch
 from stickjax.config import Config, DataConfig
 from stickjax.data.batches import TrainingData
 from stickjax.data.readers import training_data
+from stickjax.evaluation.validation import Validation, validation_of
 from stickjax.models.families import family_of
 from stickjax.models.parameters import shardings
 from stickjax.models.vocabulary_size import with_sizes_of, with_vocabulary
@@ -34,47 +34,14 @@ from stickjax.storage.run_folder import (
 )
 from stickjax.system.memory import check_fits, check_program, local_bytes, state_parts
 from stickjax.system.profiling import StepTrace
-from stickjax.system.tables import Columns
 from stickjax.training.banner import banner, kernels
-from stickjax.training.metrics import MetricsLog, Pace, metrics_of, peak_flops
+from stickjax.training.metrics import MetricsLog, Pace, peak_flops
 from stickjax.training.notebook import progress_of
 from stickjax.training.progress import Progress
+from stickjax.training.result import Result
 from stickjax.training.step import TrainState, init_state, jit_step, tokens_of, with_params
 from stickjax.training.stopping import stop_requests
-
-
-class Result(NamedTuple):
-    """The result of `fit`: the last training state, and how the training ended.
-
-    `state`: the last training state; None if a Ctrl-C during the start of the run, or a second Ctrl-C, ended
-      `stickjax.fit`.
-    `finished`: whether the last step was reached.
-    `tokens_per_second`: the speed, measured after the first step; None if fewer than two steps ran.
-    `outside`: the share of the wall time that was spent outside the jitted step, from 0 to 1, measured after the first
-      step.
-    `stopped_by`: the number of the signal that stopped the run before its last step, or 0.
-    `run`: the run folder.
-    """
-
-    state: TrainState | None
-    finished: bool
-    tokens_per_second: float | None
-    outside: float
-    stopped_by: int = 0
-    run: str = ""
-
-    @property
-    def metrics(self) -> Columns:
-        """All rows of metrics.jsonl in the run folder as columns, {name of a metric: NumPy array}."""
-        return metrics_of(self.run)
-
-    def __repr__(self) -> str:  # for notebooks; the full state would be too long to print
-        step = None if self.state is None else int(self.state.step)
-        rate = self.tokens_per_second and round(self.tokens_per_second)
-        return (
-            f"Result(step={step}, finished={self.finished}, tokens_per_second={rate}, outside={self.outside:.3f}, "
-            f"stopped_by={self.stopped_by}, run={self.run!r})"
-        )
+from stickjax.training.trackers import check_tracker, tracker
 
 
 @dataclasses.dataclass
@@ -87,6 +54,8 @@ class Run:
     `asked`: a function that returns the number of the signal that asks for a stop, or 0.
     `log`: the writer of metrics.jsonl; None in a process that writes no files.
     `trace`: the writer of a profiler trace of a few steps.
+    `validation`: what measures the model on held-out data, or None.
+    `listeners`: functions that are called with every row of metrics; None stands for no function.
     """
 
     folder: str
@@ -100,6 +69,8 @@ class Run:
     asked: Callable[[], int] = lambda: 0
     log: MetricsLog | None = None
     trace: StepTrace | None = None
+    validation: Validation | None = None
+    listeners: list[Callable[[dict], None] | None] = dataclasses.field(default_factory=list)
 
     def say(self, text: str) -> None:
         self.progress.say(text)
@@ -108,16 +79,40 @@ class Run:
         return shard_batch(self.mesh, next(self.loader), self.config.train.accumulate)
 
     def report(self, row: dict) -> None:
-        """Write `row`, {name of a metric: value}, to metrics.jsonl, and show it on the display."""
+        """Write `row`, {name of a metric: value}, to metrics.jsonl, show it, and call the listeners."""
         if self.log:
             self.log.write(row)
         self.progress.update(row)
+        for listener in filter(None, self.listeners if self.log else []):
+            listener(dict(row))
 
-    def save(self, state: TrainState, data_state: dict) -> None:
+    def prepare_validation(self) -> str:
+        """Set `validation` if the config asks for it. Return a line for the banner, after a line break, or ""."""
+        if not self.config.train.eval_every:
+            return ""
+        found = validation_of(self.config, self.data, self.mesh)
+        if not isinstance(found, Validation):
+            return f"\n{found}"
+        self.validation = found
+        return f"\nvalidation: {found.summary}"
+
+    def validate(self, step: int, state: TrainState) -> tuple[dict[str, float], float | None]:
+        """Measure the model on held-out data if a validation is due after step `step`.
+
+        Return (its scores {name of a metric: value}, the score that decides which checkpoint is the best one: the
+        lowest). Return ({}, None) if no validation is due.
+        """
+        train = self.config.train
+        if self.validation is None or (step % train.eval_every and step != train.steps):
+            return {}, None
+        scores = self.validation.measure(state.params)
+        return scores, self.validation.sign * scores[self.validation.metric]
+
+    def save(self, state: TrainState, data_state: dict, score: float | None = None) -> None:
         """Save a checkpoint: the training state, the position in the data, the config, and hashes of the texts.
 
-        `data_state` is the state of the data iterator after the last batch on which `state` was trained. Raise
-        FloatingPointError if a parameter is not finite.
+        `data_state` is the state of the data iterator after the last batch on which `state` was trained. `score` is
+        the result of `validate`. Raise FloatingPointError if a parameter is not finite.
         """
         step, data = int(state.step), self.data
         if not all_finite(state.params):
@@ -126,7 +121,7 @@ class Run:
             "corpus": data.hash, "heldout": data.heldout_hash, "tokenizer": data.tokenizer and data.tokenizer.name
         }  # fmt: skip
         extra = hashes | {"data": data_state, "tokens": tokens_of(state), "config": self.config.to_dict()}
-        self.checkpoints.save(step, state, extra)
+        self.checkpoints.save(step, state, extra, score)
 
     def not_finite(self, what: str) -> FloatingPointError:
         self.checkpoints.wait()
@@ -248,6 +243,7 @@ def fit(
     branch: str | None = None,
     profile: bool = False,
     quiet: bool = False,
+    on_metrics: Callable[[dict], None] | None = None,
 ) -> Result:
     """Train the model of `config` in the run folder `run`. If the folder has a checkpoint, resume from it.
 
@@ -256,19 +252,17 @@ def fit(
     Args:
       config: the experiment.
       run: folder for config.json, metrics.jsonl and checkpoints.
-      init_from: the folder of a trained model. A new run starts with the parameters of this model, a new optimizer
-        state and the first batch.
-      branch: "RUN@STEP", a checkpoint from which a new run continues with this config, for example to decay the
-        learning rate.
+      init_from: the folder of a trained model. A new run starts with its parameters, and with the first batch.
+      branch: "RUN@STEP", a checkpoint from which a new run continues with this config.
       profile: write a profiler trace of a few steps to `run/profile` (see `StepTrace`).
       quiet: print nothing.
+      on_metrics: a function that is called with every row of metrics in the process that writes the run folder.
 
     Returns:
       The last training state, and how the training ended.
 
     Raises:
-      ValueError: the config does not fit the data, the devices or their memory; the folder has a run of another
-        config; or another process trains in the folder.
+      ValueError: the config does not fit the data, the devices, their memory or the folder; or the folder is in use.
       FloatingPointError: the loss or the gradient was not finite in `max_bad_steps` steps in a row, or in all steps;
         or a new parameter is not finite. The last good checkpoint is kept.
       OSError: a checkpoint or the metrics could not be written.
@@ -282,12 +276,12 @@ def fit(
     abstract = with_shardings(mesh, jax.eval_shape(lambda: init_state(config, jax.random.key(config.train.seed))))
     check_fits(state_parts(abstract) | _batch_part(config, mesh), mesh)
     loader = data.loader(*rows_of_process(mesh))
-    _check_same(config, data)
+    _check_start(config, data)
     quiet = quiet or not processes.is_writer()
     with progress_of(run, config, quiet=quiet) as progress, Checkpoints(run, config.train.keep) as checkpoints:
         check_config(run, config)  # no other process changes the folder now, because `Checkpoints` has locked it
-        this = Run(run, config, mesh, abstract, data, loader, checkpoints, progress)
-        words, steps = banner(config, data, mesh), config.train.steps
+        this = Run(run, config, mesh, abstract, data, loader, checkpoints, progress, listeners=[on_metrics])
+        words, steps = banner(config, data, mesh) + this.prepare_validation(), config.train.steps
         perhaps_finished = max(checkpoints.steps(), default=0) >= steps  # not if the newest one is damaged
         if not perhaps_finished:
             this.say(words)
@@ -303,8 +297,13 @@ def fit(
             return _train(this, state, profile)
 
 
-def _check_same(config: Config, data: TrainingData) -> None:
-    """Raise ValueError if this process and process 0 have different configs or data. Paths of files may differ."""
+def _check_start(config: Config, data: TrainingData) -> None:
+    """Raise ValueError if the package of the tracker is missing, or if this process and process 0 differ.
+
+    They differ if they have different configs or data. Paths of files may differ.
+    """
+    if processes.is_writer():
+        check_tracker(config.train.track)
     fields = {f"{s}.{n}": value for s, section in config.to_dict().items() for n, value in section.items()}
     tokenizer = data.tokenizer and data.tokenizer.name
     content = {"text": data.hash, "held-out text": data.heldout_hash, "tokenizer": tokenizer}
@@ -335,7 +334,11 @@ def _train(run: Run, state: TrainState, profile: bool) -> Result:
         write_config(run.folder, run.config, run.data.tokenizer, run.data.files)
         run.log, folder = MetricsLog(run.folder, after_step=step), Path(run.folder) / "profile" if profile else None
     run.trace = StepTrace(folder, step, run.config.train.steps, run.say)
-    with contextlib.closing(run.log) if run.log else contextlib.nullcontext(), run.trace:
+    with contextlib.ExitStack() as stack:
+        if run.log:
+            stack.enter_context(contextlib.closing(run.log))
+            run.listeners.append(stack.enter_context(tracker(run.config, run.folder)))
+        stack.enter_context(run.trace)
         return _loop(run, step_function, state, batch)
 
 
@@ -363,12 +366,15 @@ def _loop(run: Run, step_function: Callable, state: TrainState, batch: dict) -> 
             raise run.not_finite(f"step {step}: the loss or the gradient was not finite in {bad_steps} steps in a row")
         stopped_by = int(asked_any)
         ends = bool(stopped_by) or step == steps
-        if step % config.train.log_every == 0 or step == steps:
+        with pace.paused():
+            scores, score = run.validate(step, state)
+        if step % config.train.log_every == 0 or step == steps or scores:
             row = {"step": step, "tokens": tokens_of(state), **{k: float(v) for k, v in metrics.items()}}
-            run.report(row | pace.row())
+            run.report(row | pace.row() | scores)
+        best = score is not None and run.checkpoints.is_best(step, score)
         # If the last steps were skipped, `state` still has the parameters of the last good step, so it can be saved.
-        if good > first and (ends or (not bad_steps and step % config.train.checkpoint_every == 0)):
-            run.save(state, data_state)
+        if good > first and (ends or (not bad_steps and (best or step % config.train.checkpoint_every == 0))):
+            run.save(state, data_state, score)
             saved = step
     run.checkpoints.wait()
     if step == steps and good == first:

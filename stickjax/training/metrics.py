@@ -1,5 +1,6 @@
 """Write and read the metrics of a run, measure its speed, and look up the peak performance of the devices."""
 
+import contextlib
 import json
 import logging
 import math
@@ -55,6 +56,14 @@ class Pace:
             self._inside += self._now - self._begun
         else:
             self._started = self._now
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Leave out the time that is spent inside this context, such as the time of a validation."""
+        begun = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - begun
+        self._started, self._now = self._started + seconds, self._now + seconds
 
     def end(self) -> None:
         """End the measurement of the run.

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from stickjax.config import Config
 from stickjax.evaluation.plots import plot_training
 from stickjax.training.metrics import read_metrics
-from stickjax.training.progress import Progress
+from stickjax.training.progress import VALIDATED, Progress
 
 BAR_SECONDS, PICTURE_SECONDS = 0.5, 3.0  # the shortest time between two updates of the bar, and of the plot
 PICTURE_SHARE = 0.05  # the largest share of a run's time that is spent on making plots
@@ -73,7 +73,9 @@ class NotebookProgress(Progress):
             self._next["picture"] = now + max(PICTURE_SECONDS, (now - begun) / PICTURE_SHARE)
 
     def _bar_line(self) -> str:
-        row, text = self._rows[-1], io.StringIO()
+        text = io.StringIO()
+        validated = {name: value for row in self._rows for name, value in row.items() if name in VALIDATED}
+        row = validated | self._rows[-1]
         bar = ProgressBar(total=self._steps, completed=row["step"], width=40)
         Console(file=text, force_jupyter=False, force_terminal=False, width=40).print(bar, end="")
         return f"{text.getvalue()} {row['step']}/{self._steps}  {self.words(row)}"

@@ -10,6 +10,8 @@ from rich.progress import Progress as Bar
 from stickjax.config import Config
 from stickjax.config.command import drop_output
 
+VALIDATED = ("heldout_loss", "heldout_bits_per_byte", "valid_accuracy")  # the metrics of a validation
+
 
 class Progress:
     """The display of a run: `say` prints a line, `update` shows a row of metrics. With `quiet`, both do nothing."""
@@ -19,6 +21,7 @@ class Progress:
     def __init__(self, config: Config, *, quiet: bool = False):
         self._steps, self._quiet, self._tokens_per_step = config.train.steps, quiet, config.data.tokens_per_step
         self._output = _Output(sys.stdout)
+        self._validated: dict = {}  # the results of the last validation: a bar shows them until the next one
         plain = dict(highlight=False, markup=False, emoji=False, soft_wrap=True)
         kind = dict(force_jupyter=False, force_terminal=self._is_terminal)
         self._console = Console(file=self._output, **kind, **plain)
@@ -46,7 +49,7 @@ class Progress:
             self._console.print(text)
 
     def words(self, row: dict) -> str:
-        """Return a row of metrics, {name: value}, as one line: loss, learning rate, speed, MFU and remaining time.
+        """Return a row of metrics, {name: value}, as one line: loss, learning rate, speed, MFU, validation, time left.
 
         If the row has no `tokens_per_second`, the speed and the remaining time are "-".
         """
@@ -56,12 +59,17 @@ class Progress:
         words = f"loss {row['loss']:.4f} ({share})  lr {row['learning_rate']:.2e}"
         words += f"  {'-' if rate is None else f'{rate:,.0f}'} tokens/s"
         words += f"  mfu {row['mfu']:.1%}" if "mfu" in row else ""
+        words += f"  held out {row['heldout_loss']:.4f}" if "heldout_loss" in row else ""
+        bits = row.get("heldout_bits_per_byte", math.nan)
+        words += "" if math.isnan(bits) else f" ({bits:.3f} bits/byte)"
+        words += f"  valid {row['valid_accuracy']:.1%} right" if "valid_accuracy" in row else ""
         return words + f"  {left} left"
 
     def update(self, row: dict) -> None:
         """Show a row of metrics, {name: value}: next to the progress bar in a terminal, otherwise as a line."""
+        self._validated |= {name: row[name] for name in VALIDATED if name in row}
         if self._bar:
-            self._bar.update(self._task, completed=row["step"], description=self.words(row))
+            self._bar.update(self._task, completed=row["step"], description=self.words(self._validated | row))
         elif not self._quiet:
             self._console.print(f"step {row['step']}/{self._steps}  {self.words(row)}")
 

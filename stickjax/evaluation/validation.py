@@ -1,0 +1,157 @@
+"""Validation: how good a model is on data that it is not trained on, measured again and again while it is trained.
+
+A language model is scored by its loss on held-out text. A model that reads examples, such as a classifier, is scored by
+its accuracy on the part "valid" of the examples. The data are chosen once, and are the same in every validation.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from stickjax.config import Config
+from stickjax.data.batches import TrainingData
+from stickjax.data.corpus import Corpus
+from stickjax.data.examples import examples_of
+from stickjax.data.heldout import heldout_windows
+from stickjax.data.tasks import Examples
+from stickjax.evaluation.examples import batches_of, right_answers
+from stickjax.evaluation.held_out import target_sums
+from stickjax.models.families import family_of
+from stickjax.models.parameters import specs
+from stickjax.models.vocabulary import cross_entropy
+from stickjax.parallel.collectives import psum_over_batch
+from stickjax.parallel.mesh import batch_spec, rows_of_process, shard_batch
+
+
+class Validation(NamedTuple):
+    """A validation, ready to be run on the parameters of a training.
+
+    `measure`: a function from the model to its scores, {name of a metric: number}. On a mesh, the model is sharded, and
+      every process must call the function.
+    `metric`: the name of the score that decides which model is the best one.
+    `sign`: 1 if a lower score is better, as for a loss; -1 if a higher score is better, as for an accuracy.
+    `summary`: a line that says what is measured.
+    """
+
+    measure: Callable[..., dict[str, float]]
+    metric: str
+    sign: int
+    summary: str
+
+
+def validation_of(config: Config, data: TrainingData, mesh: Mesh | None = None) -> Validation | str:
+    """Return the validation of a training. If the data have no part for it, return a line that says so.
+
+    Args:
+      config: `train.eval_tokens` is the largest number of tokens to score. At least one window of text, or one example,
+        is scored, even if it has more tokens.
+      data: the training data of this config.
+      mesh: the mesh of the training.
+
+    Raises ValueError if the data have a part "valid", but it has no examples.
+
+    >>> from stickjax.config import SutConfig
+    >>> from stickjax.data.readers import training_data
+    >>> config = Config(SutConfig(classes=7)).replace({"data.source": "logic", "data.examples": 1000, "data.T": 50})
+    >>> validation_of(config, training_data(config))[:77]
+    'validation is not available: valid_every=0 leaves no examples for validation'
+    """
+    if data.heldout is not None:
+        return _of_text(config, data.heldout, mesh)
+    try:
+        examples = examples_of(config, "valid")
+    except ValueError as error:
+        if config.data.valid_every:
+            raise
+        return f"validation is not available: {error}"
+    return _of_examples(config, examples, data.source)
+
+
+def _of_text(config: Config, corpus: Corpus, mesh: Mesh | None) -> Validation:
+    """Return the validation of a language model: its loss on the held-out text `corpus`, with contexts of T tokens."""
+    windows = heldout_windows(corpus, config.data.T, lengths=(1,), max_tokens=config.train.eval_tokens)
+    tokens, mask = windows.pieces(1)
+    if mesh is not None:  # the mesh may divide T, but not every smaller number
+        wider = config.data.T - mask.shape[1]
+        tokens, mask = np.pad(tokens, ((0, 0), (0, wider))), np.pad(mask, ((0, 0), (0, wider)))
+    B = config.data.B // config.train.accumulate  # the memory is enough for so many sequences in a training step
+    count, empty = -(-len(tokens) // B), -len(tokens) % B
+    padded = np.pad(tokens, ((0, empty), (0, 0))), np.pad(mask, ((0, empty), (0, 0)))
+    batches = list(zip(*(np.split(array, count) for array in padded), strict=True))
+    targets = int(windows.targets.sum())
+    sums = (lambda model, batch: target_sums(model, *batch)["nll"]) if mesh is None else _mesh_sums(config, mesh)
+
+    def measure(model) -> dict[str, float]:
+        nll = sum(float(jax.device_get(sums(model, batch))) for batch in batches)
+        bits = nll / math.log(2)
+        return {
+            "heldout_loss": nll / targets,
+            "heldout_bits_per_byte": bits / windows.bytes if windows.bytes else math.nan,
+        }
+
+    return Validation(measure, "heldout_loss", 1, f"{targets:,} held-out tokens ({windows.bytes:,} bytes)")
+
+
+def _mesh_sums(config: Config, mesh: Mesh) -> Callable:
+    """Return a function f(model, (windows [B,T+1], target mask [B,T])) for a model that is sharded on a mesh.
+
+    f returns the sum of the negative log-likelihoods of the targets, in nats. Every process must call f with the same
+    whole batch.
+    """
+    family = family_of(config.model)
+
+    def local(model, batch):
+        logits = family.apply(model, {"tokens": batch["tokens"]}).logits
+        nll = cross_entropy(logits, batch["targets"])
+        return psum_over_batch(jnp.where(batch["mask"], nll, 0).sum())
+
+    @jax.jit
+    def sharded(model, batch):
+        inputs = specs(model), jax.tree.map(batch_spec, batch)
+        return jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=PartitionSpec(), check_vma=False)(
+            model, batch
+        )
+
+    def f(model, batch):
+        windows, mask = batch
+        index, count = rows_of_process(mesh)
+        own = slice(index * len(mask) // count, (index + 1) * len(mask) // count)
+        arrays = {"tokens": windows[own, :-1], "targets": windows[own, 1:], "mask": mask[own]}
+        return sharded(model, shard_batch(mesh, arrays))
+
+    return f
+
+
+def _of_examples(config: Config, examples: Examples, source: str) -> Validation:
+    """Return the validation of a model that reads examples: its accuracy on `examples`, the part "valid".
+
+    Some of them are drawn at random, until they have `train.eval_tokens` tokens. They are the same in every run.
+    `source` is the name of the examples in messages.
+    """
+    if not len(examples):
+        raise ValueError(f"the part 'valid' of {source} has no examples; use a smaller data.valid_every, or more data")
+    order = np.random.default_rng(0).permutation(len(examples))
+    tokens = np.cumsum(examples.lengths().sum(1)[order])
+    chosen = order[: max(1, int((tokens <= config.train.eval_tokens).sum()))]
+    examples = examples.with_rows([examples.rows[i] for i in chosen])
+    batches = [(batch, len(rows)) for batch, rows in batches_of(examples, config.data.B)]
+    predict = jax.jit(family_of(config.model).predict)
+
+    def measure(model) -> dict[str, float]:
+        model = jax.tree.map(_on_one_device, model)
+        right = sum(int(right_answers(predict, model, batch, count)[0].sum()) for batch, count in batches)
+        return {"valid_accuracy": right / len(examples)}
+
+    return Validation(measure, "valid_accuracy", -1, f"{len(examples):,} {source}")
+
+
+def _on_one_device(x: jax.Array) -> jax.Array:
+    """Return a parameter on the first device of this process. A model that reads examples is small enough for this."""
+    if x.is_fully_replicated:
+        return x.addressable_data(0)
+    return jax.device_put(x, jax.local_devices()[0])
