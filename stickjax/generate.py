@@ -39,8 +39,7 @@ def generate(
 ) -> list[list[int]]:
     """Return the token ids that follow each of B prompts, drawn from softmax(logits / temperature).
 
-    A row is a prompt with its new tokens. The new tokens depend on the prompt, the row's index and the seed. They do
-    not depend on other rows.
+    A row is a prompt with its new tokens. The new tokens depend on the prompt, the row's index and the seed only.
 
     Args:
       model: the module with the parameters, such as `stickjax.load(run).model`.
@@ -48,18 +47,15 @@ def generate(
       max_new_tokens: the largest number of new tokens in a row.
       temperature: 0 always takes the most likely token.
       top_k: draw only from the k most likely tokens.
-      top_p: draw only from the most likely tokens, as few as have a total probability >= top_p (arXiv 1904.09751).
-        top_k is applied first.
+      top_p: draw only from the most likely tokens, as few as have a total probability >= top_p; top_k comes first.
       seed: the seed of the random draws.
       eot: the end-of-text id, which ends a row; None: no id ends a row.
       vocab_size: only ids below this are drawn, because the model's V may include unused ids; None: all V ids.
-      on_token: `on_token(row, id)` is called for each new token as soon as it is known. If it returns True, the row
-        ends.
+      on_token: `on_token(row, id)` is called for each new token as soon as it is known. True ends the row.
 
-    Returns B lists of new ids. If `eot` has ended a row, it is the last id of the list.
-
-    Raises ValueError for an option out of range, for a prompt id outside the vocabulary, for an empty prompt if `eot`
-    is None, for a model that generates no text, or if the cache does not fit into memory.
+    Returns B lists of new ids. If `eot` has ended a row, it is the last id of the list. Raises ValueError for an option
+    out of range, for a prompt id outside the vocabulary, for an empty prompt if `eot` is None, for a model that
+    generates no text, or if the cache does not fit into memory.
 
     >>> from stickjax.config import ModelConfig
     >>> from stickjax.models.transformer import init
@@ -70,8 +66,7 @@ def generate(
     size, V = _cache_bytes(model.config), model.config.vocabulary  # raises for a model that generates no text
     vocab_size = min(vocab_size or V, V)
     options = _options(max_new_tokens, temperature, top_k, top_p, seed, vocab_size)
-    rows = [_prompt_ids(row, prompt, eot, vocab_size) for row, prompt in enumerate(prompts)]
-    if not rows:
+    if not (rows := [_prompt_ids(row, prompt, eot, vocab_size) for row, prompt in enumerate(prompts)]):
         return []
     tokens, segment_ids = _padded(rows)
     key, cache = jax.random.key(seed), _cache(model.config, len(rows), _bucket(tokens.shape[1] + max_new_tokens), size)
@@ -240,8 +235,7 @@ def generate_text(
 ) -> list[str]:
     """Return the text that follows each of B prompts.
 
-    A text ends at an end-of-text token, before a stop string, or after `max_new_tokens` tokens. The prompt and the new
-    tokens are decoded together, so with some tokenizers the returned text begins with a space.
+    A text ends at an end-of-text token, before a stop string, or after `max_new_tokens` tokens.
 
     Args:
       loaded: the trained model with its tokenizer, from `stickjax.load(run)`.
@@ -252,8 +246,7 @@ def generate_text(
       on_text: `on_text(row, piece)` is called with each new piece of text that follows the prompt with index `row`.
       **sampling: `temperature`, `top_k`, `top_p` and `seed` of `generate`.
 
-    Raises ValueError if `generate` raises it, for a string instead of a list, for an empty stop string, or if the
-    tokenizer of the model is missing.
+    Raises ValueError as `generate` does, for a string instead of a list, an empty stop string, or no tokenizer.
 
     >>> from stickjax import Config, ModelConfig
     >>> from stickjax.models.transformer import init
@@ -269,8 +262,8 @@ def generate_text(
         raise ValueError("no stop string may be empty")
     if (tokenizer := loaded.tokenizer) is None:
         raise ValueError(
-            f"the tokenizer {loaded.config.data.tokenizer}, which the model needs to read and write text, does not "
-            "exist: set data.tokenizer to the path of the model's tokenizer.json, or to byte for a model of bytes"
+            f"the tokenizer {loaded.config.data.tokenizer} of the model does not exist: set data.tokenizer to the path "
+            "of its tokenizer.json, or to byte for a model of bytes"
         )
     ids = [tokenizer.prompt(prompt, special=special_tokens) for prompt in prompts]
     streams, texts = [_TextStream(tokenizer, row, stop) for row in ids], ["" for _ in prompts]

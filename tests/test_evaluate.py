@@ -198,7 +198,7 @@ def test_a_run_that_cannot_be_written_is_evaluated(runs, capsys, monkeypatch, tm
         (["--lengths=1,x"], "--lengths=1,x must be whole numbers"),
         (["--lengths="], "--lengths= must be whole numbers"),
         (["--lengths=0"], "--lengths=0 must be whole numbers"),
-        (["--lengths=2,3"], "every length must divide the largest length, 3, but 2 does not"),
+        (["--lengths=2,3"], "every length must divide the largest length, 3, not 2"),
         (["--plot=no/folder/p.png"], "--plot=no/folder/p.png: no/folder is not a folder"),
     ],
 )

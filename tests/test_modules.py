@@ -350,7 +350,10 @@ def test_mutual_information_against_its_definition():
         (lambda m: prune(m, {"ffn": np.ones((2, 5))}, count=3), r"has shape \[2, 5\], but must have \[2, 6\]"),
         (lambda m: prune(m, {"ffn": np.ones((2, 6))}, threshold=2), "threshold=2 must be a share"),
         (lambda m: prune(m, {}, count=3, denominator="odd"), "denominator='odd' is not one of 'old', 'new'"),
-        (lambda m: prune(m, {"heads": np.ones((2, 6))}, count=3), "`use` has counts of heads modules, but the"),
+        (
+            lambda m: prune(m, {"heads": np.ones((2, 6))}, count=3),
+            "has no modules \\(experts\\) of the kind heads, but",
+        ),
         (lambda m: report(m, {}), "at least one source"),
         (lambda m: save(".", m, Config(CONFIG)), r"\. exists"),
     ],

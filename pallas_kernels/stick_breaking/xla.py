@@ -18,16 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .. import cost, platform
+from .. import platform
 from ..arguments import sum_type
 from . import tile
-from .call import Call, Where
+from .call import Call
+from .xla_reach import long_tiles, loop_of, reach_of
 
 _SHORT_ROWS = 64  # queries of a query tile of a short call (`_is_short`)
 _SHORT_SCORES = 2**18  # largest number of scores of one query head in a query tile of a short call
 _CACHED_SCORES = 2**18  # scores that fit into the cache of a CPU core: 1 MiB of fp32
-_LONG_TILES = (256, 256)  # (queries, keys) of a tile of a long call
-_SKIP_TILES = (128, 256)  # (queries, keys) of a tile of a long call with skip_below
 
 
 def _is_short(call: Call) -> bool:
@@ -48,7 +47,7 @@ def detail(call: Call) -> str:
         rows = _short_rows(call)
         tiles = -(-call.mask.T // rows)
         return f"{tiles} query tile{'' if tiles == 1 else 's'} of {rows} rows, each against all its keys"
-    rows, columns = _long_tiles(call)
+    rows, columns = long_tiles(call)
     skip = "" if call.skip_below is None else f", skipping below 2^{call.skip_below:g}"
     return f"loop over {rows} x {columns} tiles{skip}"
 
@@ -110,8 +109,8 @@ def _over_heads(one_head, call: Call, *extra):
     """Call `one_head` for every batch entry and key head. Return its results, stacked to arrays [B, K, ..].
 
     Each call is `one_head(head, reach, *extra)`. `head` is a `Call` with query [G,T,H], key [S,H] and value [S,Hv].
-    `reach` is a result of `_reach`, or None for a short call. `extra` are more arrays: [B, K, ..] as arguments of this
-    function, and [..] as arguments of `one_head`.
+    `reach` is a result of `reach_of`, or None for a short call. `extra` are more arrays: [B, K, ..] here, and [..]
+    in the arguments of `one_head`.
 
     With `skip_below`, one head runs after the other, so that no head waits for another head to stop. Without
     `skip_below`, all heads of all batch entries run together. But on a CPU, only a few batch entries run together, so
@@ -123,7 +122,7 @@ def _over_heads(one_head, call: Call, *extra):
         return one_head(call._replace(query=q, key=k, value=v, where=where), reach, *more)
 
     if call.skip_below is None:
-        reach = None if _is_short(call) else _reach(call, call.where)
+        reach = None if _is_short(call) else reach_of(call, call.where)
         heads = jax.vmap(run, in_axes=(None, None) + (0,) * len(arrays))
         entries = (call.where, *arrays)
         group = _entries_together(call)
@@ -135,7 +134,7 @@ def _over_heads(one_head, call: Call, *extra):
 
     def one(args):
         own = jax.tree.map(lambda x: x[None], args[0])
-        return run(args[0], _reach(call, own), *args[1:])
+        return run(args[0], reach_of(call, own), *args[1:])
 
     flat = lax.map(one, (where, *(x.reshape(B * K, *x.shape[2:]) for x in arrays)))
     return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[1:]), flat)
@@ -149,7 +148,7 @@ def _entries_together(call: Call) -> int:
     B, _, N, _ = call.query.shape
     if platform.name() != "cpu":
         return B
-    tile_scores = _short_rows(call) * call.mask.S if _is_short(call) else math.prod(_long_tiles(call))
+    tile_scores = _short_rows(call) * call.mask.S if _is_short(call) else math.prod(long_tiles(call))
     most = max(1, _CACHED_SCORES // max(1, N * tile_scores))
     return max((g for g in range(1, B + 1) if B % g == 0 and g <= most), default=B)
 
@@ -218,78 +217,6 @@ def _short_backward(call: Call, reach, d_out, d_log_rem):
     return jnp.concatenate(dqs, 1) if dqs else jnp.zeros_like(call.query, dtype), dk, dv
 
 
-def _long_tiles(call):
-    """Return (number of queries, number of keys) of a tile of a long call, which loops over its key tiles."""
-    # With skip_below, a query tile goes on until all its queries can stop. Tiles with fewer queries stop earlier.
-    rows, columns = call.tiles or (_LONG_TILES if call.skip_below is None else _SKIP_TILES)
-    return max(1, min(rows, call.mask.T)), max(1, min(columns, call.mask.S))
-
-
-def _reach(call: Call, where: Where):
-    """Return the range of key tiles that each query tile may see: first and last, as one array int32 [2, query tiles].
-
-    In every batch entry of `where`, all keys that query tile i sees are in the key tiles first[i]..last[i]-1.
-    """
-    rows, columns = _long_tiles(call)
-    needed = _within_mask(call, where.offset)
-    if where.query_segments is not None:
-        low_q, high_q = _segment_range(where.query_segments, rows)
-        low_k, high_k = _segment_range(where.key_segments, columns)
-        needed &= (low_q[:, :, None] <= high_k[:, None, :]) & (low_k[:, None, :] <= high_q[:, :, None])
-    needed = needed.any(0)
-    queries, n = needed.shape
-    if 0 in needed.shape:
-        return jnp.zeros((2, queries), jnp.int32)
-    any_needed = needed.any(1)
-    first = jnp.where(any_needed, jnp.argmax(needed, axis=1), 0)
-    last = jnp.where(any_needed, n - jnp.argmax(needed[:, ::-1], axis=1), 0)
-    return jnp.stack([first, last]).astype(jnp.int32)
-
-
-def _within_mask(call: Call, offset):
-    """Return whether any query of a query tile may see any key of a key tile: bool [B, query tiles, key tiles].
-
-    Causality and the window are considered, segment ids are not. `offset` [B] is the position of the first query among
-    the keys.
-    """
-    mask, (rows, columns) = call.mask, _long_tiles(call)
-    first_q, first_k = np.arange(0, mask.T, rows), np.arange(0, mask.S, columns)
-    last_q, last_k = np.minimum(first_q + rows, mask.T) - 1, np.minimum(first_k + columns, mask.S) - 1
-    offset = offset[:, None, None]
-    needed = offset + (last_q[:, None] - first_k)[None] >= (0 if mask.attend_current else 1)
-    if mask.window is not None:
-        needed &= offset + (first_q[:, None] - last_k)[None] <= mask.window
-    return needed
-
-
-def _loop(call: Call):
-    """Return a function like `lax.while_loop`, for the loop over the key tiles of a query tile.
-
-    The name of the jitted loop states its expected number of iterations, for cost estimates. The expected number is the
-    mean number of key tiles that a query tile may see. If the position of the first query is traced, the last query is
-    assumed to be at the position of the last key.
-    """
-    mask = call.mask
-    offset = mask.S - mask.T if mask.static_offset is None else mask.static_offset
-    trips = _within_mask(call, np.array([offset])).sum(2).mean()
-
-    def loop(condition, body, state):
-        return cost.loop(trips, partial(lax.while_loop, condition, body))(state)
-
-    return loop
-
-
-def _segment_range(segments, size):
-    """Return (smallest segment id, largest segment id) of every tile of `size` queries or keys, each [B, tiles].
-
-    `segments` [B, length] are the ids. The smallest id does not count padding, which has negative ids.
-    """
-    pad = -segments.shape[1] % size
-    tiles = jnp.pad(segments, ((0, 0), (0, pad)), mode="edge").reshape(segments.shape[0], -1, size)
-    big = jnp.asarray(jnp.iinfo(tiles.dtype).max, tiles.dtype)
-    return jnp.where(tiles < 0, big, tiles).min(-1), tiles.max(-1)
-
-
 def _pad(x, axis, size):
     """Return x, padded with zeros at the end of axis `axis`, so that its size is a multiple of `size`."""
     pads = [(0, 0)] * x.ndim
@@ -304,7 +231,7 @@ class _Tiles:
     """
 
     def __init__(self, call: Call):
-        self.call, (self.rows, self.columns) = call, _long_tiles(call)
+        self.call, (self.rows, self.columns) = call, long_tiles(call)
         self.q = _pad(call.query, 1, self.rows)
         self.k, self.v = _pad(call.key, 0, self.columns), _pad(call.value, 0, self.columns)
         self.count = self.q.shape[1] // self.rows
@@ -345,10 +272,10 @@ class _Tiles:
 def _long_forward(call: Call, reach):
     """Compute attention for one key head, by a loop over key tiles. Return (out [G,T,Hv], log_rem [G,T], kept []).
 
-    `reach` is a result of `_reach`: the range of key tiles for each query tile. `kept` is the number of key tiles that
-    were computed, divided by the number of key tiles in all ranges.
+    `reach` is a result of `reach_of`: the range of key tiles for each query tile. `kept` is the number of key tiles
+    that were computed, divided by the number of key tiles in all ranges.
     """
-    t, loop = _Tiles(call), _loop(call)
+    t, loop = _Tiles(call), loop_of(call)
     G, T = call.query.shape[:2]
 
     def query_tile(i):
@@ -374,9 +301,9 @@ def _long_backward(call: Call, reach, d_out, d_log_rem):
     """Compute the gradients for one key head, by a loop over key tiles. Return (dq [G,T,H], dk [S,H], dv [S,Hv]).
 
     dq and dk are not yet multiplied by the scale. `d_out` [G,T,Hv] and `d_log_rem` [G,T] are cotangents. `reach` is a
-    result of `_reach`.
+    result of `reach_of`.
     """
-    t, loop = _Tiles(call), _loop(call)
+    t, loop = _Tiles(call), loop_of(call)
     G, T = call.query.shape[:2]
     d_out, d_log_rem = _pad(d_out, 1, t.rows), _pad(d_log_rem, 1, t.rows)
 

@@ -50,19 +50,16 @@ def heldout_windows(
     """Choose windows of a held-out text, to compare the loss of a model with contexts of m * T tokens.
 
     The targets (tokens to predict) are the same for every m in `lengths`. A window is one input token, followed by
-    targets from one document. The input token is the token before the first target. If the first target is the first
-    token of a document, the input token is the end-of-text token. The `bos` of a document is not a target.
-
-    Windows of max(lengths) * T targets are taken first: one from each document that is long enough, then a second one
-    from each document, and so on. After these come shorter documents and the remaining parts of long documents. At
-    least one window is taken.
+    targets from one document. The input token is the token before the first target: at the beginning of a document, the
+    end-of-text token. The `bos` of a document is not a target. Windows of max(lengths) * T targets are taken first: one
+    from each document that is long enough, then a second one from each, and so on. Then come shorter documents and the
+    remaining parts of long ones. At least one window is taken.
 
     Args:
       corpus: the held-out token stream.
       T: the number of tokens of the context for m = 1.
       lengths: the values of m. If no document has m * T targets, m is left out and logged. The smallest m always stays.
-      max_tokens: the largest number of targets in all windows together. If the first window has more targets, it is
-        the only window.
+      max_tokens: the largest number of targets in all windows. A first window with more targets is the only one.
       seed: decides the order in which documents are taken.
 
     Raises ValueError if a length is below 1 or does not divide the largest length, or if `max_tokens` is below 1.
@@ -79,10 +76,8 @@ def heldout_windows(
     for m in lengths:
         if m < 1:
             raise ValueError(f"lengths={lengths}: every length must be at least 1, got {m}")
-        if max(lengths) % m:
-            raise ValueError(
-                f"lengths={lengths}: every length must divide the largest length, {max(lengths)}, but {m} does not"
-            )
+        if (largest := max(lengths)) % m:
+            raise ValueError(f"lengths={lengths}: every length must divide the largest length, {largest}, not {m}")
     eot, bos, ends = corpus.tokenizer.eot, corpus.tokenizer.bos, document_ends(corpus.tokens, corpus.tokenizer.eot)
     starts = np.append(0, ends[:-1])
     if bos is not None:
@@ -90,10 +85,8 @@ def heldout_windows(
     kept = tuple(m for m in lengths if m * T <= (ends - starts).max()) or (min(lengths),)
     if kept != tuple(lengths):
         left_out = ", ".join(str(m) for m in lengths if m not in kept)
-        log.warning(
-            "the longest held-out document of %s has %d tokens: contexts of %s times T=%d tokens are left out",
-            printable(corpus.source), (ends - starts).max(), left_out, T,
-        )  # fmt: skip
+        message = "the longest held-out document of %s has %d tokens: contexts of %s times T=%d tokens are left out"
+        log.warning(message, printable(corpus.source), (ends - starts).max(), left_out, T)
     chosen, total = [], 0
     for document, first, n in _parts(ends - starts, max(kept) * T, seed):
         if chosen and total + n > max_tokens:

@@ -104,26 +104,24 @@ def prune(
     """Return a smaller model, without the least used modules (experts of attention or of feed-forward networks).
 
     The weights of all layers are in one array, so each layer has as many places for modules as the layer that keeps
-    the most modules. Places that a layer does not need are filled with zeros. The parameter `slot` of a router has one
-    value for each router column: the index of its module, or -1 if the module was pruned.
+    the most modules. The other places are filled with zeros. The parameter `slot` of a router has one value for each
+    router column: the index of its module, or -1 if the module was pruned.
 
     Args:
       model: a trained model. Modules that `extend` added are first merged into the old modules (see `merged`).
-      use: {kind: [L, columns]} for the kinds "ffn" and "attention": the number of (token, choice) pairs of each router
-        column in each of the L layers, as `usage.use` returns it. A kind that is missing here, or in `count` or
-        `threshold`, is not pruned.
+      use: {kind: [L, columns]}, as `usage.use` returns it: the number of (token, choice) pairs of each router column
+        in each layer. A kind ("ffn" or "attention") that is missing here, or in `count` or `threshold`, stays.
       count: the number of modules that each layer keeps: its most used ones. One number, or {kind: number}.
       threshold: a layer keeps the modules that have at least this share of its (token, choice) pairs. If a token uses k
         modules, each layer keeps at least its k most used modules. One number, or {kind: number}.
       denominator: the columns over which the softmax of a router sums. "old": the columns of all modules, also of the
-        pruned modules. Then a layer returns the same bits as before for a token that uses no pruned module, with the
-        exception that `extend` describes. "new": only the columns of the kept modules, so the gates grow. If the
-        config field `order` of the experts is "topk_softmax", both give the same gates.
+        pruned ones. Then a layer returns the same bits as before for a token that uses no pruned module, except as
+        `extend` describes. "new": only the columns of the kept modules, so the gates grow. With the experts' config
+        field order="topk_softmax", both give the same gates.
 
     Raises:
       ValueError: not exactly one of count and threshold is given, or its value is out of range; the model has no
-        modules of a kind in `use`; an array in `use` has a wrong shape; or denominator="old" after an earlier pruning
-        with "new".
+        modules of a kind in `use`; an array there has a wrong shape; or denominator="old" after a pruning with "new".
 
     >>> from stickjax.config import ExpertsConfig, ModelConfig
     >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, experts=ExpertsConfig(4, 2, "softmax_topk"))
@@ -142,9 +140,7 @@ def prune(
             "pruned modules are no longer there; use denominator='new'"
         )
     if missing := use.keys() - {kind.name for kind in kinds_of(config)}:
-        raise ValueError(
-            f"`use` has counts of {', '.join(sorted(missing))} modules, but the model has no such modules (experts)"
-        )
+        raise ValueError(f"the model has no modules (experts) of the kind {', '.join(sorted(missing))}, but `use` has")
     sizes = {}
     for kind in kinds_of(config):
         slot = slots(model, kind)

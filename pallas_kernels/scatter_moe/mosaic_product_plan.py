@@ -1,0 +1,69 @@
+"""The sizes of a launch of the kernels of mosaic_product.py, and in what these kernels differ."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+ROWS = 64  # rows of a tile that one warpgroup multiplies
+COLUMNS = 128  # columns of an accumulator
+HALF = COLUMNS // 2
+DEPTH = 64  # elements along the summed axis in one step: columns of x, and rows of the weight
+
+
+class Plan(NamedTuple):
+    """The static sizes of one launch of a kernel, for x [x_parts, rows, width] and a result [parts, rows, columns].
+
+    A row of x or of the result has two parts if it has the two halves of a gated hidden layer, else one part. In a
+    float32 product, which is the sum of six bfloat16 products, a row of x has one part for each of the six products.
+    """
+
+    x_parts: int  # the number of parts of a row of x
+    width: int  # columns of a part of x
+    columns: int  # columns of a part of the result
+    parts: int  # the number of parts of a row of the result
+    dtype: jnp.dtype
+    warpgroups: int  # W, the number of multiplying warpgroups of a block
+    transposed: bool = False  # whether the weight is [E, F, x_parts * width], and not [E, x_parts * width, F]
+    first: int = 0  # the result of `product` has columns first, first + 1, .. of x @ weight[e]
+    out_dtype: jnp.dtype | None = None  # the type of the result of `product`; None: dtype
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of a tile: 64 for each multiplying warpgroup."""
+        return ROWS * self.warpgroups
+
+    @property
+    def steps_of_part(self) -> int:
+        """The number of steps of the matrix product for one part of x. A step multiplies 64 columns of this part."""
+        return -(-self.width // DEPTH)
+
+
+class Kind(NamedTuple):
+    """One of the kernels `product`, `activated` and `d_activated`. They differ in what follows the matrix product.
+
+    `finish`: `finish(at, accumulators, inputs, outputs, scratch)` runs in every multiplying warpgroup, after the matrix
+      product of a tile. It reads the sums `accumulators` and the arrays `inputs`, and writes the results `outputs` in
+      global memory. `at` says which rows and columns of the result the warpgroup has.
+    `per_tile`: how many accumulators [64, 128] a warpgroup has.
+    `apart`: the distance between the accumulators in columns of the weight. If accumulator 0 has the columns of the
+      weight from c on, then accumulator p has the columns from c + p * apart on.
+    `prefetch`: `prefetch(tile, inputs, scratch)` runs in the copying warpgroup, or is None. It starts to copy rows of
+      `inputs` to shared memory, where `finish` reads them. It returns the barrier at which the copying warpgroup must
+      arrive when these rows are in shared memory.
+    """
+
+    name: str
+    finish: Callable
+    per_tile: int
+    apart: int
+    prefetch: Callable | None = None
+
+    @property
+    def columns_of_tile(self) -> int:
+        """The number of columns of a tile of the result: 256 in `product`, and 128 in the other kernels.
+
+        One case differs: 256 in `activated` if the activation is gated and `Plan.columns` is 128. Then one tile has all
+        columns, just as with 128.
+        """
+        return self.per_tile * COLUMNS if self.apart == COLUMNS else COLUMNS

@@ -1,0 +1,85 @@
+"""The tiles of a long call of the implementation "xla", and the range of key tiles that each query tile visits."""
+
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .. import cost
+from .call import Call, Where
+
+_LONG_TILES = (256, 256)  # (queries, keys) of a tile of a long call
+_SKIP_TILES = (128, 256)  # (queries, keys) of a tile of a long call with skip_below
+
+
+def long_tiles(call):
+    """Return (number of queries, number of keys) of a tile of a long call, which loops over its key tiles."""
+    # With skip_below, a query tile goes on until all its queries can stop. Tiles with fewer queries stop earlier.
+    rows, columns = call.tiles or (_LONG_TILES if call.skip_below is None else _SKIP_TILES)
+    return max(1, min(rows, call.mask.T)), max(1, min(columns, call.mask.S))
+
+
+def reach_of(call: Call, where: Where):
+    """Return the range of key tiles that each query tile may see: first and last, as one array int32 [2, query tiles].
+
+    In every batch entry of `where`, all keys that query tile i sees are in the key tiles first[i]..last[i]-1.
+    """
+    rows, columns = long_tiles(call)
+    needed = _within_mask(call, where.offset)
+    if where.query_segments is not None:
+        low_q, high_q = _segment_range(where.query_segments, rows)
+        low_k, high_k = _segment_range(where.key_segments, columns)
+        needed &= (low_q[:, :, None] <= high_k[:, None, :]) & (low_k[:, None, :] <= high_q[:, :, None])
+    needed = needed.any(0)
+    queries, n = needed.shape
+    if 0 in needed.shape:
+        return jnp.zeros((2, queries), jnp.int32)
+    any_needed = needed.any(1)
+    first = jnp.where(any_needed, jnp.argmax(needed, axis=1), 0)
+    last = jnp.where(any_needed, n - jnp.argmax(needed[:, ::-1], axis=1), 0)
+    return jnp.stack([first, last]).astype(jnp.int32)
+
+
+def _within_mask(call: Call, offset):
+    """Return whether any query of a query tile may see any key of a key tile: bool [B, query tiles, key tiles].
+
+    Causality and the window are considered, segment ids are not. `offset` [B] is the position of the first query among
+    the keys.
+    """
+    mask, (rows, columns) = call.mask, long_tiles(call)
+    first_q, first_k = np.arange(0, mask.T, rows), np.arange(0, mask.S, columns)
+    last_q, last_k = np.minimum(first_q + rows, mask.T) - 1, np.minimum(first_k + columns, mask.S) - 1
+    offset = offset[:, None, None]
+    needed = offset + (last_q[:, None] - first_k)[None] >= (0 if mask.attend_current else 1)
+    if mask.window is not None:
+        needed &= offset + (first_q[:, None] - last_k)[None] <= mask.window
+    return needed
+
+
+def loop_of(call: Call):
+    """Return a function like `lax.while_loop`, for the loop over the key tiles of a query tile.
+
+    The name of the jitted loop states its expected number of iterations, for cost estimates. The expected number is the
+    mean number of key tiles that a query tile may see. If the position of the first query is traced, the last query is
+    assumed to be at the position of the last key.
+    """
+    mask = call.mask
+    offset = mask.S - mask.T if mask.static_offset is None else mask.static_offset
+    trips = _within_mask(call, np.array([offset])).sum(2).mean()
+
+    def loop(condition, body, state):
+        return cost.loop(trips, partial(lax.while_loop, condition, body))(state)
+
+    return loop
+
+
+def _segment_range(segments, size):
+    """Return (smallest segment id, largest segment id) of every tile of `size` queries or keys, each [B, tiles].
+
+    `segments` [B, length] are the ids. The smallest id does not count padding, which has negative ids.
+    """
+    pad = -segments.shape[1] % size
+    tiles = jnp.pad(segments, ((0, 0), (0, pad)), mode="edge").reshape(segments.shape[0], -1, size)
+    big = jnp.asarray(jnp.iinfo(tiles.dtype).max, tiles.dtype)
+    return jnp.where(tiles < 0, big, tiles).min(-1), tiles.max(-1)
