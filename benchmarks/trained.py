@@ -1,8 +1,9 @@
 """python -m benchmarks.trained RUN [--part P] [--max-examples N] [--json]: accuracy and training curve of a run.
 
-RUN is the run folder of a model that reads examples, such as a classifier or a translator. The program computes its
-accuracy on a part of the data in each bucket, as `python -m stickjax.evaluate` does. --json also writes the buckets,
-the curve of the training and the config to benchmarks/results/NAME.json, where NAME is the name of the run folder.
+RUN is the run folder of a model that reads examples, such as a classifier or a translator. A bucket is a group of
+examples of about the same length. The program computes the accuracy of the model for each bucket of one part of the
+data, as `python -m stickjax.evaluate` does. --json also writes the accuracies, the curve of the training and the config
+to benchmarks/results/NAME.json, where NAME is the name of the run folder.
 """
 
 import json
@@ -24,7 +25,10 @@ POINTS = 50  # the largest number of points of the curve in the file
 
 
 def curve(run: str, step: int) -> dict[str, list[float]]:
-    """Return {name: values} of the metrics that a run logged up to `step`, at up to POINTS steps with the last one."""
+    """Return {name of a metric: values} for at most POINTS of the steps that a run logged, none of them after `step`.
+
+    The steps are at equal distances in the log, and include the last one.
+    """
     columns = metrics_of(run)
     columns = {name: values[columns["step"] <= step] for name, values in columns.items()}
     stride = -(-len(columns["step"]) // POINTS)
@@ -37,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", help="run folder of a model that reads examples")
     parser.add_argument("--part", default="test", help="which examples, such as valid (default test)")
     parser.add_argument("--max-examples", type=int, default=1024, help="examples in a bucket at most (default 1024)")
-    parser.add_argument("--json", action="store_true", help="also write benchmarks/results/NAME.json")
+    parser.add_argument(
+        "--json", action="store_true", help="also write benchmarks/results/NAME.json, where NAME is the name of RUN"
+    )
     arguments = parser.parse_args(argv)
     info, loaded, console = machine(), load(arguments.run), Console(width=100)
     records = examples.accuracy(

@@ -12,8 +12,9 @@ DEPTH = 64  # elements along the summed axis in one step: columns of x, and rows
 
 
 class Plan(NamedTuple):
-    """The static sizes of one launch of a kernel, for x [x_parts, rows, width] and a result [parts, rows, columns].
+    """The static sizes of one launch of a kernel.
 
+    x is [x_parts, rows of x, width], and a result is [parts, rows of the result, columns].
     A row of x or of the result has two parts if it has the two halves of a gated hidden layer, else one part. In a
     float32 product, which is the sum of six bfloat16 products, a row of x has one part for each of the six products.
     """
@@ -22,7 +23,7 @@ class Plan(NamedTuple):
     width: int  # columns of a part of x
     columns: int  # columns of a part of the result
     parts: int  # the number of parts of a row of the result
-    dtype: jnp.dtype
+    dtype: jnp.dtype  # the type of x and of the weight
     warpgroups: int  # W, the number of multiplying warpgroups of a block
     transposed: bool = False  # whether the weight is [E, F, x_parts * width], and not [E, x_parts * width, F]
     first: int = 0  # the result of `product` has columns first, first + 1, .. of x @ weight[e]

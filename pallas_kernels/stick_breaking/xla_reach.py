@@ -1,4 +1,7 @@
-"""The tiles of a long call of the implementation "xla", and the range of key tiles that each query tile visits."""
+"""The tiles of a long call of the implementation "xla", and the range of key tiles that each query tile visits.
+
+A long call loops over key tiles. In a short call, one key tile has all keys. `xla._is_short` decides which call it is.
+"""
 
 from functools import partial
 

@@ -10,8 +10,9 @@ from stickjax.config.fields import check_fields, field
 class RopeScaling:
     """How the rotary frequencies f_i = theta^(-2i/H) are made smaller, so that the model reads longer contexts.
 
-    Without scaling, a pair i of channels is rotated by position * f_i. With scaling, it is rotated by
-    position * f_i * (s_i + (1 - s_i) / factor). The share s_i, between 0 and 1, depends on `kind`:
+    theta is `ModelConfig.rope_theta`, and H is the width of a head. Without scaling, a pair i of channels is rotated by
+    position * f_i. With scaling, it is rotated by position * f_i * (s_i + (1 - s_i) / factor). The share s_i, between 0
+    and 1, depends on `kind`:
 
     "none": s_i = 1, no scaling.
     "linear": s_i = 0. All frequencies are divided by `factor`.

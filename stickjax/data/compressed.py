@@ -76,7 +76,10 @@ class _Stream(io.RawIOBase):
 
 
 class _Checked(_Stream):
-    """The bytes of `source`. Its `errors` become a ValueError that names the file and the compression `kind`."""
+    """The bytes of `source`, whose compression is `kind`. If reading raises one of `errors`, this raises ValueError.
+
+    The message names the file, and says whether its data are damaged or the disk has failed.
+    """
 
     def __init__(self, source: BinaryIO, file: Path, kind: str, errors: tuple[type[Exception], ...]):
         super().__init__(source)
@@ -98,7 +101,7 @@ class _Checked(_Stream):
 class _ZstdFrames(_Stream):
     """The decompressed bytes of a zstd stream `source`, which the package `zstandard` decompresses.
 
-    Its own reader takes a file that is cut off as complete. This class raises EOFError.
+    The reader of that package accepts a file that is cut off. For such a file, this class raises EOFError.
     """
 
     def __init__(self, source: BinaryIO, zstandard: ModuleType):

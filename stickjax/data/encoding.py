@@ -15,8 +15,8 @@ def encode_documents(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tup
     """Yield (its token ids [n], the number of bytes of its text) for every document, in the order of `texts`.
 
     The ids are those of `tokenizer.document(text)`. Documents are encoded in batches, because a tokenizer.json encodes
-    the documents of a batch in parallel, on all CPU cores. A batch has about two million characters, or a single
-    document that is longer. Only one batch is in memory.
+    the documents of a batch in parallel, on all CPU cores. A batch ends as soon as it has about two million characters
+    or 4096 documents. Only one batch is in memory.
 
     Raises ValueError if the tokenizer cannot encode a document.
 

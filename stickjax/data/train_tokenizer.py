@@ -10,7 +10,7 @@ from stickjax.system.disk import write_file
 from stickjax.system.text import printable
 
 SMALLEST, LARGEST = 256 + 1, 2**20  # the 256 bytes and the end of text; the largest vocabulary that is accepted
-_MIN_COUNT = 2  # a pair of tokens becomes a new token only if it occurs this many times
+_MIN_COUNT = 2  # a pair of tokens becomes a new token only if it occurs at least this many times
 
 
 def train_tokenizer(
@@ -18,10 +18,10 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a byte-level BPE tokenizer on a text, write it to FOLDER/tokenizer.json, and return it.
 
-    The training begins with 257 tokens: the end of text `<|endoftext|>`, which has id 0, and the 256 bytes. Then the
-    most frequent pair of neighboring tokens becomes a new token, again and again, until there are `vocab` tokens. A
-    token never extends over the border of a word. Words are split as in GPT-2. So the tokenizer can encode every text,
-    and decoding returns the same text. The same text and `vocab` give the same file.
+    The training begins with 257 tokens: the end of text `<|endoftext|>`, which has id 0, and the 256 bytes. So the
+    tokenizer can encode every text, and decoding returns the same text. Then the most frequent pair of neighboring
+    tokens becomes a new token, again and again, until there are `vocab` tokens. A token never extends over the border
+    of a word. Words are split as in GPT-2. The same text and `vocab` give the same file.
 
     Args:
       source: a text file, a .jsonl file, or a folder of such files.
@@ -31,8 +31,8 @@ def train_tokenizer(
       name: the name of the argument that has the source, for messages.
 
     Raises ValueError if the text cannot be read or is too small for `vocab` tokens, if `vocab` is out of range, if the
-    folder does not exist or already has a tokenizer, or if the package `tokenizers` is missing. Raises OSError if the
-    file cannot be written.
+    folder does not exist, if it has a tokenizer.json or files of another tokenizer or model, or if the package
+    `tokenizers` is missing. Raises OSError if the file cannot be written.
 
     Sennrich, Haddow and Birch, "Neural Machine Translation of Rare Words with Subword Units", 2016, arXiv:1508.07909.
 
@@ -63,8 +63,8 @@ def train_tokenizer(
     fast.train_from_iterator(with_progress(text_documents(source, text_field, name), "read"), trainer)
     if (found := fast.get_vocab_size()) < vocab:
         raise ValueError(
-            f"{name}={source!r} is too small for vocab={vocab}: it gives only {found} tokens, as a token must occur "
-            f"at least {_MIN_COUNT} times; give more text, or set vocab to {found} or less"
+            f"{name}={source!r} is too small for vocab={vocab}: it gives only {found} tokens, because a new token "
+            f"must occur at least {_MIN_COUNT} times; give more text, or set vocab to {found} or less"
         )
     _check_folder(path)  # again, because the training may have taken long
     write_file(path, fast.to_str(pretty=True) + "\n")
@@ -72,15 +72,18 @@ def train_tokenizer(
 
 
 def _check_folder(path: Path) -> None:
-    """Raise ValueError if a new tokenizer.json cannot be written at `path`, or would be read in another way there.
+    """Raise ValueError if the folder of `path` does not exist, or has a file that a new tokenizer.json conflicts with.
 
-    The files of another model, such as its tokenizer_config.json, would name another end of text.
+    Such a file is another tokenizer.json, or a file of another tokenizer or model, such as a tokenizer_config.json,
+    which may name another end of text.
     """
     if not path.parent.is_dir():
         raise ValueError(f"{printable(path.parent)} is not a folder; make it first")
     if path.exists() or path.is_symlink():
         raise ValueError(f"{printable(path)} exists and is not overwritten; remove it or use another folder")
     if found := special_tokens.read_files(path.parent):
+        # `read_files` returns the ids in a config.json under the name token_ids.json.
+        names = ", ".join(name if (path.parent / name).exists() else "config.json" for name in found)
         raise ValueError(
-            f"{printable(path.parent)} has files of another tokenizer or model ({', '.join(found)}); use another folder"
+            f"{printable(path.parent)} has files of another tokenizer or model ({names}); use another folder"
         )

@@ -19,8 +19,8 @@ def target_sums(model: nnx.Module, windows: jax.Array, target_mask: jax.Array) -
 
     Returns:
       {"nll": the sum of the negative log-likelihoods of the targets, in nats}. For a model that halts tokens, such
-      as a Universal Transformer, also "depth": the sum of the depths of the input tokens. The depth of a token is the
-      expected number of blocks that are applied to it, given its halting probabilities.
+      as a Universal Transformer, also "depth": the sum of the depths of the input tokens whose targets count. The depth
+      of a token is the expected number of blocks that are applied to it, given its halting probabilities.
     """
     output = family_of(model.config).apply(model, {"tokens": windows[:, :-1]})
     by_token = {"nll": optax.softmax_cross_entropy_with_integer_labels(output.logits, windows[:, 1:])}

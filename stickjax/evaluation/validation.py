@@ -48,8 +48,8 @@ def validation_of(config: Config, data: TrainingData, mesh: Mesh | None = None) 
     """Return the validation of a training. If the data have no part for it, return a line that says so.
 
     Args:
-      config: `train.eval_tokens` is the largest number of tokens to score. At least one window of text, or one example,
-        is scored, even if it has more tokens.
+      config: the config of the training. At most `train.eval_tokens` tokens are scored, but always at least one window
+        of text, or one example.
       data: the training data of this config.
       mesh: the mesh of the training.
 
@@ -76,10 +76,10 @@ def _of_text(config: Config, corpus: Corpus, mesh: Mesh | None) -> Validation:
     """Return the validation of a language model: its loss on the held-out text `corpus`, with contexts of T tokens."""
     windows = heldout_windows(corpus, config.data.T, lengths=(1,), max_tokens=config.train.eval_tokens)
     tokens, mask = windows.pieces(1)
-    if mesh is not None:  # the mesh may divide T, but not every smaller number
+    if mesh is not None:  # a mesh that divides T may not divide a smaller number
         wider = config.data.T - mask.shape[1]
         tokens, mask = np.pad(tokens, ((0, 0), (0, wider))), np.pad(mask, ((0, 0), (0, wider)))
-    B = config.data.B // config.train.accumulate  # the memory is enough for so many sequences in a training step
+    B = config.data.B // config.train.accumulate  # a microbatch of B sequences fits into memory
     count, empty = -(-len(tokens) // B), -len(tokens) % B
     padded = np.pad(tokens, ((0, empty), (0, 0))), np.pad(mask, ((0, empty), (0, 0)))
     batches = list(zip(*(np.split(array, count) for array in padded), strict=True))
@@ -130,8 +130,10 @@ def _mesh_sums(config: Config, mesh: Mesh) -> Callable:
 def _of_examples(config: Config, examples: Examples, source: str) -> Validation:
     """Return the validation of a model that reads examples: its accuracy on `examples`, the part "valid".
 
-    Some of them are drawn at random, until they have `train.eval_tokens` tokens. They are the same in every run.
-    `source` is the name of the examples in messages.
+    Examples are drawn at random, as many as have at most `train.eval_tokens` tokens together, but at least one. They
+    are the same in every run. `source` is the name of the examples in messages.
+
+    Raises ValueError if there are no examples.
     """
     if not len(examples):
         raise ValueError(f"the part 'valid' of {source} has no examples; use a smaller data.valid_every, or more data")

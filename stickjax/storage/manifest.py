@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: facts about its arrays and files, with checksums, and the values beside the arrays."""
+"""The manifest.json of a checkpoint: it describes the arrays, lists the files with checksums, and has other values."""
 
 import base64
 import json
@@ -15,8 +15,8 @@ class DamagedCheckpoint(ValueError):
 def read_manifest(folder: Path, step: int) -> dict:
     """Read manifest.json in `folder`, check it and all files that it lists, and return its content.
 
-    Raise DamagedCheckpoint if the file cannot be read, if its step is not `step`, or if the crc32 of the manifest or of
-    a file that it lists is wrong.
+    Raise DamagedCheckpoint if a file cannot be read, if the crc32 of the manifest or of a file that it lists is wrong,
+    if the step in the manifest is not `step`, or if the manifest does not describe a checkpoint.
     """
     try:
         outer = json.loads((folder / "manifest.json").read_text())

@@ -13,9 +13,10 @@ class Result(NamedTuple):
     `state`: the last training state; None if a Ctrl-C during the start of the run, or a second Ctrl-C, ended
       `stickjax.fit`.
     `finished`: whether the last step was reached.
-    `tokens_per_second`: the speed, measured after the first step; None if fewer than two steps ran.
-    `outside`: the share of the wall time that was spent outside the jitted step, from 0 to 1, measured after the first
-      step.
+    `tokens_per_second`: the speed, measured after the first step; None if fewer than two steps ran, or if `state` is
+      None. The time of validations does not count.
+    `outside`: the share of the same wall time that was spent outside the jitted step, from 0 to 1; 0 if
+      `tokens_per_second` is None.
     `stopped_by`: the number of the signal that stopped the run before its last step, or 0.
     `run`: the run folder.
     """

@@ -73,7 +73,7 @@ def _tensorboard(config: Config, run: str) -> Iterator[Log]:
 
 @contextlib.contextmanager
 def _hosted(config: Config, run: str) -> Iterator[Log]:
-    """Log to wandb, or to trackio, whose functions have the same names. The project is "stickjax"."""
+    """Log to wandb or trackio. Both have the functions `init`, `log` and `finish`. The project is "stickjax"."""
     package = importlib.import_module(config.train.track)
     package.init(project="stickjax", name=Path(run).absolute().name, config=config.to_dict())
     try:

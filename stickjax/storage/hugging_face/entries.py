@@ -1,4 +1,4 @@
-"""Read the entries of a config.json: check their types, and refuse entries that nobody has read."""
+"""Read the entries of a config.json: check their types, and refuse entries that were not read."""
 
 from typing import Any
 
@@ -94,7 +94,8 @@ class Entries:
         """Return {field of ModelConfig: value} for the rotary positions.
 
         They are in the entries `rope_theta`, `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5).
-        `theta` is the base if the file has none. Raise ValueError if two entries have different values.
+        `theta` is the base if the file has no `rope_theta`. Raise ValueError if two entries have different values, or
+        if a value is not supported.
         """
         thetas, scalings = {self("rope_theta", float, None)} - {None}, []
         for name in ("rope_scaling", "rope_parameters"):
@@ -102,8 +103,14 @@ class Entries:
                 own, scaling = Entries(values, f"{name}: ")._scaling()
                 thetas |= {own} - {None}
                 scalings.append(scaling)
-        if len(thetas) > 1 or len(set(scalings)) > 1:
-            raise ValueError("rope_theta, rope_scaling and rope_parameters have different values for the same thing")
+        if len(thetas) > 1:
+            found = " and ".join(map(str, sorted(thetas)))
+            raise ValueError(
+                f"config.json and its entries rope_scaling and rope_parameters have different values of rope_theta: "
+                f"{found}; delete the wrong one"
+            )
+        if len(set(scalings)) > 1:
+            raise ValueError("rope_scaling and rope_parameters have different values; delete the wrong entry")
         return dict(rope_theta=thetas.pop() if thetas else theta, rope_scaling=(scalings or [RopeScaling()])[0])
 
     def _scaling(self) -> tuple[float | None, RopeScaling]:

@@ -9,7 +9,7 @@ from stickjax.config.rope import RopeScaling
 from stickjax.storage.hugging_face.entries import Entries
 
 # {entry of config.json: the only value that stickjax supports}. An entry that is absent or null means this value.
-# `_ONLY` is for all model types, `_ONLY_LLAMA` for the model types that are like Llama: granite, granitemoe and jetmoe.
+# `_ONLY` is for all model types. `_ONLY_LLAMA` is for the types like Llama: all but stickbreaking_attn, moduleformer.
 _ONLY = {
     "quantization_config": None, "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {},
     "cross_attention_hidden_size": None, "per_layer_config": None,
@@ -44,7 +44,10 @@ def heads(get: Entries) -> dict:
 
 
 def plain(get: Entries, **options) -> dict:
-    """Return the fields of a type like Llama without multipliers, but not those of its feed-forward network."""
+    """Return {field of ModelConfig: value} for a type like Llama that has no multipliers, unlike `granite`.
+
+    The fields of the feed-forward network are left out. `options` are arguments of `like_llama`.
+    """
     return like_llama(get, **options) | heads(get) | dict(logits_scaling=1.0)
 
 
@@ -53,20 +56,23 @@ def llama(get: Entries) -> dict:
 
 
 def qwen3(get: Entries) -> dict:
-    get("head_dim", int), get("num_key_value_heads", int)  # their defaults do not depend on the other entries
+    get("head_dim", int), get("num_key_value_heads", int)  # required: the defaults of this type are fixed numbers
     get.unused("max_window_layers")
     return plain(get) | dict(F=get("intermediate_size", int), query_key_norm="head")
 
 
 def experts_of(get: Entries, *names: str, order: str = "topk_softmax", shared: int = 0) -> ExpertsConfig:
-    """Return the experts of a model type that has them in every layer. `names` are the names of their number."""
+    """Return the experts of a model type that has them in every layer.
+
+    `names` are the one or two names that the entry with the number of experts can have.
+    """
     if (E := get.either(names[0], names[-1], int)) < 1:
         raise ValueError(f"{names[0]}={E} must be at least 1")
     return ExpertsConfig(E, get("num_experts_per_tok", int), order, shared=shared)
 
 
 def mixtral(get: Entries) -> dict:
-    get("num_key_value_heads", int)  # its default does not depend on the other entries
+    get("num_key_value_heads", int)  # required: the default of this type is a fixed number
     fields = dict(F=get("intermediate_size", int), experts=experts_of(get, "num_local_experts"))
     return plain(get, eps=1e-5, theta=1e6) | fields
 
@@ -78,7 +84,7 @@ def routed(get: Entries) -> ExpertsConfig:
 
 
 def qwen3_moe(get: Entries) -> dict:
-    get("num_key_value_heads", int)  # its default does not depend on the other entries
+    get("num_key_value_heads", int)  # required: the default of this type is a fixed number
     get.only({"decoder_sparse_step": 1, "mlp_only_layers": []})
     get.unused("max_window_layers intermediate_size")  # the width of dense layers, which the model does not have
     F = get("moe_intermediate_size", int)
@@ -186,7 +192,7 @@ def moduleformer(get: Entries) -> dict:
         H=get.quotient("att_hidden", "n_head"), F=get("ffd_hidden", int),
         experts=ExpertsConfig(get("n_mlp_experts", int), get("k_mlp", int), **router),
         attention_experts=ExpertsConfig(get("n_att_experts", int), **router),
-        # The original code omits the projections if their results have the size of the input.
+        # The original code has no projections to keys and values if these have the size of the input.
         key_value="input" if (A, K) == (D, 1) else "biased",
         norm_eps=1e-5,
     )  # fmt: skip

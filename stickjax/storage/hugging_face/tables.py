@@ -70,7 +70,8 @@ def _qwen3(c: ModelConfig) -> list[Row]:
 def _each_expert(c: ModelConfig, moe: str, names: tuple[str, str, str]) -> list[Row]:
     """Return the rows of a mixture that has its own tensors for each expert, named `names`: (gate, up, down).
 
-    The rows of one leaf come one after the other, so that a layer of it is read only once when it is written.
+    The rows of one leaf come one after the other, because `names.tensors_from_leaves` keeps only the newest layer of a
+    leaf in memory. In this order, it reads each layer once.
     """
     gate, up, down = (f"{moe}.experts.%d.{name}.weight" for name in names)
     w_in = [("blocks/ffn/w_in", name, "F D", part) for part, name in enumerate((gate, up))]
