@@ -108,7 +108,7 @@ def gpu_main(arguments: argparse.Namespace, info: dict) -> int:
             "measure them",
             file=sys.stderr,
         )
-    return 1 if late or summary["failed"] != "none" else 0
+    return 1 if late or summary["did not pass"] != "none" else 0
 
 
 def _print(rows: list[report.Row], info: dict) -> None:

@@ -138,7 +138,7 @@ def finished(collected: list[Row]) -> list[Row]:
     passed = [row for row in checks if row.extra.get("passed") == "yes"]
     late = [row for row in rows if LEFT_OUT in row.extra]
     others = [f"{row.part} {row.case} ({row.contestant})" for row in checks if row not in passed and row not in late]
-    extra = {"passed": len(passed), "failed": "; ".join(others) or "none", LEFT_OUT: len(late)}
+    extra = {"passed": len(passed), "did not pass": "; ".join(others) or "none", LEFT_OUT: len(late)}
     logits = Row("summary", "logits", "stick_breaking", extra={"of": trained_logits.source()})
     return [*rows, logits, Row("summary", "checks", "all", extra=extra)]
 

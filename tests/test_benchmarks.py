@@ -289,7 +289,7 @@ def test_gpu_rows_on_this_backend(monkeypatch, tmp_path):
     record = gpu_record.Record(tmp_path / "gpu.json", info, gpu.finished)
     gpu.rows(gpu_run.Run(record, quick=True))
     rows = record.finished()
-    assert rows[-1].extra == {"passed": 15, "failed": "none", "left out": 0}
+    assert rows[-1].extra == {"passed": 15, "did not pass": "none", "left out": 0}
     parts = list(dict.fromkeys(row.part for row in rows))
     assert parts[:4] == ["lower", "correct", "exit", "stick_breaking checks at size"] and parts[-1] == "summary"
     timed = {(row.part, row.case.split(" bf16 ")[1], row.contestant) for row in rows if row.milliseconds}

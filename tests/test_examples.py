@@ -83,7 +83,7 @@ def test_batches_are_by_length(families, kind):
         for group in groups:
             longest = max((batch[name] != 0).sum(1).max() for name in group)
             width = {batch[name].shape for name in group}
-            assert width == {(6, min(-(-longest // 8) * 8, options["T"]))}
+            assert width == {(6, min(-(-longest // 8) * 8, len(examples[0][group[0]])))}
             assert all(batch[name].dtype == np.int32 and not batch[name][:, longest:].any() for name in group)
         seen += 6
         widths.add(tuple(batch[name].shape[1] for group in groups for name in group))

@@ -92,7 +92,7 @@ BAD = {
     "heads": (edit_config(num_attention_heads=5), "hidden_size=64 must be a multiple of num_attention_heads=5"),
     "bias": (edit_config(attention_bias=True), "attention_bias=True is not supported; attention_bias must be False"),
     "activation": (edit_config(hidden_act="gelu"), "hidden_act='gelu' is not supported; hidden_act must be 'silu'"),
-    "scaling": (edit_config(rope_scaling={"type": "linear", "factor": 2}), "rope_scaling: type='linear' is not"),
+    "scaling": (edit_config(rope_scaling={"type": "linear", "factor": 2}), "rope_scaling and rope_parameters have different"),
     "yarn": (edit_config(rope_parameters={"rope_type": "yarn"}), "rope_parameters: rope_type='yarn' is not supported"),
     "quantized": (edit_config(quantization_config={"bits": 4}), "quantization_config={'bits': 4} is not supported"),
     "no-json": (lambda folder: (folder / "config.json").write_text('{"model_type"'), "config.json"),

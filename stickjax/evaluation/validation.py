@@ -58,7 +58,7 @@ def validation_of(config: Config, data: TrainingData, mesh: Mesh | None = None) 
     >>> from stickjax.config import SutConfig
     >>> from stickjax.data.readers import training_data
     >>> config = Config(SutConfig(classes=7)).replace({"data.source": "logic", "data.examples": 1000, "data.T": 50})
-    >>> validation_of(config, training_data(config))[:77]
+    >>> validation_of(config, training_data(config))[:76]
     'validation is not available: valid_every=0 leaves no examples for validation'
     """
     if data.heldout is not None:
