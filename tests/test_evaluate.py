@@ -106,7 +106,7 @@ def test_bytes_of_subword_targets(bpe):
 
 
 def test_bad_windows():
-    with pytest.raises(ValueError, match="a multiple of every length, such as 3, got 8"):
+    with pytest.raises(ValueError, match=r"lengths=\(3, 8\): every length must divide the largest length, 8, not 3"):
         heldout_windows(corpus_of(99), 4, lengths=(3, 8))
     for few in (0, -1):
         with pytest.raises(ValueError, match=f"max_tokens={few} must be at least 1"):
@@ -198,7 +198,7 @@ def test_a_run_that_cannot_be_written_is_evaluated(runs, capsys, monkeypatch, tm
         (["--lengths=1,x"], "--lengths=1,x must be whole numbers"),
         (["--lengths="], "--lengths= must be whole numbers"),
         (["--lengths=0"], "--lengths=0 must be whole numbers"),
-        (["--lengths=2,3"], "every length must divide the largest length, 3, not 2"),
+        (["--lengths=2,3"], "lengths=(2, 3): every length must divide the largest length, 3, not 2"),
         (["--plot=no/folder/p.png"], "--plot=no/folder/p.png: no/folder is not a folder"),
     ],
 )
