@@ -237,4 +237,4 @@ def test_a_check_that_does_not_pass_is_in_the_table_and_in_the_exit_status(monke
     monkeypatch.setattr(gpu_check, "compared", lambda *_: gpu_check.Errors(0.5, None, True))
     path = tmp_path / "rows.json"
     assert cli.main(["--gpu", "--quick", "--json", str(path), "--only", "one token"]) == 1
-    assert "failed correct one token (xla)" in capsys.readouterr().out
+    assert "did not pass correct one token (xla)" in capsys.readouterr().out
