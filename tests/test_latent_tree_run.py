@@ -10,7 +10,7 @@ from stickjax.training.metrics import read_metrics
 
 SMALL = {
     "model.depth": 5, "model.H": 4, "model.N": 1, "model.encoder": "gru", "data.B": 4, "train.steps": 2,
-    "train.log_every": 1,
+    "train.log_every": 1, "optim.warmup_tokens": 0,
 }  # fmt: skip
 
 
