@@ -92,7 +92,7 @@ def test_a_run_is_used_from_any_folder_and_after_a_move(project, tmp_path, monke
         monkeypatch.chdir(folder)
         assert said(capsys, generate.main, moved, *words) == expected
     assert said(capsys, evaluate.main, moved, "--max-tokens", 64).count("0.") == bits.count("0.")
-    said(capsys, convert.main, moved, "theirs")
+    said(capsys, convert.main, moved, "theirs", "--type=granite")
     said(capsys, modules_main, "freeze", moved, "frozen", "embed")
     shutil.rmtree(moved)
     for folder in ("theirs", "frozen"):
