@@ -242,7 +242,7 @@ def milliseconds(cycles_per_tile: float, tiles: int, sms: int = 132, ghz: float 
 
 
 def bound(machines: list[Machine], tiles: tuple[int, ...]) -> float | None:
-    """Return a lower bound of the time of several kernels, in milliseconds: the sum over all their main loops.
+    """Return a lower bound of the time of several kernels in milliseconds: the sum of the bounds of their main loops.
 
     `tiles`: the number of iterations of each main loop. If it does not have one number per main loop, return None.
     """

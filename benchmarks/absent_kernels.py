@@ -16,7 +16,7 @@ from pallas_kernels.stick_breaking import mosaic
 
 
 class Kernel(NamedTuple):
-    """A call to compile: a function that runs GPU kernels, and the shapes of its arguments."""
+    """A function that runs GPU kernels, with the shapes of its arguments, so that it can be compiled without a GPU."""
 
     function: Callable  # a function of arrays with the shapes `shapes`; not jitted
     shapes: tuple[jax.ShapeDtypeStruct, ...]
@@ -222,7 +222,7 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
 }
 
 # Every pair of H and Hv that the Mosaic kernels support, with all options that need additional registers. These calls
-# test only the use of registers: the field `tiles` is not correct here.
+# show only how many registers the kernels use. Their field `tiles` is not correct.
 WIDTHS: dict[str, Callable[[], Kernel]] = {
     f"{H}/{Hv}": partial(
         stick_breaking, B=1, T=256, N=1, H=H, Hv=Hv, backward=True,

@@ -58,7 +58,7 @@ class Usage(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A call to compile: a function that runs Triton kernels, the shapes of its arguments, and a GPU model."""
+    """A function that runs Triton kernels, with the shapes of its arguments and the GPU model to compile it for."""
 
     chip: str  # a GPU model, such as "h200"
     function: Callable  # a function of arrays with the shapes `shapes`; not jitted

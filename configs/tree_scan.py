@@ -4,7 +4,7 @@ python -m stickjax.train configs/tree_scan.py
 
 The config uses the split "length": training has at most 22 actions per command, and the tests have more. After 3500 of
 the 6000 steps, the model translates all of the 3920 test commands exactly (benchmarks/results/tree_scan.json; one hour
-on two CPU cores with other work beside it, 2026-11-30). Other splits have up to 48 actions in training:
+on one of two CPU cores, with other work beside it, 2026-11-30). Other splits have up to 48 actions in training:
 
 python -m stickjax.train configs/tree_scan.py --data.split=add_jump --data.T=48 --run runs/tree_jump
 

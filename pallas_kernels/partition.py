@@ -132,7 +132,7 @@ def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
 
 
 def look(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
-    """Return `compute(call)`, where `compute` reads only the shapes and dtypes of the arrays in `call`.
+    """Return `compute(call)`. `compute` may read only the shapes and dtypes of the arrays in `call`.
 
     Nothing is executed on a device. `dispatch.explain` uses this function: its `compute` returns a description of the
     chosen implementation. `letters` and `call` are as in `run`. On a mesh of Explicit axes, `compute` receives the

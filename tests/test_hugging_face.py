@@ -122,7 +122,7 @@ def test_losses_and_gradients_are_the_originals(loaded, folder, monkeypatch):
     tree, tokens = json.loads((folder / "config.json").read_text()), expected["input_ids"]
     if folder.parent.name == "hf":
         weight = tree.get("router_aux_loss_coef", tree.get("aux_loss_coef", 0.0))
-        weight = 0.0 if "cross_entropy" in expected else weight  # then the gradients are those of the cross-entropy
+        weight = 0.0 if "cross_entropy" in expected else weight  # the stored gradients leave out the router loss
         config = config.replace({f"model.{name}.switch_weight": weight for name in config.model.mixtures()})
         weighted = jax.eval_shape(lambda: family_of(config.model).init(config.model, jax.random.key(0)))
         model = jax.tree.unflatten(jax.tree.structure(weighted), jax.tree.leaves(model))

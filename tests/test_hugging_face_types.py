@@ -1,4 +1,4 @@
-"""The entries of the model types that are like Llama become the fields of ModelConfig, or are refused by name."""
+"""Each entry of a config.json of a type like Llama sets a field of ModelConfig, or the error names the entry."""
 
 import json
 

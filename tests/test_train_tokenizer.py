@@ -1,6 +1,5 @@
 """Test the training of a tokenizer, documents encoded in batches, and the progress of long conversions."""
 
-import builtins
 import hashlib
 import itertools
 import json
@@ -119,14 +118,7 @@ def test_bad_text_is_one_line(tmp_path, name, content, message):
 
 
 def test_the_missing_package_is_named(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def blocked(name, *args, **options):
-        if name == "tokenizers":
-            raise ImportError(name)
-        return real(name, *args, **options)
-
-    monkeypatch.setattr(builtins, "__import__", blocked)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)  # an import of it then fails
     with pytest.raises(ValueError, match=r"needs the package tokenizers: pip install 'stickjax\[hf\]'"):
         train_tokenizer(__file__, str(tmp_path))
 

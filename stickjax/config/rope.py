@@ -1,4 +1,4 @@
-"""The config of scaled rotary positions, for contexts that are longer than those of the first training."""
+"""The config of scaled rotary positions, for contexts that are longer than the contexts of the first training."""
 
 from dataclasses import dataclass
 from typing import Literal

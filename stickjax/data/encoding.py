@@ -14,9 +14,9 @@ _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 2**21, 4096  # a batch of documents ends w
 def encode_documents(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
     """Yield (its token ids [n], the number of bytes of its text) for every document, in the order of `texts`.
 
-    The ids are those of `tokenizer.document(text)`. Documents are encoded in batches, because a tokenizer.json encodes
-    the documents of a batch in parallel, on all CPU cores. A batch ends as soon as it has about two million characters
-    or 4096 documents. Only one batch is in memory.
+    The ids are the same as from `tokenizer.document(text)`. Documents are encoded in batches, because a tokenizer.json
+    encodes the documents of a batch in parallel, on all CPU cores. A batch ends as soon as it has about two million
+    characters or 4096 documents. Only one batch is in memory.
 
     Raises ValueError if the tokenizer cannot encode a document.
 

@@ -38,8 +38,8 @@ def predict(model, config: Config, texts: Sequence[Text]) -> list[str]:
 def induced_trees(model, config: Config, texts: Sequence[Text]) -> list[Tree] | list[tuple[Tree, Tree]]:
     """Return the binary tree that the model induces over the tokens of each text; for a pair, a tuple of two trees.
 
-    `stickjax.evaluation.trees` prints, draws and compares trees. The arguments and errors are those of `predict`. If
-    the model induces no trees, ValueError is raised too.
+    `stickjax.evaluation.trees` prints, draws and compares trees. The arguments and the errors are the same as
+    in `predict`. If the model induces no trees, ValueError is raised too.
     """
     task, family = task_of(config), family_of(config.model)
 

@@ -207,7 +207,10 @@ class AllQueryNorm(QueryKeyNorm):
 
 
 class AllKeyNorm(AllQueryNorm):
-    """The `QueryKeyNorm` of the keys for `config.query_key_norm="all"`."""
+    """The `QueryKeyNorm` of the keys for `config.query_key_norm="all"`.
+
+    It is a class of its own because the table of parameters has one row of axes for each class: here "K H".
+    """
 
 
 def query_key_norms(config: ModelConfig) -> tuple[QueryKeyNorm | None, QueryKeyNorm | None]:

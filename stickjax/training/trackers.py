@@ -35,15 +35,11 @@ def tracker(config: Config, run: str) -> Iterator[Log | None]:
     ...     print(log)
     None
     """
-    opened = {None: _none, "tensorboard": _tensorboard, "wandb": _hosted, "trackio": _hosted}[config.train.track]
-    with opened(config, run) as log:
+    if config.train.track is None:
+        yield None
+        return
+    with (_tensorboard if config.train.track == "tensorboard" else _hosted)(config, run) as log:
         yield log
-
-
-@contextlib.contextmanager
-def _none(config: Config, run: str) -> Iterator[None]:
-    del config, run
-    yield None
 
 
 @contextlib.contextmanager
