@@ -8,7 +8,7 @@ it prints two numbers: the loss, and the growth of the peak memory of the proces
 import argparse
 import importlib.util
 import json
-import resource
+import re
 import sys
 from pathlib import Path
 
@@ -64,6 +64,14 @@ def stepper(B: int, T: int, classes: int, **sizes):
     return step
 
 
+def peak_memory() -> int:
+    """Return the largest memory that this process has used, in bytes. This works on Linux only.
+
+    `resource.getrusage` does not help here: its peak includes the process that started this one.
+    """
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.torch_ordered_memory", description=__doc__.split("\n")[0]
@@ -71,12 +79,12 @@ def main() -> None:
     parser.add_argument("--serve", action="store_true", help="make one step for each line of standard input")
     parser.add_argument("--shape", type=json.loads, required=True, help="sizes by letter, as JSON")
     arguments = parser.parse_args()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     step = stepper(**arguments.shape)
     print(f"torch {torch.__version__}; {torch.get_num_threads()} threads", flush=True)
     for _ in sys.stdin:
         loss = step()
-        print(loss, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), flush=True)
+        print(loss, peak_memory() - before, flush=True)
 
 
 if __name__ == "__main__":
