@@ -6,6 +6,8 @@ computes one router loss per layer.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 from stickjax.config.decoder import ModelConfig
 from stickjax.config.family import FamilyConfig
@@ -19,29 +21,36 @@ _FREE = ("m_width", "init_std", "dtype", "param_dtype", "remat", "implementation
 _FREE_OF_EXPERTS = (*ROUTER_LOSSES.values(), "sample_topk", "token_rounding")
 
 
-# {model_type: (function that reads config.json, function that writes config.json, class in transformers or in
-# flash-linear-attention, entry of config.json that has the length of the longest sequence)}
+class Type(NamedTuple):
+    """How the config.json of a model_type is read and written.
+
+    `read`: a function of `readers`. `write`: a function of `writers`.
+    `architecture`: the class in transformers or in flash-linear-attention, for the entry `architectures`.
+    `length`: the entry that has the length of the longest sequence.
+    """
+
+    read: Callable[[Entries], dict]
+    write: Callable[[ModelConfig], dict]
+    architecture: str
+    length: str = "max_position_embeddings"
+
+
 _TYPES = {
-    "granite": (readers.granite, writers.granite, "GraniteForCausalLM", "max_position_embeddings"),
-    "granitemoe": (readers.granitemoe, writers.granitemoe, "GraniteMoeForCausalLM", "max_position_embeddings"),
-    "granitemoeshared": (
-        readers.granitemoeshared, writers.granitemoeshared, "GraniteMoeSharedForCausalLM", "max_position_embeddings"
+    "granite": Type(readers.granite, writers.granite, "GraniteForCausalLM"),
+    "granitemoe": Type(readers.granitemoe, writers.granitemoe, "GraniteMoeForCausalLM"),
+    "granitemoeshared": Type(readers.granitemoeshared, writers.granitemoeshared, "GraniteMoeSharedForCausalLM"),
+    "granitemoehybrid": Type(readers.granitemoehybrid, writers.granitemoehybrid, "GraniteMoeHybridForCausalLM"),
+    "moduleformer": Type(readers.moduleformer, writers.moduleformer, "ModuleFormerForCausalLM", "block_size"),
+    "jetmoe": Type(readers.jetmoe, writers.jetmoe, "JetMoeForCausalLM"),
+    "llama": Type(readers.llama, writers.llama, "LlamaForCausalLM"),
+    "mixtral": Type(readers.mixtral, writers.mixtral, "MixtralForCausalLM"),
+    "olmoe": Type(readers.olmoe, writers.olmoe, "OlmoeForCausalLM"),
+    "qwen3": Type(readers.qwen3, writers.qwen3, "Qwen3ForCausalLM"),
+    "qwen3_moe": Type(readers.qwen3_moe, writers.qwen3_moe, "Qwen3MoeForCausalLM"),
+    "stickbreaking_attn": Type(
+        readers.stickbreaking_attn, writers.stickbreaking_attn, "StickBreakingAttentionForCausalLM"
     ),
-    "granitemoehybrid": (
-        readers.granitemoehybrid, writers.granitemoehybrid, "GraniteMoeHybridForCausalLM", "max_position_embeddings"
-    ),
-    "moduleformer": (readers.moduleformer, writers.moduleformer, "ModuleFormerForCausalLM", "block_size"),
-    "jetmoe": (readers.jetmoe, writers.jetmoe, "JetMoeForCausalLM", "max_position_embeddings"),
-    "llama": (readers.llama, writers.llama, "LlamaForCausalLM", "max_position_embeddings"),
-    "mixtral": (readers.mixtral, writers.mixtral, "MixtralForCausalLM", "max_position_embeddings"),
-    "olmoe": (readers.olmoe, writers.olmoe, "OlmoeForCausalLM", "max_position_embeddings"),
-    "qwen3": (readers.qwen3, writers.qwen3, "Qwen3ForCausalLM", "max_position_embeddings"),
-    "qwen3_moe": (readers.qwen3_moe, writers.qwen3_moe, "Qwen3MoeForCausalLM", "max_position_embeddings"),
-    "stickbreaking_attn": (
-        readers.stickbreaking_attn, writers.stickbreaking_attn, "StickBreakingAttentionForCausalLM",
-        "max_position_embeddings",
-    ),
-}  # fmt: skip
+}
 
 
 def to_model_config(tree: dict) -> tuple[ModelConfig, int | None]:
@@ -53,9 +62,8 @@ def to_model_config(tree: dict) -> tuple[ModelConfig, int | None]:
     kind = tree["model_type"]
     if kind not in _TYPES:
         raise ValueError(f"model_type={kind!r} is not one of {', '.join(_TYPES)}{nearest(str(kind), _TYPES)}")
-    read, _, _, length = _TYPES[kind]
     get = Entries(tree)
-    model, T = read(get), get(length, int, None)
+    model, T = _TYPES[kind].read(get), get(_TYPES[kind].length, int, None)
     get.end()
     return ModelConfig(**model), T
 
@@ -98,7 +106,7 @@ def _most_similar(c: ModelConfig) -> str:
 
 def _lost(kind: str, c: ModelConfig) -> str:
     """Return the fields of `c` that a config.json of the model_type `kind` cannot express, or '' if there are none."""
-    read, write, _, _ = _TYPES[kind]
+    read, write = _TYPES[kind].read, _TYPES[kind].write
     try:
         found = _effective(ModelConfig(**read(Entries({"model_type": kind} | write(c)))))
     except (ValueError, ZeroDivisionError) as error:

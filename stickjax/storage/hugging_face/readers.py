@@ -18,7 +18,7 @@ _ONLY_LLAMA = _ONLY | {
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None,
     "use_sliding_window": False, "position_embedding_type": "rope", "rotary_percent": 1, "partial_rotary_factor": 1,
     "attn_logit_softcapping": None, "final_logit_softcapping": None, "qk_norm": False, "use_qk_norm": False,
-    "clip_qkv": None, "shared_intermediate_size": 0, "normalization_function": "rmsnorm",
+    "clip_qkv": None, "shared_intermediate_size": 0, "normalization_function": "rmsnorm", "rope_interleaved": False,
 }  # fmt: skip
 
 
@@ -55,10 +55,17 @@ def llama(get: Entries) -> dict:
     return plain(get) | dict(F=get("intermediate_size", int))
 
 
+def like_qwen3(get: Entries) -> dict:
+    """Return {field of ModelConfig: value} for the entries that qwen3 and qwen3_moe share."""
+    get("num_key_value_heads", int)  # required: the default of these types is a fixed number
+    get.only({"qkv_bias": False, "use_qk_norm": True})
+    get.unused("max_window_layers sliding_window")  # without use_sliding_window, they have no effect
+    return plain(get, own=("sliding_window", "use_qk_norm")) | dict(query_key_norm="head")
+
+
 def qwen3(get: Entries) -> dict:
-    get("head_dim", int), get("num_key_value_heads", int)  # required: the defaults of this type are fixed numbers
-    get.unused("max_window_layers")
-    return plain(get) | dict(F=get("intermediate_size", int), query_key_norm="head")
+    get("head_dim", int)  # required: the default of this type is a fixed number
+    return like_qwen3(get) | dict(F=get("intermediate_size", int))
 
 
 def experts_of(get: Entries, *names: str, order: str = "topk_softmax", shared: int = 0) -> ExpertsConfig:
@@ -84,11 +91,9 @@ def routed(get: Entries) -> ExpertsConfig:
 
 
 def qwen3_moe(get: Entries) -> dict:
-    get("num_key_value_heads", int)  # required: the default of this type is a fixed number
-    get.only({"decoder_sparse_step": 1, "mlp_only_layers": []})
-    get.unused("max_window_layers intermediate_size")  # the width of dense layers, which the model does not have
-    F = get("moe_intermediate_size", int)
-    return plain(get) | dict(F=F, experts=routed(get), query_key_norm="head")
+    get.only({"decoder_sparse_step": 1, "mlp_only_layers": [], "shared_expert_intermediate_size": 0})
+    get.unused("intermediate_size")  # the width of dense layers, which the model does not have
+    return like_qwen3(get) | dict(F=get("moe_intermediate_size", int), experts=routed(get))
 
 
 def olmoe(get: Entries) -> dict:
@@ -157,6 +162,7 @@ def jetmoe(get: Entries) -> dict:
     Some entries have one name in transformers and another name in the original code of JetMoE. Both names are accepted.
     """
     get.only({"activation_function": "silu", "glu": True, "bias": True})
+    get.unused("layer_norm_epsilon")  # all normalisations are RMSNorm, with the epsilons below
     E, k = (
         get.either(*names, int)
         for names in (("num_local_experts", "moe_num_experts"), ("num_experts_per_tok", "moe_top_k"))
@@ -176,6 +182,7 @@ def jetmoe(get: Entries) -> dict:
 
 def moduleformer(get: Entries) -> dict:
     get.only(_ONLY | {"tie_word_embeddings": False, "activation_function": "gelu_new", "n_inner": None})
+    get.only({"att_func": "stickbreaking", "moe_type": "moe", "pre_norm": True, "universal": False, "local_size": 1})
     get("layer_norm_epsilon", float, None)  # the original code always uses 1e-5
     D, A, K = (get(name, int) for name in ("n_embd", "att_hidden", "n_head"))
     loss, weight = get("aux_loss_type", str, "mi"), get("aux_loss_weight", float, 0.0)
