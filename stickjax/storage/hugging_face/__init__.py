@@ -18,6 +18,7 @@ from stickjax.data.tokenizer import Tokenizer
 from stickjax.storage.hugging_face import configs, names
 from stickjax.storage.hugging_face.files import FLOATS, Lazy, write_sharded
 from stickjax.storage.hugging_face.folder import open_folder
+from stickjax.storage.hugging_face.folding import scaled
 from stickjax.storage.hugging_face.tables import PER_EXPERT
 from stickjax.system.disk import write_file
 
@@ -87,6 +88,8 @@ def write(
 ) -> None:  # fmt: skip
     """Write a model as a Hugging Face folder. `read` returns the same parameters from the folder, bit for bit.
 
+    If the model_type has no multipliers and the model has some, the written parameters contain the multipliers.
+
     Args:
       path: the folder; it is created if it does not exist.
       config: the config of the model. Its `data.T` is written as the longest sequence length.
@@ -97,16 +100,17 @@ def write(
         the files that name special tokens. The file TOKEN_IDS is not written; its entries go into config.json.
       kind: the model_type; None: the only model_type that can hold the model.
     """
-    c = config.model
+    kind = configs.model_type_for(config.model, kind)
+    c, factors = configs.stored(config.model, kind)
     tree = configs.to_config_json(c, config.data.T, kind)
-    table = names.table(tree["model_type"], c)
+    table = names.table(kind, c)
     tree |= read_object(files.get(TOKEN_IDS, b"{}"), TOKEN_IDS)
     if tokenizer is not None and tokenizer.eot < c.vocabulary and tree.get("eos_token_id") is None:
         tree["eos_token_id"] = tokenizer.eot  # otherwise transformers uses a default id of the model type
     path.mkdir(parents=True, exist_ok=True)
     write_files({name: content for name, content in files.items() if name != TOKEN_IDS}, path)
     write_file(path / "config.json", json.dumps(tree, indent=2) + "\n")
-    write_sharded(path, names.tensors_from_leaves(table, c, leaves), shard_bytes)
+    write_sharded(path, names.tensors_from_leaves(table, c, scaled(leaves, factors)), shard_bytes)
 
 
 def check(found: dict[str, Lazy], expected: dict[str, tuple[int, ...]], where: str) -> None:

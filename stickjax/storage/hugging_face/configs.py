@@ -15,6 +15,7 @@ from stickjax.config.fields import nearest, one_of
 from stickjax.models.router import ROUTER_LOSSES
 from stickjax.storage.hugging_face import readers, writers
 from stickjax.storage.hugging_face.entries import ROPE_ENTRIES, Entries
+from stickjax.storage.hugging_face.folding import folded
 
 # Fields of ModelConfig that do not change the logits, or only change how the logits are computed.
 _FREE = ("m_width", "init_std", "dtype", "param_dtype", "remat", "implementation", "skip_below")
@@ -27,12 +28,14 @@ class Type(NamedTuple):
     `read`: a function of `readers`. `write`: a function of `writers`.
     `architecture`: the class in transformers or in flash-linear-attention, for the entry `architectures`.
     `length`: the entry that has the length of the longest sequence.
+    `folds`: whether the multipliers of a model are folded into its parameters, because config.json has none.
     """
 
     read: Callable[[Entries], dict]
     write: Callable[[ModelConfig], dict]
     architecture: str
     length: str = "max_position_embeddings"
+    folds: bool = False
 
 
 _TYPES = {
@@ -48,7 +51,7 @@ _TYPES = {
     "qwen3": Type(readers.qwen3, writers.qwen3, "Qwen3ForCausalLM"),
     "qwen3_moe": Type(readers.qwen3_moe, writers.qwen3_moe, "Qwen3MoeForCausalLM"),
     "stickbreaking_attn": Type(
-        readers.stickbreaking_attn, writers.stickbreaking_attn, "StickBreakingAttentionForCausalLM"
+        readers.stickbreaking_attn, writers.stickbreaking_attn, "StickBreakingAttentionForCausalLM", folds=True
     ),
 }
 
@@ -108,6 +111,7 @@ def _lost(kind: str, c: ModelConfig) -> str:
     """Return the fields of `c` that a config.json of the model_type `kind` cannot express, or '' if there are none."""
     read, write = _TYPES[kind].read, _TYPES[kind].write
     try:
+        c, _ = stored(c, kind)
         found = _effective(ModelConfig(**read(Entries({"model_type": kind} | write(c)))))
     except (ValueError, ZeroDivisionError) as error:
         return f"this model: {error}"
@@ -122,8 +126,18 @@ def to_config_json(c: ModelConfig, T: int, kind: str | None = None) -> dict:
     model_type; None: the only model_type that can hold the model. Raise ValueError as `model_type_for` does.
     """
     kind = model_type_for(c, kind)
-    _, write, architecture, length = _TYPES[kind]
+    c, _ = stored(c, kind)
+    _, write, architecture, length, _ = _TYPES[kind]
     return {"model_type": kind, "architectures": [architecture], length: T, "torch_dtype": c.param_dtype} | write(c)
+
+
+def stored(c: ModelConfig, kind: str) -> tuple[ModelConfig, dict[str, float]]:
+    """Return the config that a folder of the model_type `kind` has for a model with the config `c`.
+
+    The second result is {name of a parameter: factor}. The parameters of the model are multiplied by these factors in
+    the folder (`folding.folded`).
+    """
+    return folded(c) if _TYPES[kind].folds else (c, {})
 
 
 def _effective(c: ModelConfig) -> dict:
