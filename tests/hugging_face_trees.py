@@ -15,13 +15,14 @@ LLAMA = dict(
 _PLAIN = {name: value for name, value in LLAMA.items() if name != "rope_scaling"}
 _GRANITE = _PLAIN | dict(
     embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.7, logits_scaling=2.5,
-    num_local_experts=5, num_experts_per_tok=3, shared_intermediate_size=14,
+    num_local_experts=5, num_experts_per_tok=3, shared_intermediate_size=14, router_aux_loss_coef=0.06,
 )  # fmt: skip
-_EXPERTS = dict(num_experts=5, num_experts_per_tok=3)
+_EXPERTS = dict(num_experts=5, num_experts_per_tok=3, router_aux_loss_coef=0.06)
 MORE_TREES = {
     "llama": LLAMA,
     "qwen3": _PLAIN | dict(model_type="qwen3", max_window_layers=28, use_sliding_window=False),
-    "mixtral": _PLAIN | dict(model_type="mixtral", num_local_experts=5, num_experts_per_tok=3),
+    "mixtral": _PLAIN
+    | dict(model_type="mixtral", num_local_experts=5, num_experts_per_tok=3, router_aux_loss_coef=0.06),
     "qwen3_moe": _PLAIN
     | _EXPERTS
     | dict(

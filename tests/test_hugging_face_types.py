@@ -1,5 +1,6 @@
 """Each entry of a config.json of a type like Llama sets a field of ModelConfig, or the error names the entry."""
 
+import functools
 import json
 
 import jax.numpy as jnp
@@ -20,14 +21,15 @@ SCALING = RopeScaling("llama3", 4.0, 2.0, 3.0, 16)
 COMMON = dict(V=23, D=12, L=2, N=4, K=2, F=10, norm_eps=0.05, tied=True, logits_scaling=1.0)
 PLAIN = COMMON | dict(H=6, attention="softmax", rope_theta=30.0)
 GRANITE = PLAIN | dict(m_emb=3.0, m_res=0.4, attention_scale=0.7, logits_scaling=2.5)
+EXPERTS = functools.partial(ExpertsConfig, E=5, k=3, switch_weight=0.06 * 3 / 2)
 EXPECTED = {
     "llama": PLAIN | dict(rope_scaling=SCALING),
     "qwen3": PLAIN | dict(query_key_norm="head"),
-    "mixtral": PLAIN | dict(experts=ExpertsConfig(5, 3)),
-    "qwen3_moe": PLAIN | dict(F=8, experts=ExpertsConfig(5, 3), query_key_norm="head"),
-    "olmoe": PLAIN | dict(experts=ExpertsConfig(5, 3), query_key_norm="all"),
-    "granitemoeshared": GRANITE | dict(experts=ExpertsConfig(5, 3, shared=14)),
-    "granitemoehybrid": GRANITE | dict(experts=ExpertsConfig(5, 3, shared=14)),
+    "mixtral": PLAIN | dict(experts=EXPERTS()),
+    "qwen3_moe": PLAIN | dict(F=8, experts=EXPERTS(), query_key_norm="head"),
+    "olmoe": PLAIN | dict(experts=EXPERTS(), query_key_norm="all"),
+    "granitemoeshared": GRANITE | dict(experts=EXPERTS(shared=14)),
+    "granitemoehybrid": GRANITE | dict(experts=EXPERTS(shared=14)),
     "stickbreaking_attn": COMMON
     | dict(H=3, attention="stick_breaking", attend_current=True, query_key_norm="head", query_key_value_bias=True),
 }
@@ -50,17 +52,18 @@ def test_each_entry_becomes_its_field_and_is_written_again(kind):
         ("llama", dict(tie_word_embeddings=None), dict(tied=False)),
         ("llama", dict(rope_scaling={"type": "linear", "factor": 2.0}), dict(rope_scaling=RopeScaling("linear", 2.0))),
         ("llama", dict(rope_scaling=None, rope_parameters={"rope_theta": 30.0}), dict(rope_scaling=RopeScaling())),
+        ("mixtral", dict(router_aux_loss_coef=None), dict(experts=EXPERTS(switch_weight=0.0))),
         ("mixtral", dict(rms_norm_eps=None, rope_theta=None), dict(norm_eps=1e-5, rope_theta=1e6)),
         ("olmoe", dict(rms_norm_eps=None), dict(norm_eps=1e-5)),
-        ("olmoe", dict(norm_topk_prob=None), dict(experts=ExpertsConfig(5, 3, "softmax_topk"))),
+        ("olmoe", dict(norm_topk_prob=None), dict(experts=EXPERTS(order="softmax_topk"))),
         ("qwen3_moe", dict(num_experts=None, num_local_experts=5), {}),
-        ("qwen3_moe", dict(norm_topk_prob=False), dict(experts=ExpertsConfig(5, 3, "softmax_topk"))),
+        ("qwen3_moe", dict(norm_topk_prob=False), dict(experts=EXPERTS(order="softmax_topk"))),
         ("qwen3", dict(sliding_window=4096), {}),
         ("qwen3_moe", dict(sliding_window=4096, use_sliding_window=False, use_qk_norm=True), {}),
         ("granitemoehybrid", dict(position_embedding_type=None), dict(rope_theta=None)),
         ("granitemoehybrid", dict(position_embedding_type="nope"), dict(rope_theta=None)),
         ("granitemoehybrid", dict(num_local_experts=0, num_experts_per_tok=0), dict(F=14, experts=ExpertsConfig())),
-        ("granitemoeshared", dict(shared_intermediate_size=0), dict(experts=ExpertsConfig(5, 3))),
+        ("granitemoeshared", dict(shared_intermediate_size=0), dict(experts=EXPERTS())),
         ("stickbreaking_attn", dict(norm_eps=None, qk_norm=None), dict(norm_eps=1e-6, query_key_norm="none")),
         ("stickbreaking_attn", dict(num_kv_heads=None, qkv_bias=None), dict(K=4, query_key_value_bias=False)),
     ],
@@ -94,6 +97,8 @@ def test_missing_and_other_entries(kind, changes, fields):
         ("qwen3_moe", dict(decoder_sparse_step=2), "decoder_sparse_step=2 is not supported"),
         ("qwen3_moe", dict(num_local_experts=6), "num_experts=5 and num_local_experts=6 are two names"),
         ("mixtral", dict(num_local_experts=0), "num_local_experts=0 must be at least 1"),
+        ("mixtral", dict(router_z_loss_coef=0.1), "router_z_loss_coef=0.1: unknown"),
+        ("olmoe", dict(router_aux_loss_coef=-1.0), "switch_weight=-1.5 must be at least 0"),
         ("olmoe", dict(clip_qkv=8.0), "clip_qkv=8.0 is not supported"),
         (
             "granitemoehybrid",

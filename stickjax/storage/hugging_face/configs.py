@@ -1,8 +1,6 @@
 """Convert the config.json of a Hugging Face folder to a ModelConfig, and a ModelConfig to a config.json.
 
-Some entries that matter only in training are not converted: the dropout rates, and the weights of the router losses of
-all types but moduleformer. In these types, one router loss is computed from all layers together, but stickjax
-computes one router loss per layer.
+The dropout rates, which matter only in training, are not converted.
 """
 
 import dataclasses

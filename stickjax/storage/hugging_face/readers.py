@@ -75,7 +75,19 @@ def experts_of(get: Entries, *names: str, order: str = "topk_softmax", shared: i
     """
     if (E := get.either(names[0], names[-1], int)) < 1:
         raise ValueError(f"{names[0]}={E} must be at least 1")
-    return ExpertsConfig(E, get("num_experts_per_tok", int), order, shared=shared)
+    k = get("num_experts_per_tok", int)
+    return ExpertsConfig(E, k, order, shared=shared, switch_weight=switch_weight(get, "router_aux_loss_coef", k))
+
+
+def switch_weight(get: Entries, name: str, k: int) -> float:
+    """Return the weight of the load-balancing loss of each of L layers, for the coefficient in the entry `name`.
+
+    transformers adds coefficient * loss, where the loss is computed once, from the mean loads and the mean
+    probabilities of all layers, and is k times as large as ours. stickjax adds weight * loss for every layer. With
+    weight = coefficient * k / L, the two are equal if all layers have the same means. Without the entry, the weight is
+    0.
+    """
+    return get(name, float, 0.0) * k / get.either("num_hidden_layers", "num_layers", int)
 
 
 def mixtral(get: Entries) -> dict:
@@ -134,7 +146,7 @@ def granitemoehybrid(get: Entries) -> dict:
     if get("num_local_experts", int):
         fields |= dict(experts=experts_of(get, "num_local_experts", shared=shared))
     else:
-        get("num_experts_per_tok", int, 0)  # without experts, the shared network is the only one
+        get.unused("num_experts_per_tok router_aux_loss_coef")  # the shared network is the only one
         fields |= dict(F=shared)
     return fields if positions == "rope" else fields | dict(rope_theta=None, rope_scaling=RopeScaling())
 
@@ -172,10 +184,13 @@ def jetmoe(get: Entries) -> dict:
     if N != K * k:
         raise ValueError(f"num_attention_heads={N} must be num_key_value_heads * num_experts_per_tok = {K} * {k}")
     read, F = like_llama(get, tied=True), get.either("intermediate_size", "ffn_hidden_size", int)
+    # transformers computes one loss from all routers, and counts the routers of attention twice.
+    third = switch_weight(get, "aux_loss_coef", k) / 3
     # The normalisations of a block always use 1e-6. The epsilon in the file is for the last normalisation only.
     return read | dict(
         N=N, K=K, H=get.either("kv_channels", "head_dim", int), F=F,
-        experts=ExpertsConfig(E, k, bias=True), attention_experts=ExpertsConfig(E, bias=True),
+        experts=ExpertsConfig(E, k, bias=True, switch_weight=third),
+        attention_experts=ExpertsConfig(E, bias=True, switch_weight=2 * third),
         logits_scaling=1.0, norm_eps=1e-6, final_norm_eps=read["norm_eps"],
     )  # fmt: skip
 

@@ -42,16 +42,26 @@ def qwen3(c: ModelConfig) -> dict:
     return like_llama(c) | dict(hidden_act="silu", attention_bias=False, use_sliding_window=False)
 
 
+def router_loss(c: ModelConfig) -> float:
+    """Return the coefficient of the router loss in transformers, the inverse of `readers.switch_weight`."""
+    weight, k = sum(mixture.switch_weight for mixture in c.mixtures().values()), c.experts.k
+    return float(f"{weight * c.L / k:.12g}") if k else 0.0  # without the rounding errors of the weight
+
+
+def local_experts(c: ModelConfig) -> dict:
+    return dict(
+        num_local_experts=c.experts.E, num_experts_per_tok=c.experts.k, router_aux_loss_coef=router_loss(c)
+    )  # fmt: skip
+
+
 def mixtral(c: ModelConfig) -> dict:
-    return like_llama(c) | dict(
-        hidden_act="silu", num_local_experts=c.experts.E, num_experts_per_tok=c.experts.k, sliding_window=None
-    )
+    return like_llama(c) | local_experts(c) | dict(hidden_act="silu", sliding_window=None)
 
 
 def routed(c: ModelConfig) -> dict:
     return dict(
         hidden_act="silu", attention_bias=False, num_experts=c.experts.E, num_experts_per_tok=c.experts.k,
-        norm_topk_prob=c.experts.order == "topk_softmax",
+        norm_topk_prob=c.experts.order == "topk_softmax", router_aux_loss_coef=router_loss(c),
     )  # fmt: skip
 
 
@@ -75,7 +85,7 @@ def granite(c: ModelConfig) -> dict:
 
 
 def granitemoe(c: ModelConfig) -> dict:
-    return granite(c) | dict(num_local_experts=c.experts.E, num_experts_per_tok=c.experts.k)
+    return granite(c) | local_experts(c)
 
 
 def granitemoeshared(c: ModelConfig) -> dict:
@@ -100,8 +110,9 @@ def stickbreaking_attn(c: ModelConfig) -> dict:
 
 def jetmoe(c: ModelConfig) -> dict:
     return like_llama(c) | dict(
-        activation_function="silu", kv_channels=c.H, num_local_experts=c.experts.E, num_experts_per_tok=c.experts.k
-    )
+        activation_function="silu", kv_channels=c.H, num_local_experts=c.experts.E,
+        num_experts_per_tok=c.experts.k, aux_loss_coef=router_loss(c),
+    )  # fmt: skip
 
 
 def final_norm_eps(c: ModelConfig) -> float:
