@@ -22,6 +22,10 @@ COMMON = dict(V=23, D=12, L=2, N=4, K=2, F=10, norm_eps=0.05, tied=True, logits_
 PLAIN = COMMON | dict(H=6, attention="softmax", rope_theta=30.0)
 GRANITE = PLAIN | dict(m_emb=3.0, m_res=0.4, attention_scale=0.7, logits_scaling=2.5)
 EXPERTS = functools.partial(ExpertsConfig, E=5, k=3, switch_weight=0.06 * 3 / 2)
+STICKBREAKING = COMMON | dict(
+    H=3, attention="stick_breaking", query_key_value_bias=True, m_emb=3.0, m_res=0.4, m_width=2.5, logits_scaling=None,
+    attention_scale=0.7,
+)  # fmt: skip
 EXPECTED = {
     "llama": PLAIN | dict(rope_scaling=SCALING),
     "qwen3": PLAIN | dict(query_key_norm="head"),
@@ -32,6 +36,8 @@ EXPECTED = {
     "granitemoehybrid": GRANITE | dict(experts=EXPERTS(shared=14)),
     "stickbreaking_attn": COMMON
     | dict(H=3, attention="stick_breaking", attend_current=True, query_key_norm="head", query_key_value_bias=True),
+    "stickbreaking": STICKBREAKING,
+    "stickbreaking_interleaved": STICKBREAKING,
 }
 
 
@@ -66,6 +72,9 @@ def test_each_entry_becomes_its_field_and_is_written_again(kind):
         ("granitemoeshared", dict(shared_intermediate_size=0), dict(experts=EXPERTS())),
         ("stickbreaking_attn", dict(norm_eps=None, qk_norm=None), dict(norm_eps=1e-6, query_key_norm="none")),
         ("stickbreaking_attn", dict(num_kv_heads=None, qkv_bias=None), dict(K=4, query_key_value_bias=False)),
+        ("stickbreaking", dict(sb_remainder=None), dict(remainder="value")),
+        ("stickbreaking", dict(attention_multiplier=None, m_width=None), dict(attention_scale=None, m_width=1.0)),
+        ("stickbreaking", dict(tie_word_embeddings=None), dict(tied=False)),
     ],
 )
 def test_missing_and_other_entries(kind, changes, fields):
@@ -111,6 +120,11 @@ def test_missing_and_other_entries(kind, changes, fields):
         ("stickbreaking_attn", dict(window_size=16), "window_size=16 is not supported"),
         ("stickbreaking_attn", dict(intermediate_size=None), "the entry intermediate_size is missing"),
         ("stickbreaking_attn", dict(rope_theta=1e4), "rope_theta=10000.0: unknown"),
+        ("stickbreaking", dict(use_interleaved_weights=None), "has two orders of the rows of mlp.c_fc, and the file"),
+        ("stickbreaking", dict(use_interleaved_weights="yes"), "has two orders of the rows of mlp.c_fc"),
+        ("stickbreaking", dict(position_embedding_type="rope"), "position_embedding_type='rope' is not supported"),
+        ("stickbreaking", dict(head_norm=True), "head_norm=True: unknown"),
+        ("stickbreaking", dict(n_head=5), "n_embd=12 must be a multiple of n_head=5"),
     ],
 )
 def test_what_ours_does_not_have_is_refused_by_name(kind, changes, said):

@@ -110,6 +110,18 @@ _OLMOE = dict(
     torch_dtype="bfloat16", use_cache=True, vocab_size=50304,
 )  # fmt: skip
 
+# The user adds use_interleaved_weights, because the file does not tell the order of the rows of mlp.c_fc.
+_STICKBREAKING = dict(
+    activation_function="swiglu", add_bias=False, add_qkv_bias=False, attention_head_type="mha",
+    attention_multiplier=1 / 64, attention_softmax_in_fp32=True, attn_pdrop=0, bos_token_id=0, embd_pdrop=0,
+    eos_token_id=0, init_method="mup", initializer_range=0.1, layer_norm_epsilon=1e-5, m_emb=12, m_residual=0.22,
+    m_width=9, model_type="stickbreaking", multi_query=False, n_embd=2304, n_head=36, n_inner=9216, n_layer=40,
+    n_positions=4096, normalization_function="rmsnorm", num_key_value_heads=36, pad_token_id=50256,
+    position_embedding_type="nope", resid_pdrop=0, sb_remainder=False, scale_attn_weights=True,
+    transformers_version="4.45.0", upcast_logits_for_loss=True, use_cache=True, vocab_size=50304,
+    use_interleaved_weights=False,
+)  # fmt: skip
+
 # {model: (config.json, number of parameters, where the two are published)}
 PUBLISHED = {
     "Granite 3.1 2B": (_GRANITE, 2_533_531_648, "ibm-granite/granite-3.1-2b-instruct: config.json, safetensors"),
@@ -142,6 +154,7 @@ PUBLISHED = {
     "JetMoE-8b": (_JETMOE, "8B", "jetmoe/jetmoe-8b: config.json, model card"),
     "MoLM-700M-8B": (_MOLM, 8_182_046_720, "ibm/MoLM-700M-8B: config.json, bytes of the tensors"),
     "MoLM-350M-4B": (_MOLM | dict(n_layer=24), 4_142_526_464, "ibm/MoLM-350M-4B: bytes of the tensors"),
+    "stickbreaking-3b": (_STICKBREAKING, "3.629B", "shawntan/stickbreaking-3b: config.json, tensors with lm_head"),
     "Llama 3.1 8B": (
         _LLAMA | _LLAMA_8B, 8_030_261_248, "meta-llama/Llama-3.1-8B-Instruct: config.json, safetensors"
     ),
@@ -179,7 +192,7 @@ def test_a_published_config_loads_and_has_the_published_number_of_parameters(nam
     else:  # cards round or cut off, so the difference is less than one unit of the last digit
         unit = 10.0 ** (9 - len(total[:-1].partition(".")[2]))
         assert abs(count - float(total[:-1]) * 1e9) < unit, (count, source)
-    assert T == tree.get("max_position_embeddings", tree.get("block_size"))
+    assert T == next(tree[n] for n in ("max_position_embeddings", "block_size", "n_positions") if n in tree)
 
 
 def test_the_guide_lists_these_models():

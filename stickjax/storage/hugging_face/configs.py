@@ -24,18 +24,21 @@ class Type(NamedTuple):
     """How the config.json of a model_type is read and written.
 
     `read`: a function of `readers`. `write`: a function of `writers`.
-    `architecture`: the class in transformers or in flash-linear-attention, for the entry `architectures`.
+    `architecture`: the class in transformers or in flash-linear-attention, for the entry `architectures`; None: there
+      is no such entry.
     `length`: the entry that has the length of the longest sequence.
     `folds`: whether the multipliers of a model are folded into its parameters, because config.json has none.
     """
 
     read: Callable[[Entries], dict]
     write: Callable[[ModelConfig], dict]
-    architecture: str
+    architecture: str | None
     length: str = "max_position_embeddings"
     folds: bool = False
 
 
+# {type: how it is read and written}. A type is a model_type; stickbreaking_interleaved is stickbreaking with another
+# order of the rows of a tensor (`type_of`).
 _TYPES = {
     "granite": Type(readers.granite, writers.granite, "GraniteForCausalLM"),
     "granitemoe": Type(readers.granitemoe, writers.granitemoe, "GraniteMoeForCausalLM"),
@@ -48,6 +51,8 @@ _TYPES = {
     "olmoe": Type(readers.olmoe, writers.olmoe, "OlmoeForCausalLM"),
     "qwen3": Type(readers.qwen3, writers.qwen3, "Qwen3ForCausalLM"),
     "qwen3_moe": Type(readers.qwen3_moe, writers.qwen3_moe, "Qwen3MoeForCausalLM"),
+    "stickbreaking": Type(readers.stickbreaking, writers.stickbreaking, None, "n_positions"),
+    "stickbreaking_interleaved": Type(readers.stickbreaking, writers.stickbreaking_interleaved, None, "n_positions"),
     "stickbreaking_attn": Type(
         readers.stickbreaking_attn, writers.stickbreaking_attn, "StickBreakingAttentionForCausalLM", folds=True
     ),
@@ -60,13 +65,35 @@ def to_model_config(tree: dict) -> tuple[ModelConfig, int | None]:
     The length is None if the file does not have it. Raise ValueError if the model_type is unknown, or if an entry is
     missing, is unknown, or has a wrong type or a value that is not supported.
     """
-    kind = tree["model_type"]
-    if kind not in _TYPES:
-        raise ValueError(f"model_type={kind!r} is not one of {', '.join(_TYPES)}{nearest(str(kind), _TYPES)}")
-    get = Entries(tree)
+    kind, get = type_of(tree), Entries(tree)
     model, T = _TYPES[kind].read(get), get(_TYPES[kind].length, int, None)
     get.end()
     return ModelConfig(**model), T
+
+
+def type_of(tree: dict) -> str:
+    """Return the type of a config.json with the content `tree`: its `model_type`, or "stickbreaking_interleaved".
+
+    In the type stickbreaking, the tensor mlp.c_fc.weight has the rows of the gate and the rows that the gate
+    multiplies, called up. In files of 2024 they are two halves, [up; gate]. Later code stores gate and up rows in turn,
+    under the same name. The entry `use_interleaved_weights` says which of the two the file has. If it is missing, the
+    user must add it, because nothing else in the folder tells.
+
+    Raise ValueError if the model_type is unknown, or if this entry is missing.
+
+    >>> type_of({"model_type": "stickbreaking", "use_interleaved_weights": True})
+    'stickbreaking_interleaved'
+    """
+    kind, interleaved = tree["model_type"], tree.get("use_interleaved_weights")
+    known = [name for name in _TYPES if name != "stickbreaking_interleaved"]
+    if kind not in known:
+        raise ValueError(f"model_type={kind!r} is not one of {', '.join(known)}{nearest(str(kind), known)}")
+    if kind == "stickbreaking" and type(interleaved) is not bool:
+        raise ValueError(
+            "model_type='stickbreaking' has two orders of the rows of mlp.c_fc, and the file does not tell which; add "
+            '"use_interleaved_weights": false for the [up; gate] halves of 2024, or true for gate and up rows in turn'
+        )
+    return "stickbreaking_interleaved" if kind == "stickbreaking" and interleaved else kind
 
 
 def model_type_for(c: FamilyConfig, wanted: str | None = None) -> str:
@@ -126,7 +153,8 @@ def to_config_json(c: ModelConfig, T: int, kind: str | None = None) -> dict:
     kind = model_type_for(c, kind)
     c, _ = stored(c, kind)
     _, write, architecture, length, _ = _TYPES[kind]
-    return {"model_type": kind, "architectures": [architecture], length: T, "torch_dtype": c.param_dtype} | write(c)
+    named = {} if architecture is None else {"architectures": [architecture]}
+    return {"model_type": kind, **named, length: T, "torch_dtype": c.param_dtype} | write(c)
 
 
 def stored(c: ModelConfig, kind: str) -> tuple[ModelConfig, dict[str, float]]:

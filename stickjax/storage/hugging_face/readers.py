@@ -9,7 +9,7 @@ from stickjax.config.rope import RopeScaling
 from stickjax.storage.hugging_face.entries import Entries
 
 # {entry of config.json: the only value that stickjax supports}. An entry that is absent or null means this value.
-# `_ONLY` is for all model types. `_ONLY_LLAMA` is for the types like Llama: all but stickbreaking_attn, moduleformer.
+# `_ONLY` is for all model types. `_ONLY_LLAMA` is for the types like Llama: all but the stick-breaking ones.
 _ONLY = {
     "quantization_config": None, "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {},
     "cross_attention_hidden_size": None, "per_layer_config": None,
@@ -165,6 +165,27 @@ def stickbreaking_attn(get: Entries) -> dict:
         query_key_norm="head" if get("qk_norm", bool, False) else "none",
         query_key_value_bias=get("qkv_bias", bool, False), norm_eps=get("norm_eps", float, 1e-6),
         tied=get("tie_word_embeddings", bool, False), logits_scaling=1.0,
+    )  # fmt: skip
+
+
+def stickbreaking(get: Entries) -> dict:
+    """Return {field of ModelConfig: value} for the type of the released 3B stick-breaking model.
+
+    `configs.type_of` reads the entry `use_interleaved_weights`. Without `tie_word_embeddings`, the output matrix is
+    read from the tensor lm_head.weight, even if it is a copy of the embedding.
+    """
+    get.only(_ONLY | {"activation_function": "swiglu", "add_bias": False, "normalization_function": "rmsnorm"})
+    get.only({"position_embedding_type": "nope", "scale_attn_weights": True, "multi_query": False})
+    get.unused("attention_head_type attention_softmax_in_fp32 init_method upcast_logits_for_loss")
+    get.unused("use_interleaved_weights")
+    return dict(
+        V=get("vocab_size", int), D=get("n_embd", int), L=get("n_layer", int), N=get("n_head", int),
+        K=get("num_key_value_heads", int), H=get.quotient("n_embd", "n_head"), F=get("n_inner", int),
+        attention="stick_breaking", remainder="value" if get("sb_remainder", bool, True) else "none",
+        activation="swiglu", query_key_value_bias=get("add_qkv_bias", bool, False),
+        norm_eps=get("layer_norm_epsilon", float), tied=get("tie_word_embeddings", bool, False),
+        m_emb=get("m_emb", float, 1.0), m_res=get("m_residual", float, 1.0), m_width=get("m_width", float, 1.0),
+        attention_scale=get("attention_multiplier", float, None),
     )  # fmt: skip
 
 

@@ -108,6 +108,23 @@ def stickbreaking_attn(c: ModelConfig) -> dict:
     )  # fmt: skip
 
 
+def stickbreaking(c: ModelConfig) -> dict:
+    heads = "mha" if c.K == c.N else "mqa" if c.K == 1 else "gqa"
+    return dict(
+        model_type="stickbreaking", use_interleaved_weights=False,
+        vocab_size=c.vocabulary, n_embd=c.D, n_layer=c.L, n_head=c.N, num_key_value_heads=c.K, n_inner=c.F,
+        attention_head_type=heads, add_bias=False, add_qkv_bias=c.query_key_value_bias,
+        activation_function="swiglu", normalization_function="rmsnorm", layer_norm_epsilon=c.norm_eps,
+        position_embedding_type="nope", sb_remainder=c.remainder == "value", scale_attn_weights=True,
+        attention_multiplier=c.scale, m_emb=c.m_emb, m_residual=c.m_res, m_width=logits_scaling_of(c),
+        tie_word_embeddings=c.tied,
+    )  # fmt: skip
+
+
+def stickbreaking_interleaved(c: ModelConfig) -> dict:
+    return stickbreaking(c) | dict(use_interleaved_weights=True)
+
+
 def jetmoe(c: ModelConfig) -> dict:
     return like_llama(c) | dict(
         activation_function="silu", kv_channels=c.H, num_local_experts=c.experts.E,
