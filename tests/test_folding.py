@@ -1,5 +1,7 @@
 """A run with muP multipliers is exported as a type without multipliers: its parameters contain them."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from stickjax.config import ModelConfig
 from stickjax.convert import export, main
 from stickjax.models.transformer import init
 from stickjax.storage.hugging_face.configs import to_config_json
+from stickjax.storage.hugging_face.folding import folded
 from stickjax.storage.run_folder import save
 
 SIZES = dict(V=37, D=16, L=2, N=4, K=2, H=4, F=24, attention="stick_breaking", implementation="reference")
@@ -67,6 +70,13 @@ def test_in_16_bits_only_powers_of_two_are_exact(tmp_path, capsys):
     export(loaded, str(tmp_path / "out"), type="stickbreaking_attn")
     again = stickjax.load(tmp_path / "out", changes={"model.implementation": "reference"})
     assert_close(LOGITS(again.model), LOGITS(loaded.model), 1e-5)
+
+
+def test_without_multipliers_no_parameter_is_changed():
+    for H in range(1, 200):
+        sizes = SIZES | dict(D=4 * H, H=H, param_dtype="bfloat16")
+        for scale in (None, 1 / math.sqrt(H)):
+            assert folded(ModelConfig(**sizes | dict(attention_scale=scale)))[1] == {}
 
 
 def test_what_cannot_be_folded_is_refused():

@@ -106,6 +106,7 @@ def test_missing_and_other_entries(kind, changes, fields):
         ("qwen3_moe", dict(decoder_sparse_step=2), "decoder_sparse_step=2 is not supported"),
         ("qwen3_moe", dict(num_local_experts=6), "num_experts=5 and num_local_experts=6 are two names"),
         ("mixtral", dict(num_local_experts=0), "num_local_experts=0 must be at least 1"),
+        ("mixtral", dict(num_hidden_layers=0), "L=0 must be at least 1"),
         ("mixtral", dict(router_z_loss_coef=0.1), "router_z_loss_coef=0.1: unknown"),
         ("olmoe", dict(router_aux_loss_coef=-1.0), "switch_weight=-1.5 must be at least 0"),
         ("olmoe", dict(clip_qkv=8.0), "clip_qkv=8.0 is not supported"),

@@ -138,7 +138,7 @@ PUBLISHED = {
         _GRANITEMOE, 3_298_793_472, "ibm-granite/granite-3.0-3b-a800m-instruct: config.json, safetensors"
     ),
     # 4.0 Micro and 4.1 3B have the same sizes and different model types.
-    "Granite 4.0 Micro": (_GRANITE_4, 3_402_836_480, "ibm-granite/granite-4.0-micro: config.json, safetensors"),
+    "Granite 4.0 Micro": (_GRANITE_4, 3_402_836_480, "ibm-granite/granite-4.0-micro: config.json, GGUF, safetensors"),
     "Granite 4.1 3B": (
         _GRANITE | dict(hidden_size=2560, num_attention_heads=40, logits_scaling=10.0, vocab_size=100352),
         3_402_836_480, "ibm-granite/granite-4.1-3b: config.json (sizes, multipliers), safetensors",

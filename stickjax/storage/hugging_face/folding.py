@@ -28,7 +28,8 @@ def folded(c: ModelConfig) -> tuple[ModelConfig, dict[str, float]]:
     >>> folded(ModelConfig(V=8, m_emb=12.0, m_res=0.25, tied=False))[1]
     {'embed': 12.0, 'blocks/attention/output': 0.25, 'blocks/ffn/w_out': 0.25}
     """
-    query, last = c.scale * math.sqrt(c.H), 1 / logits_scaling_of(c)
+    usual, last = 1 / math.sqrt(c.H), 1 / logits_scaling_of(c)
+    query = 1.0 if c.scale == usual else c.scale / usual  # exactly 1 for the usual scale
     queries = ["query", "query_bias"] if c.query_key_norm == "none" else ["query_norm/scale"]
     queries = [name for name in queries if c.query_key_value_bias or name != "query_bias"]
     factors = {"embed": c.m_emb, "norm/scale": last / c.m_emb if c.tied else last}

@@ -64,8 +64,8 @@ def _checked(row: Row, known: dict[str, str]) -> str:
         raise ValueError(
             f"the table row for the tensor {row.theirs} has an unknown parameter {row.ours!r}{nearest(row.ours, known)}"
         )
-    own, leaf = row.axes if row.expert is None else f"E {row.axes}", known[row.ours]
-    leaf = leaf.replace("N", "KQ") if "P" in row.axes else leaf
+    own = row.axes if row.expert is None else f"E {row.axes}"
+    leaf = known[row.ours].replace("N", "KQ") if "P" in row.axes else known[row.ours]
     theirs, ours = (sorted(x for x in axes if x.isalpha() and x not in "PQU") for axes in (own, leaf))
     if theirs != ours:
         raise ValueError(

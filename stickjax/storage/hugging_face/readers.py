@@ -87,7 +87,8 @@ def switch_weight(get: Entries, name: str, k: int) -> float:
     weight = coefficient * k / L, the two are equal if all layers have the same means. Without the entry, the weight is
     0.
     """
-    return get(name, float, 0.0) * k / get.either("num_hidden_layers", "num_layers", int)
+    L = get.either("num_hidden_layers", "num_layers", int)
+    return get(name, float, 0.0) * k / max(L, 1)  # ModelConfig refuses L=0
 
 
 def mixtral(get: Entries) -> dict:
