@@ -10,8 +10,9 @@ from pathlib import Path
 import jax
 import pytest
 
+from stickjax.config import ModelConfig
 from stickjax.models.transformer import init
-from stickjax.storage.hugging_face.configs import to_model_config
+from stickjax.storage.hugging_face.configs import _effective, to_model_config
 
 _GRANITE = dict(
     architectures=["GraniteForCausalLM"], model_type="granite", attention_bias=False, attention_dropout=0.1,
@@ -193,6 +194,10 @@ def test_a_published_config_loads_and_has_the_published_number_of_parameters(nam
         unit = 10.0 ** (9 - len(total[:-1].partition(".")[2]))
         assert abs(count - float(total[:-1]) * 1e9) < unit, (count, source)
     assert T == next(tree[n] for n in ("max_position_embeddings", "block_size", "n_positions") if n in tree)
+
+
+def test_the_preset_of_the_released_stick_breaking_model_is_its_config():
+    assert _effective(to_model_config(_STICKBREAKING)[0]) == _effective(ModelConfig.stickbreaking_3b())
 
 
 def test_the_guide_lists_these_models():
