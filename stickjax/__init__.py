@@ -22,6 +22,9 @@ from stickjax.system import renamed
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
+    from typing import Literal
+
+    from jax.sharding import Mesh
 
     from stickjax.interactive import TrainedModel
     from stickjax.training.loop import Result
@@ -93,7 +96,13 @@ def fit(
     return fit(config, run, init_from=init_from, branch=branch, quiet=quiet, on_metrics=on_metrics)
 
 
-def load(run: "str | os.PathLike", *, step: "int | str | None" = None, changes: dict | None = None) -> "TrainedModel":
+def load(
+    run: "str | os.PathLike",
+    *,
+    step: "int | str | None" = None,
+    changes: dict | None = None,
+    mesh: "Mesh | Literal['run'] | None" = None,
+) -> "TrainedModel":
     """Load the model of a run folder or of a Hugging Face folder, ready to generate text and to be evaluated.
 
     Args:
@@ -101,6 +110,10 @@ def load(run: "str | os.PathLike", *, step: "int | str | None" = None, changes: 
       step: the step of the checkpoint to load; "best": the checkpoint with the best score of the validations during
         the training (`train.eval_every`); None: the newest intact checkpoint.
       changes: config fields to change, such as {"model.window": 128}. The shapes of the parameters must stay the same.
+      mesh: the devices on which the parameters are sharded. Then `evaluate` and `generate` run on all of them. "run":
+        the mesh of the run, or the mesh in `changes`, such as {"mesh.fsdp": 8}; if the mesh of the run needs more
+        devices than there are, the first device. A `jax.sharding.Mesh`: a mesh of
+        `stickjax.parallel.mesh.make_mesh`. None: the first device.
 
     Returns:
       `TrainedModel` with the fields `model` (the module with the parameters: for a decoder, `model(tokens)` returns an
@@ -124,7 +137,7 @@ def load(run: "str | os.PathLike", *, step: "int | str | None" = None, changes: 
     """
     from stickjax.interactive import load
 
-    return load(run, step=step, changes=changes)
+    return load(run, step=step, changes=changes, mesh=mesh)
 
 
 def export(model, path: "str | os.PathLike", *, type: str | None = None, shard_bytes: int = 5_000_000_000) -> None:

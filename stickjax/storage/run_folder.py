@@ -25,6 +25,7 @@ from stickjax.models.families import family_of
 from stickjax.models.parameters import shardings
 from stickjax.models.transformer import Transformer
 from stickjax.models.universal import LanguageModel, PairClassifier
+from stickjax.parallel.mesh import mesh_for_evaluation
 from stickjax.storage import hugging_face
 from stickjax.storage.checkpoints import Checkpoints, check_finite, named_leaves
 from stickjax.storage.hugging_face.files import Lazy, open_safetensors, write_safetensors
@@ -257,7 +258,7 @@ def load(
     *,
     step: int | Literal["best"] | None = None,
     changes: dict | None = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | Literal["run"] | None = None,
 ) -> Loaded:
     """Load a trained model with its config and tokenizer from a run folder or a Hugging Face folder.
 
@@ -266,8 +267,9 @@ def load(
       step: the step of the checkpoint to load; "best": the checkpoint with the best score of the validations during
         the training (`train.eval_every`); None: the newest intact checkpoint. Only a run folder has checkpoints.
       changes: config fields to change, such as {"model.window": 128}. The shapes of the parameters must not change.
-      mesh: the mesh of devices on which the parameters are placed; it may differ from the mesh of the training. None:
-        the first device.
+      mesh: the mesh of devices on which the parameters are placed; it may differ from the mesh of the training. "run":
+        the mesh of the config, with the `changes` (see `stickjax.parallel.mesh.mesh_for_evaluation`). None: the first
+        device. Every device reads its own part of a parameter; no device ever holds more.
 
     Raises:
       ValueError: `run` is not such a folder, or has no intact checkpoint (of this `step`). The parameters are not
@@ -275,6 +277,7 @@ def load(
         is damaged, or its model is not supported.
     """
     config = read_config(run).replace(changes or {})
+    mesh = mesh_for_evaluation(config, changes or ()) if mesh == "run" else mesh
     shapes = jax.eval_shape(lambda: family_of(config.model).init(config.model, jax.random.key(0)))
     abstract = with_shardings(mesh, shapes)
     check_fits({"parameters": local_bytes(abstract)}, mesh)
@@ -308,10 +311,32 @@ def tokenizer_of(config: Config) -> Tokenizer | None:
 
 
 def _on_devices(leaf: Lazy, spec: jax.ShapeDtypeStruct) -> jax.Array:
-    """Read an array from its file, and place it on devices, with the type and the sharding of `spec`."""
-    host = leaf.read(None).astype(spec.dtype, copy=False)
+    """Read an array from its file, and place it on devices, with the type and the sharding of `spec`.
+
+    The array is read once for each of its different parts on the devices. If it is stacked, only one part and one layer
+    are in the memory of the host at the same time.
+    """
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        if not leaf.stacked:
+            return leaf.read(None)[index].astype(spec.dtype)
+        layers = range(spec.shape[0])[index[0]]
+        first = leaf.read(layers[0])[index[1:]]
+        found = np.empty((len(layers), *first.shape), spec.dtype)
+        found[0] = first
+        for place, layer in enumerate(layers[1:], 1):
+            found[place] = leaf.read(layer)[index[1:]]
+        return found
+
     sharding = spec.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.make_array_from_callback(spec.shape, sharding, lambda index: host[index])
+    devices: dict[tuple[slice, ...], list] = {}
+    for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
+        devices.setdefault(index, []).append(device)
+    arrays = []
+    for index, owners in devices.items():
+        host = part(index)
+        arrays += [jax.device_put(host, device) for device in owners]
+    return jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays)
 
 
 def save(run: str | os.PathLike, model: Transformer, config: Config) -> None:
