@@ -37,6 +37,7 @@ from stickjax.evaluation.plots import Records
 from stickjax.models.families import family_of
 from stickjax.parallel import processes
 from stickjax.parallel.mesh import on_one_device
+from stickjax.storage.hub import local_folder
 from stickjax.storage.run_folder import Loaded, load, read_config, results_folder
 from stickjax.system.disk import write_file
 from stickjax.system.tables import print_table
@@ -261,6 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     processes.initialize(words.coordinator, words.processes, words.process)
     writes = processes.is_writer()  # the other processes evaluate with it, but print and write nothing
     runs, words.lengths = names(words.runs), _lengths(words.lengths)
+    runs = {name: Path(local_folder(run)) for name, run in runs.items()}
     configs = {name: read_config(run) for name, run in runs.items()}
     changes = {name: parse_changes(config, rest) for name, config in configs.items()}
     kind, first = _kind(configs.values(), words.part), next(iter(runs))

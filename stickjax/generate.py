@@ -23,7 +23,8 @@ from stickjax.models.families import family_of
 from stickjax.models.parameters import shardings, specs
 from stickjax.parallel import processes
 from stickjax.parallel.collectives import all_rows, rows_of_device
-from stickjax.parallel.mesh import AXES, ROW_AXES, mesh_of
+from stickjax.parallel.mesh import AXES, mesh_of, row_parts
+from stickjax.storage.hub import local_folder
 from stickjax.storage.run_folder import Loaded, load, read_config
 from stickjax.system.memory import free_memory, gib, local_bytes
 
@@ -59,31 +60,27 @@ def generate(
       on_token: `on_token(row, id)` is called for each new token as soon as it is known. True ends the row.
 
     Returns B lists of new ids. If `eot` has ended a row, it is the last id of the list. Raises ValueError for an option
-    out of range, for a prompt id outside the vocabulary, for an empty prompt if `eot` is None, for a model that
-    generates no text, or if the cache does not fit into memory.
+    out of range, a prompt id outside the vocabulary, an empty prompt without `eot`, a model that generates no text, or
+    a cache that does not fit into memory.
 
-    >>> from stickjax.config import ModelConfig
-    >>> from stickjax.models.transformer import init
+    >>> from stickjax.models.transformer import ModelConfig, init
     >>> model = init(ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16), jax.random.key(0))
     >>> [len(row) for row in generate(model, [[1, 2, 3], [4]], 5, temperature=1.0, top_p=0.9)]
     [5, 5]
     """
-    V = model.config.vocabulary
-    jax.eval_shape(lambda: family_of(model.config).empty_cache(model.config, 1, 1))  # raises for a model without text
-    vocab_size = min(vocab_size or V, V)
+    vocab_size = min(vocab_size or model.config.vocabulary, model.config.vocabulary)
     options = _options(max_new_tokens, temperature, top_k, top_p, seed, vocab_size)
     if not (rows := [_prompt_ids(row, prompt, eot, vocab_size) for row, prompt in enumerate(prompts)]):
         return []
     model, mesh = _with_whole_sequences(model)
-    tokens, segment_ids = _padded(rows, 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROW_AXES))
-    cache = _cache(model.config, len(tokens), _bucket(tokens.shape[1] + max_new_tokens), mesh)
-    key, options = jax.random.key(seed), options | {"mesh": mesh}
-    ids, cache = _advance(model, tokens, segment_ids, cache, key, 0, **options)
+    tokens, segment_ids, cache = _padded(rows, model.config, max_new_tokens, mesh)
+    advance = partial(_advance, model, key=jax.random.key(seed), mesh=mesh, **options)
+    ids, cache = advance(tokens, segment_ids, cache, index=0)
     outputs, active, last = [[] for _ in rows], set(range(len(rows))), segment_ids[:, -1:]
     for index in range(1, max_new_tokens + 1):
         chosen = ids
         if index < max_new_tokens:  # before `chosen` is read, so that the device never waits for Python
-            ids, cache = _advance(model, chosen[:, None], last, cache, key, index, **options)
+            ids, cache = advance(chosen[:, None], last, cache, index=index)
         chosen = np.asarray(chosen).tolist()
         for row in sorted(active):  # rows that have ended are still computed, but their ids are ignored
             outputs[row].append(token := chosen[row])
@@ -107,19 +104,19 @@ def _with_whole_sequences(model: nnx.Module) -> tuple[nnx.Module, Mesh | None]:
     return jax.device_put(model, shardings(mesh, model)), mesh
 
 
-def _padded(rows: list[np.ndarray], multiple: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return prompts as one array of token ids [B,T], and segment ids [B,T]: 0 for a token, -1 for padding.
+def _padded(rows: list[np.ndarray], config, max_new_tokens: int, mesh: Mesh | None):
+    """Return prompts as one array of token ids [B,T], their segment ids [B,T], and an empty cache for all tokens.
 
-    B is a multiple of `multiple`: the last prompt is repeated until it is. T is the length of the longest prompt,
-    rounded up by `_bucket`. Padding is on the left, so that in every decode step all rows write to the same position in
-    the cache.
+    A segment id is 0 for a token, and -1 for padding. Padding is on the left, so that in every decode step all rows
+    write to the same position in the cache. T is the length of the longest prompt, rounded up by `_bucket`. On a mesh
+    that divides B, the last prompt is repeated.
     """
-    rows = rows + [rows[-1]] * (-len(rows) % multiple)
+    rows = rows + [rows[-1]] * (-len(rows) % row_parts(mesh))
     T = _bucket(max(map(len, rows)))
     tokens, segment_ids = np.zeros((len(rows), T), np.int32), np.full((len(rows), T), -1, np.int32)
     for row, ids in enumerate(rows):
         tokens[row, T - len(ids) :], segment_ids[row, T - len(ids) :] = ids, 0
-    return tokens, segment_ids
+    return tokens, segment_ids, _cache(config, len(rows), _bucket(T + max_new_tokens), mesh)
 
 
 def _decode_step(mesh: Mesh | None, model, tokens, segment_ids, cache):
@@ -333,7 +330,7 @@ def _read_prompt(path: str | None) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run `python -m stickjax.generate` with the arguments `argv`; None: `sys.argv[1:]`. Return the exit code."""
     parser = Parser(prog="python -m stickjax.generate", description="Continue prompts with a trained model.")
-    parser.add_argument("run", help="run folder")
+    parser.add_argument("run", help="run folder, Hugging Face folder, or model on the hub: org/name")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", help="a prompt; may be repeated; by default standard input")
     source.add_argument("--prompt-file", help="a file whose whole content is one prompt")
@@ -359,6 +356,7 @@ def main(argv: list[str] | None = None) -> int:
     processes.initialize(args.coordinator, args.processes, args.process)
     sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     _check_options(args.max_new_tokens, **sampling)  # before the model is read
+    args.run = local_folder(args.run)
     changes = parse_changes(read_config(args.run), [*(f"--{word}" for word in args.set), *rest])
     prompts = args.prompt or [_read_prompt(args.prompt_file)]
     loaded = load(args.run, step=args.step, changes=changes, mesh="run")

@@ -1,7 +1,6 @@
 """The compiled evaluation of a language model: the loss of the targets in windows of held-out text."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from stickjax.models.families import family_of
 from stickjax.models.parameters import specs
 from stickjax.models.vocabulary import cross_entropy
 from stickjax.parallel.collectives import psum_over_batch
-from stickjax.parallel.mesh import ROW_AXES, batch_spec, mesh_of, rows_of_process, shard_batch
+from stickjax.parallel.mesh import batch_spec, mesh_of, row_parts, rows_of_process, shard_batch
 
 
 def total_sums(model: nnx.Module, windows: np.ndarray, target_mask: np.ndarray, B: int) -> dict[str, float]:
@@ -38,10 +37,8 @@ def total_sums(model: nnx.Module, windows: np.ndarray, target_mask: np.ndarray, 
     {'nll': 0.0}
     """
     mesh = mesh_of(model)
-    rows, pieces = 1, 1
-    if mesh is not None:
-        rows, context = math.prod(mesh.shape[axis] for axis in ROW_AXES), mesh.shape["context"]
-        pieces = 2 * context if context > 1 else 1
+    rows = row_parts(mesh)
+    pieces = 1 if mesh is None or mesh.shape["context"] == 1 else 2 * mesh.shape["context"]
     B = -(-B // rows) * rows
     padding = ((0, -len(windows) % B), (0, -target_mask.shape[1] % pieces))
     windows, target_mask = np.pad(windows, padding), np.pad(target_mask, padding)

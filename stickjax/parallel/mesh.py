@@ -143,6 +143,15 @@ def _check_batch(config: Config, sizes: dict[str, int]) -> None:
         )
 
 
+def row_parts(mesh: Mesh | None) -> int:
+    """Return the number of parts into which a mesh divides the sequences of a batch. Without a mesh, return 1.
+
+    >>> row_parts(None)
+    1
+    """
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
 def rows_of_process(mesh: Mesh | None) -> tuple[int, int]:
     """Return which part of every batch this process loads, as (index of the part, number of parts).
 
@@ -152,7 +161,7 @@ def rows_of_process(mesh: Mesh | None) -> tuple[int, int]:
     if mesh is None:
         return 0, 1
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
-    owners = owners.reshape(math.prod(mesh.shape[axis] for axis in ROW_AXES), -1)
+    owners = owners.reshape(row_parts(mesh), -1)
     mine = np.flatnonzero((owners == jax.process_index()).any(axis=1))
     return int(mine[0]) // len(mine), len(owners) // len(mine)
 
@@ -187,7 +196,7 @@ def shard_batch(mesh: Mesh | None, batch: dict, accumulate: int = 1) -> dict:
         return batch
     index, count = rows_of_process(mesh)
     context = mesh.shape["context"]
-    shards = math.prod(mesh.shape[axis] for axis in ROW_AXES) // count
+    shards = row_parts(mesh) // count
     pieces = np.stack([np.arange(context), 2 * context - 1 - np.arange(context)], axis=1).reshape(-1)
 
     def one(x):

@@ -28,6 +28,7 @@ from stickjax.models.universal import LanguageModel, PairClassifier
 from stickjax.parallel.mesh import mesh_for_evaluation
 from stickjax.storage import hugging_face
 from stickjax.storage.checkpoints import Checkpoints, check_finite, named_leaves
+from stickjax.storage.hub import local_folder
 from stickjax.storage.hugging_face.files import Lazy, open_safetensors, write_safetensors
 from stickjax.system.disk import write_file, writing
 from stickjax.system.lock import complete_folder
@@ -138,7 +139,8 @@ def check_tokenizer(extra: dict, config: Config, tokenizer: Tokenizer | None, so
     and `source`, the name of the checkpoint.
     """
     recorded = extra.get("tokenizer")
-    if recorded and tokenizer and recorded != tokenizer.name:
+    # Runs of older versions did not record "+prefix" (see `HuggingFaceTokenizer`).
+    if recorded and tokenizer and recorded not in (tokenizer.name, tokenizer.name.partition("+")[0]):
         where = f"data.tokenizer={config.data.tokenizer!r}"
         raise ValueError(
             f"{where} is the tokenizer {tokenizer.name}, but {source} was trained with {recorded}; use that tokenizer"
@@ -260,10 +262,11 @@ def load(
     changes: dict | None = None,
     mesh: Mesh | Literal["run"] | None = None,
 ) -> Loaded:
-    """Load a trained model with its config and tokenizer from a run folder or a Hugging Face folder.
+    """Load a trained model with its config and tokenizer from a run folder, a Hugging Face folder or the hub.
 
     Args:
-      run: a run folder, a Hugging Face folder, or a folder that `save` or `stickjax.convert` has written.
+      run: a run folder, a Hugging Face folder, a folder that `save` or `stickjax.convert` has written, or the name of a
+        model on the Hugging Face hub, such as "org/name" (see `stickjax.storage.hub.local_folder`).
       step: the step of the checkpoint to load; "best": the checkpoint with the best score of the validations during
         the training (`train.eval_every`); None: the newest intact checkpoint. Only a run folder has checkpoints.
       changes: config fields to change, such as {"model.window": 128}. The shapes of the parameters must not change.
@@ -276,6 +279,7 @@ def load(
         finite, do not have the shapes that the config says, or do not fit into the free memory. A Hugging Face folder
         is damaged, or its model is not supported.
     """
+    run = local_folder(run)
     config = read_config(run).replace(changes or {})
     mesh = mesh_for_evaluation(config, changes or ()) if mesh == "run" else mesh
     shapes = jax.eval_shape(lambda: family_of(config.model).init(config.model, jax.random.key(0)))
@@ -305,9 +309,17 @@ def load(
 
 
 def tokenizer_of(config: Config) -> Tokenizer | None:
-    """Load the tokenizer of a config. Return None if its file does not exist, as for some converted models."""
-    name = config.data.tokenizer
-    return load_tokenizer(name, config.data.eot) if name == "byte" or Path(name).exists() else None
+    """Load the tokenizer of a config. Return None if its file does not exist, as for some converted models.
+
+    Raise ValueError if the file has more ids than the V of the model.
+    """
+    name, V = config.data.tokenizer, config.model.vocabulary
+    if name != "byte" and not Path(name).exists():
+        return None
+    tokenizer = load_tokenizer(name, config.data.eot)
+    if name != "byte" and config.model.reads == "text" and tokenizer.vocab_size > V:
+        raise ValueError(f"{name} has {tokenizer.vocab_size} ids, but the model has V={V}; use the model's tokenizer")
+    return tokenizer
 
 
 def _on_devices(leaf: Lazy, spec: jax.ShapeDtypeStruct) -> jax.Array:
