@@ -24,16 +24,12 @@ from stickjax.storage.checkpoints import named_leaves
 from stickjax.storage.run_folder import load, save, with_shardings
 from stickjax.system.memory import local_bytes
 
-MESHES = [
-    {"mesh.fsdp": 4, "mesh.tensor": 2},
-    {"mesh.data": 2, "mesh.expert": 4},
-    {"mesh.fsdp": 2, "mesh.context": 2, "mesh.tensor": 2},
-]
-# The proportions of PowerMoE-3B: V = 32 D, F = D / 3, 40 experts of which 8 are chosen.
+MESHES = [{"mesh.data": 2, "mesh.expert": 4}, {"mesh.fsdp": 2, "mesh.context": 2, "mesh.tensor": 2}]
+# About the proportions of PowerMoE-3B: V = 32 D, F = D / 3, and a fifth of the experts are chosen.
 SMALL = Config(
-    ModelConfig(V=768, D=24, L=3, N=4, K=2, H=6, F=8, experts=ExpertsConfig(E=40, k=8), init_std=0.5)
+    ModelConfig(V=768, D=24, L=2, N=4, K=2, H=6, F=8, experts=ExpertsConfig(E=8, k=2), init_std=0.5)
 ).replace({"data.source": "recall", "data.examples": 200, "data.T": 32, "mesh.fsdp": 16})  # a mesh that is not here
-TEXT = ["--lengths=1,2", "--max-tokens=300"]
+TEXT = ["--lengths=2", "--max-tokens=300"]
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
 
@@ -50,8 +46,8 @@ def alone(run):
     """Return (evaluation records, generated text) of the model on one device."""
     model = stickjax.load(run)
     assert mesh_of(model.model) is None
-    text = model.generate(["a", "once more", "b"], 6, temperature=1.0, top_p=0.9)
-    return model.evaluate(lengths=(1, 2), max_tokens=300), text
+    text = model.generate(["a", "once more", "b"], 6, temperature=1.0)
+    return model.evaluate(lengths=(2,), max_tokens=300), text
 
 
 def lengths(run) -> list[dict]:
@@ -63,8 +59,8 @@ def test_the_results_are_those_of_one_device(run, alone, sizes):
     model = stickjax.load(run, mesh="run", changes={"mesh.fsdp": 1} | sizes)
     assert mesh_of(model.model).size == 8
     found, text = (
-        model.evaluate(lengths=(1, 2), max_tokens=300),
-        model.generate(["a", "once more", "b"], 6, temperature=1.0, top_p=0.9),
+        model.evaluate(lengths=(2,), max_tokens=300),
+        model.generate(["a", "once more", "b"], 6, temperature=1.0),
     )
     assert list(found["tokens"]) == list(alone[0]["tokens"])
     np.testing.assert_allclose(found["bits_per_byte"], alone[0]["bits_per_byte"], rtol=1e-6)
