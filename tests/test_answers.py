@@ -7,6 +7,7 @@ import pytest
 from stickjax.config import Config, DataConfig, ModelConfig, OrderedMemoryConfig, SutConfig
 from stickjax.config.latent_tree import TreeConfig
 from stickjax.data.examples import examples_of, task_of
+from stickjax.data.tasks import scan
 from stickjax.evaluation.answers import induced_trees, predict
 from stickjax.models.families import family_of
 from stickjax.models.vocabulary_size import with_vocabulary
@@ -31,10 +32,10 @@ def test_the_answers_are_those_of_the_batches_of_the_task(source):
     model, config = made(source)
     task, examples = task_of(config), examples_of(config, "test", T=None)
     rows = np.random.default_rng(1).permutation(len(examples))[:5]
-    names = [name for name in task.decode if name != "target"]
+    names = task.inputs
     right, trees, texts = [], [], []
     for i in rows:
-        batch = {name: examples[i][name][None] for name in names}
+        batch = {name: array[None] for name, array in examples[i].items() if name not in ("target", "label")}
         answer = np.asarray(family_of(config.model).predict(model, batch))[0]
         right.append(task.decode["target"](answer) if source == "scan" else task.labels[answer])
         found = [own[0] for own in family_of(config.model).induced_trees(model, batch).values()]
@@ -45,6 +46,18 @@ def test_the_answers_are_those_of_the_batches_of_the_task(source):
     assert induced_trees(model, config, texts) == trees
     assert predict(model, config, texts * 40) == right * 40  # more than one batch
     assert predict(model, config, []) == []
+
+
+def test_a_text_gets_the_brackets_of_its_grammar():
+    """For encoder="tree", an answer for a text is what the model predicts for its words and its brackets."""
+    _, config = made("scan")
+    config = config.replace({"model.encoder": "tree"})
+    model, examples = family_of(config.model).init(config.model, jax.random.key(1)), examples_of(config, "test", T=None)
+    batch = {name: np.stack([examples[i][name] for i in range(40, 44)]) for name in ("source", "brackets")}
+    right = [scan.ACTIONS.decode(words) for words in np.asarray(family_of(config.model).predict(model, batch))]
+    assert predict(model, config, [examples.rows[i].command for i in range(40, 44)]) == right
+    with pytest.raises(ValueError, match=r"texts\[0\]: the command is empty, or a word"):
+        predict(model, config, ["jump and"])
 
 
 @pytest.mark.parametrize(

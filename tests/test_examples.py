@@ -62,11 +62,15 @@ def test_the_batches_of_the_logic_config_are_those_of_earlier_versions():
     assert digest(data.loader(0, 1), 20) == "67cec7b523a391bbae4c63b24805fe21757aad3ddd8f61e92b4a2e6711c7bd77"
 
 
-KINDS = {
+KINDS = {  # fmt: skip
     "pairs": (dict(source="logic", examples=3000, T=40), {"V": 12, "classes": 7}, [("left", "right")]),
     "sentences": (dict(source="listops", examples=3000, T=50), {"V": 18, "classes": 10}, [("tokens",)]),
-    "translation": (dict(source="scan", T=48), {"V": 17, "V_target": 10}, [("source",), ("target",)]),
-    "questions": (dict(source="questions", examples=500, T=18), {"V": 72, "V_target": 72}, [("source",), ("target",)]),
+    "translation": (dict(source="scan", T=48), {"V": 17, "V_target": 10}, [("source", "brackets"), ("target",)]),
+    "questions": (
+        dict(source="questions", examples=500, T=18),
+        {"V": 72, "V_target": 72},
+        [("source", "brackets"), ("target",)],
+    ),
 }
 
 

@@ -9,16 +9,17 @@ from stickjax.training.loop import fit
 from stickjax.training.metrics import read_metrics
 
 SMALL = {
-    "model.depth": 5, "model.H": 4, "model.N": 1, "model.encoder": "gru", "data.B": 4, "train.steps": 2,
+    "model.depth": 5, "model.H": 4, "model.N": 1, "data.B": 4, "train.steps": 2,
     "train.log_every": 1, "optim.warmup_tokens": 0,
 }  # fmt: skip
 
 
 @pytest.mark.slow
-def test_a_run_on_scan(tmp_path, capsys):
+@pytest.mark.parametrize("encoder", ["gru", "tree"])
+def test_a_run_on_scan(encoder, tmp_path, capsys):
     """The tests of the split are longer than all training examples. They are scored by their number of actions."""
     run = str(tmp_path / "run")
-    fit(load_config("tree_scan").replace(SMALL), run, quiet=True)
+    fit(load_config("tree_scan").replace(SMALL | {"model.encoder": encoder}), run, quiet=True)
     assert all(row["loss"] < row["sentence_nll"] for row in read_metrics(run))
     capsys.readouterr()
     assert main([run, "--max-pairs", "2"]) == 0

@@ -1,8 +1,8 @@
 """Training data for models that read examples: pairs of sentences, single sentences, or translations.
 
 A batch of pairs has `left` [B,T], `right` [B,T] and `label` [B]. A batch of sentences has `tokens` [B,T] and `label`
-[B]. A batch of translations has `source` [B,S] and `target` [B,T]. All arrays are int32. Texts are padded on the right
-with id 0.
+[B]. A batch of translations has `source` [B,S], `brackets` [B,S] and `target` [B,T]. All arrays are int32. Texts are
+padded on the right with id 0. `brackets` shows the tree of the source: how many brackets close after each word.
 """
 
 from functools import partial
@@ -29,7 +29,7 @@ def _logic(d: DataConfig) -> Task:
     return Task(
         "pairs of logic", ids, examples, logic.VOCABULARY.encode,
         dict.fromkeys(["left", "right"], logic.VOCABULARY.decode), logic.RELATIONS, bucket=lambda row: row.bucket,
-        bucket_name="operators", brackets=lambda row: [row.left, row.right],
+        bucket_name="operators", brackets=str,  # the texts contain their brackets
     )  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def _listops(d: DataConfig) -> Task:
         "sentences of listops", ids, examples, listops.VOCABULARY.encode, {"tokens": listops.VOCABULARY.decode},
         tuple("0123456789"),
         bucket=lambda row: _up_to(words_in(row.text), (10, 20, 30, 40, 50, 100, 200, 400, 1000)),
-        bucket_name="tokens, up to", brackets=lambda row: [listops.binary(row.text)],
+        bucket_name="tokens, up to", brackets=listops.binary,
     )  # fmt: skip
 
 
@@ -54,6 +54,7 @@ def _scan(d: DataConfig) -> Task:
         "translations of scan", ids, examples, scan.COMMANDS.encode,
         {"source": scan.COMMANDS.decode, "target": scan.ACTIONS.decode},
         bucket=lambda row: _up_to(words_in(row.actions), (8, 16, 22, 24, 28, 32, 40, 48)), bucket_name="actions, up to",
+        brackets=scan.brackets,
     )  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def _questions(d: DataConfig) -> Task:
     words = questions.VOCABULARY
     return Task(
         "translations of questions", {"V": len(words), "V_target": len(words)}, examples, words.encode,
-        {"source": words.decode, "target": words.decode},
+        {"source": words.decode, "target": words.decode}, brackets=questions.brackets,
     )  # fmt: skip
 
 

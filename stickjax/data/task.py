@@ -23,8 +23,8 @@ class Task(NamedTuple):
       operators. The rows with the same number form a bucket. An evaluation computes the accuracy of each bucket. None:
       all rows are in one bucket.
     `bucket_name`: what the number of a bucket counts, such as "operators".
-    `brackets`: a function from a row to the list of its texts, in which brackets show the true tree of each text. None:
-      the texts have no trees.
+    `brackets`: a function from a text that the model reads to the same text with brackets "(" and ")", which show its
+      true tree. None: the texts have no trees.
 
     Three fields are set for labelled rows only:
 
@@ -44,4 +44,9 @@ class Task(NamedTuple):
     files: Mapping[str, bytes] = {}
     bucket: Callable[..., int] | None = None
     bucket_name: str = ""
-    brackets: Callable[..., list[str]] | None = None
+    brackets: Callable[[str], str] | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the texts that the model reads, such as ("left", "right"). A target is not one of them."""
+        return tuple(name for name in self.decode if name != "target")

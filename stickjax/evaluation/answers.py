@@ -9,6 +9,7 @@ from stickjax.config import Config
 from stickjax.data.examples import task_of
 from stickjax.data.task import Task
 from stickjax.data.tasks import Examples
+from stickjax.data.tasks.encoding import closing_brackets
 from stickjax.evaluation.examples import batches_of
 from stickjax.models.families import family_of
 from stickjax.models.ordered_memory.parse import Tree
@@ -32,7 +33,7 @@ def predict(model, config: Config, texts: Sequence[Text]) -> list[str]:
     task, family = task_of(config), family_of(config.model)
     run = jax.jit(family.predict)
     text_of = task.decode["target"] if "target" in task.decode else lambda label: task.labels[label]
-    return _answers(task, texts, lambda batch: [text_of(answer) for answer in jax.device_get(run(model, batch))])
+    return _answers(config, texts, lambda batch: [text_of(answer) for answer in jax.device_get(run(model, batch))])
 
 
 def induced_trees(model, config: Config, texts: Sequence[Text]) -> list[Tree] | list[tuple[Tree, Tree]]:
@@ -49,19 +50,17 @@ def induced_trees(model, config: Config, texts: Sequence[Text]) -> list[Tree] | 
             raise ValueError(f"this model of family={config.model.family!r} induces no trees")
         return list(zip(*found.values(), strict=True))
 
-    found = _answers(task, texts, trees)
-    return found if len(_inputs(task)) == 2 else [tree for (tree,) in found]
+    found = _answers(config, texts, trees)
+    return found if len(task.inputs) == 2 else [tree for (tree,) in found]
 
 
-def _inputs(task: Task) -> tuple[str, ...]:
-    """Return the names of the arrays that the model reads, such as ("left", "right")."""
-    return tuple(name for name in task.decode if name != "target")
-
-
-def _answers(task: Task, texts: Sequence[Text], answer: Callable[[dict], list]) -> list:
+def _answers(config: Config, texts: Sequence[Text], answer: Callable[[dict], list]) -> list:
     """Return the answer for each text, in order. `answer(batch)` returns the answers for the rows of a batch."""
-    names = _inputs(task)
-    rows = [(i, *_encoded(task, names, i, text)) for i, text in enumerate(texts)]
+    task = task_of(config)
+    names, encoders = task.inputs, [task.encode]
+    if "brackets" in family_of(config.model).example_batch(config):
+        names, encoders = (*names, "brackets"), [*encoders, lambda text: closing_brackets(task.brackets(text))]
+    rows = [(i, *_encoded(task, encoders, i, text)) for i, text in enumerate(texts)]
     size = max((len(ids) for _, *row in rows for ids in row), default=0)
 
     def arrays(row) -> dict[str, np.ndarray]:
@@ -74,16 +73,17 @@ def _answers(task: Task, texts: Sequence[Text], answer: Callable[[dict], list]) 
     return [found[i] for i in range(len(rows))]
 
 
-def _encoded(task: Task, names: tuple[str, ...], index: int, text: Text) -> list[np.ndarray]:
-    parts = (text,) if isinstance(text, str) else tuple(text)
-    if len(parts) != len(names):
-        form = "a tuple of two texts (left, right)" if len(names) == 2 else "a string"
+def _encoded(task: Task, encoders: Sequence[Callable], index: int, text: Text) -> list[np.ndarray]:
+    """Return the arrays of a text, or of both texts of a pair. Each encoder converts a text to one array."""
+    parts, count = (text,) if isinstance(text, str) else tuple(text), len(task.inputs)
+    if len(parts) != count:
+        form = "a tuple of two texts (left, right)" if count == 2 else "a string"
         raise ValueError(f"texts[{index}] must be {form}, not {text!r:.80}")
     try:
-        encoded = [np.asarray(task.encode(part), np.int32) for part in parts]
+        encoded = [np.asarray(encode(part), np.int32) for part in parts for encode in encoders]
     except ValueError as error:
         raise ValueError(f"texts[{index}]: {error}") from None
     if not all(map(len, encoded)):
-        part = ": one of the two texts" if len(names) == 2 else ""
+        part = ": one of the two texts" if count == 2 else ""
         raise ValueError(f"texts[{index}]{part} has no tokens: {text!r:.80}")
     return encoded

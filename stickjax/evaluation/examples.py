@@ -167,17 +167,17 @@ def _tree_pairs(task: Task, induced: dict[str, list] | None, rows: list) -> list
         return []
     pairs = []
     for i, row in enumerate(rows):
-        for own, text, plain in zip(induced.values(), task.brackets(row), _texts(row), strict=True):
-            words = plain.split()
-            true, _ = trees.from_brackets(text.split())
+        for own, text in zip(induced.values(), _texts_read(task, row), strict=True):
+            words = text.split()
+            true, _ = trees.from_brackets(task.brackets(text).split())
             tree = trees.restricted(own[i], lambda i, words=words: words[i] not in "()")
             pairs.append((tree, true))
     return pairs
 
 
-def _texts(row) -> list[str]:
-    """Return the texts of a row, in the order of its fields."""
-    return [value for value in row if isinstance(value, str)]
+def _texts_read(task: Task, row) -> list[str]:
+    """Return the texts of a row that the model reads, in order: all texts, except the target of a translation."""
+    return [value for value in row if isinstance(value, str)][: len(task.inputs)]
 
 
 def table(runs: dict[str, Records], bucket_name: str) -> Table:
@@ -234,7 +234,7 @@ def example_trees(model, config: Config, part: str, count: int = 3, longest: int
         if (induced := family.induced_trees(model, batch)) is None:
             return []
         pairs = _tree_pairs(task, induced, rows)
-        texts = [text for row in rows for text in task.brackets(row)]
+        texts = [text for row in rows for text in _texts_read(task, row)]
         for (tree, true), text in zip(pairs, texts, strict=True):
             words = [word for word in text.split() if word not in "()"]
             if len(words) > 1:

@@ -59,6 +59,36 @@ class Vocabulary:
         return " ".join(self.symbols[i] for i in ids if i)
 
 
+def closing_brackets(text: str, T: int | None = None) -> Int[np.ndarray, "T"]:
+    """Return how many brackets close after each word of a text, padded with zeros on the right.
+
+    The brackets "(" and ")" of the text show a binary tree over its words, of which there are at most T. If T is None,
+    it is the number of words.
+
+    Raises ValueError if the brackets do not show a binary tree.
+
+    >>> closing_brackets("( a ( b c ) )", T=4)
+    array([0, 0, 2, 0], dtype=int32)
+    """
+    closed: list[int] = []
+    parts = [0]  # for each open bracket, and for the whole text: the number of its parts so far
+    for word in text.split():
+        if word == "(":
+            parts.append(0)
+            continue
+        if word != ")":
+            closed.append(0)
+        elif len(parts) == 1 or parts.pop() != 2:
+            break
+        else:
+            closed[-1] += 1
+        parts[-1] += 1
+    else:
+        if parts == [1]:
+            return np.array(closed + [0] * ((T or 0) - len(closed)), np.int32)
+    raise ValueError(f"every pair of brackets must have two parts, and one pair must have all words: {text!r:.80}")
+
+
 class Examples:
     """The examples of a task, with access by index, for `grain.MapDataset.source`.
 

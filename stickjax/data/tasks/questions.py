@@ -12,7 +12,7 @@ from random import Random
 from typing import NamedTuple
 
 from stickjax.config.fields import one_of
-from stickjax.data.tasks.encoding import SPECIAL, Examples, Vocabulary, distinct, longest_of, words_in
+from stickjax.data.tasks.encoding import SPECIAL, Examples, Vocabulary, closing_brackets, distinct, longest_of, words_in
 
 DETERMINERS = ("the", "some", "my", "your", "our", "her")
 SINGULAR = (
@@ -149,6 +149,54 @@ def _gen_draws(pick: Pick) -> Iterator[Example]:
             yield _example(sentence, True)
 
 
+def brackets(source: str) -> str:
+    """Return a source with brackets "(" and ")" that show its binary tree.
+
+    A sentence is a subject and a predicate. An auxiliary is joined with its verb phrase, a verb with its object, and a
+    preposition or a relative pronoun with the words that belong to it. Each of the last two words is joined with all
+    words before it.
+
+    Raises ValueError if the source is not a statement of the grammar.
+
+    >>> brackets("our newt who does sleep does admire the yak . quest")
+    '( ( ( ( ( our newt ) ( who ( does sleep ) ) ) ( does ( admire ( the yak ) ) ) ) . ) quest )'
+    """
+    words = source.split()[::-1]
+
+    def take(*allowed: Sequence) -> str:
+        if not words or not any(words[-1] in group for group in allowed):
+            found = f"{words[-1]!r} is wrong there" if words else "it ends too early"
+            raise ValueError(f"{source!r:.200} is not a statement of the grammar: {found}")
+        return words.pop()
+
+    comes = lambda group: words[-1:] and words[-1] in group  # noqa: E731
+
+    def noun() -> str:
+        return f"( {take(DETERMINERS)} {take(SINGULAR, PLURAL)} )"
+
+    def predicate(thing: Callable[[], str]) -> str:
+        auxiliary, transitive = take(*AUXILIARIES), comes(TRANSITIVE)
+        verb = take(INTRANSITIVE, TRANSITIVE)
+        return f"( {auxiliary} ( {verb} {thing()} ) )" if transitive else f"( {auxiliary} {verb} )"
+
+    def clause() -> str:
+        if comes(DETERMINERS):
+            return f"( {noun()} ( {take(*AUXILIARIES)} {take(TRANSITIVE)} ) )"
+        return predicate(noun)
+
+    def phrase() -> str:
+        head = noun()
+        if comes(PREPOSITIONS):
+            return f"( {head} ( {take(PREPOSITIONS)} {noun()} ) )"
+        return f"( {head} ( {take(RELATIVE)} {clause()} ) )" if comes(RELATIVE) else head
+
+    sentence = f"( {phrase()} {predicate(phrase)} )"
+    tree = f"( ( {sentence} {take(('.',))} ) {take(('decl', 'quest'))} )"
+    if words:
+        take()  # no word may follow, so this raises the error
+    return tree
+
+
 @functools.lru_cache(maxsize=1)
 def generate(seed: int = 0, count: int = 100_000) -> QuestionParts:
     """Generate `count` training examples, 1000 examples for validation, 10,000 for tests and 10,000 for "gen".
@@ -176,16 +224,18 @@ def generate(seed: int = 0, count: int = 100_000) -> QuestionParts:
 def examples(
     part: str = "train", *, T: int | None = 18, S: int | None = None, seed: int = 0, count: int = 100_000
 ) -> Examples:
-    """Return the examples of one split. An example has the int32 arrays `source` [T] and `target` [S].
+    """Return the examples of one split. An example has the int32 arrays `source` [T], `brackets` [T] and `target` [S].
 
-    `part` is the name of the split: "train", "valid", "test" or "gen". The arrays have the ids of the words in
-    VOCABULARY, padded with 0. If T is None, T is the number of words of the longest source. If S is None, S is the
-    number of words of the longest target. `count` is the number of training examples, and `seed` decides the examples.
+    `part` is the name of the split: "train", "valid", "test" or "gen". `source` and `target` have the ids of the words
+    in VOCABULARY, and `brackets` has the number of brackets that close after each word of the source (see the function
+    `brackets`). All three are padded with 0. If T is None, T is the number of words of the longest source. If S is
+    None, S is the number of words of the longest target. `count` is the number of training examples, and `seed` decides
+    the examples.
 
     Raises ValueError if a source has more than T words, if a target has more than S words, or for an unknown part.
 
     >>> {name: array.shape for name, array in examples("gen", T=16, count=100)[0].items()}
-    {'source': (16,), 'target': (16,)}
+    {'source': (16,), 'brackets': (16,), 'target': (16,)}
     """
     one_of("part", part, QuestionParts._fields)
     rows, sizes = getattr(generate(seed, count), part), []
@@ -196,10 +246,14 @@ def examples(
         sizes.append(longest if size is None else size)
 
     def arrays(row: Example):
-        return dict(source=VOCABULARY.encode(row.source, sizes[0]), target=VOCABULARY.encode(row.target, sizes[1]))
+        return dict(
+            source=VOCABULARY.encode(row.source, sizes[0]),
+            brackets=closing_brackets(brackets(row.source), sizes[0]),
+            target=VOCABULARY.encode(row.target, sizes[1]),
+        )
 
     lengths = lambda row: (words_in(row.source), words_in(row.target))  # noqa: E731
-    return Examples(rows, arrays, (("source",), ("target",)), lengths)
+    return Examples(rows, arrays, (("source", "brackets"), ("target",)), lengths)
 
 
 def text(seed: int, count: int) -> Iterator[str]:

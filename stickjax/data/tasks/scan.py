@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from stickjax.config.data import SPLITS as ALL_SPLITS
 from stickjax.config.fields import one_of
-from stickjax.data.tasks.encoding import SPECIAL, Examples, Parts, Vocabulary, longest_of, words_in
+from stickjax.data.tasks.encoding import SPECIAL, Examples, Parts, Vocabulary, closing_brackets, longest_of, words_in
 
 PRIMITIVES = ("walk", "look", "run", "jump")
 # The ids of both vocabularies: 0 padding, 1 unknown, 2 start, 3 end, and words from 4. The examples have only words and
@@ -54,6 +54,30 @@ def pairs() -> tuple[Example, ...]:
     both = [(f"{a} and {b}", first + second) for a, first in single for b, second in single]
     reverse = [(f"{a} after {b}", second + first) for a, first in single for b, second in single]
     return tuple(Example(command, " ".join(actions)) for command, actions in single + both + reverse)
+
+
+def brackets(command: str) -> str:
+    """Return a command with brackets "(" and ")" that show its binary tree.
+
+    A conjunction (`and` or `after`) joins the two phrases beside it. Then `twice` or `thrice` joins the whole phrase
+    before it, and each other word joins all words after it.
+
+    Raises ValueError if a phrase has no word.
+
+    >>> brackets("jump around left twice and walk")
+    '( ( ( jump ( around left ) ) twice ) ( and walk ) )'
+    """
+    words = command.split()
+    join = lambda words: brackets(" ".join(words))  # noqa: E731
+    for i, word in enumerate(words):
+        if word in ("and", "after"):
+            return f"( {join(words[:i])} ( {word} {join(words[i + 1 :])} ) )"
+    if not words:
+        raise ValueError("the command is empty, or a word such as `and` or `twice` has no phrase beside it")
+    *phrase, last = words
+    if last in ("twice", "thrice"):
+        return f"( {join(phrase)} {last} )"
+    return functools.reduce(lambda after, word: f"( {word} {after} )", reversed(phrase), last)
 
 
 def generate(split: str = "simple", seed: int = 0) -> Parts:
@@ -103,10 +127,11 @@ def examples(
     seed: int = 0,
     valid_every: int = 0,
 ) -> Examples:
-    """Return the examples of a part. An example has the int32 arrays `source` [T] and `target` [S].
+    """Return the examples of a part. An example has the int32 arrays `source` [T], `brackets` [T] and `target` [S].
 
-    `source` has the ids of the words of a command in the vocabulary COMMANDS. `target` has the ids of its actions in
-    the vocabulary ACTIONS. Both are padded with 0. If T is None, T is the number of words of the longest command. If S
+    `source` has the ids of the words of a command in the vocabulary COMMANDS, and `brackets` [T] has the number of
+    brackets that close after each word (see the function `brackets`). `target` has the ids of its actions in the
+    vocabulary ACTIONS. All three are padded with 0. If T is None, T is the number of words of the longest command. If S
     is None, S is the largest number of actions of a command.
 
     `part` is "train", "valid" or "test", and the function `generate` explains `split` and `seed`. The part "valid" gets
@@ -117,7 +142,7 @@ def examples(
     the part "valid" if `valid_every` is 0.
 
     >>> {name: array.shape for name, array in examples("test", split="length")[0].items()}
-    {'source': (9,), 'target': (48,)}
+    {'source': (9,), 'brackets': (9,), 'target': (48,)}
     """
     rows = generate(split, seed).part(part, valid_every)
     sizes = []
@@ -129,10 +154,14 @@ def examples(
         sizes.append(longest if size is None else size)
 
     def arrays(row: Example):
-        return dict(source=COMMANDS.encode(row.command, sizes[0]), target=ACTIONS.encode(row.actions, sizes[1]))
+        return dict(
+            source=COMMANDS.encode(row.command, sizes[0]),
+            brackets=closing_brackets(brackets(row.command), sizes[0]),
+            target=ACTIONS.encode(row.actions, sizes[1]),
+        )
 
     lengths = lambda row: (words_in(row.command), words_in(row.actions))  # noqa: E731
-    return Examples(rows, arrays, (("source",), ("target",)), lengths)
+    return Examples(rows, arrays, (("source", "brackets"), ("target",)), lengths)
 
 
 def text(seed: int, count: int) -> Iterator[str]:

@@ -84,7 +84,8 @@ class TreeEncoder(nnx.Module):
       [i, f, f', o, u] = [h; h'] join + join_bias
       c'' = sigmoid(i) tanh(u) + sigmoid(f) c + sigmoid(f') c',   h'' = sigmoid(o) tanh(c'').
 
-    A batch has `brackets` [B,S]: how many brackets close after each word of the source (see `trees.closing_brackets`).
+    A batch has `brackets` [B,S]: how many brackets close after each word of the source
+    (see `stickjax.data.tasks.encoding.closing_brackets`).
     The root vector is the h of the whole source. Nodes attend to the h of all words and joined subtrees.
     """
 

@@ -1,4 +1,4 @@
-"""Convert the leaves of a derivation to a tree, and a tree to numbers of closing brackets.
+"""Convert the leaves of a derivation to a tree.
 
 A tree is the index of a word, or a tuple of trees, such as (0, (1, 2)). `stickjax.evaluation.trees` reads trees from
 text, and writes them as text.
@@ -23,23 +23,3 @@ def derivation_tree(nodes: Iterable[int]) -> Tree:
         right = max(parts)  # the last node of the deepest level is a right child, so its sibling is in `parts` too
         parts[right // 2 - 1] = (parts.pop(right - 1), parts.pop(right))
     return parts[0]
-
-
-def closing_brackets(tree: Tree) -> list[int]:
-    """Return how many brackets close after each word of a binary tree.
-
-    A batch for encoder="tree" needs these numbers: each row of its array `brackets` has the numbers for one source.
-
-    Raises:
-      ValueError: the tree is not binary, because a node does not have two children.
-
-    >>> closing_brackets((0, (1, 2)))
-    [0, 0, 2]
-    """
-    if isinstance(tree, int):
-        return [0]
-    if len(tree) != 2:
-        raise ValueError(f"a binary tree has two parts in every pair of brackets, not {len(tree)}: {tree}")
-    left, right = map(closing_brackets, tree)
-    right[-1] += 1
-    return left + right
