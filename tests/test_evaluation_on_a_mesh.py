@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +28,7 @@ MESHES = [{"mesh.data": 2, "mesh.expert": 4}, {"mesh.fsdp": 2, "mesh.context": 2
 SMALL = Config(
     ModelConfig(V=768, D=24, L=2, N=4, K=2, H=6, F=8, experts=ExpertsConfig(E=8, k=2), init_std=0.5)
 ).replace({"data.source": "recall", "data.examples": 200, "data.T": 32, "mesh.fsdp": 16})  # a mesh that is not here
+PROMPTS = ["a", "once more", "b"]
 TEXT = ["--lengths=2", "--max-tokens=300"]
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
@@ -46,7 +46,7 @@ def alone(run):
     """Return (evaluation records, generated text) of the model on one device."""
     model = stickjax.load(run)
     assert mesh_of(model.model) is None
-    text = model.generate(["a", "once more", "b"], 6, temperature=1.0)
+    text = model.generate(PROMPTS, 6, temperature=1.0)
     return model.evaluate(lengths=(2,), max_tokens=300), text
 
 
@@ -58,13 +58,10 @@ def lengths(run) -> list[dict]:
 def test_the_results_are_those_of_one_device(run, alone, sizes):
     model = stickjax.load(run, mesh="run", changes={"mesh.fsdp": 1} | sizes)
     assert mesh_of(model.model).size == 8
-    found, text = (
-        model.evaluate(lengths=(2,), max_tokens=300),
-        model.generate(["a", "once more", "b"], 6, temperature=1.0),
-    )
+    found = model.evaluate(lengths=(2,), max_tokens=300)
     assert list(found["tokens"]) == list(alone[0]["tokens"])
     np.testing.assert_allclose(found["bits_per_byte"], alone[0]["bits_per_byte"], rtol=1e-6)
-    assert text == alone[1]
+    assert model.generate(PROMPTS, 6, temperature=1.0) == alone[1]
 
 
 def test_every_device_reads_only_its_share(run, monkeypatch):
@@ -104,22 +101,20 @@ def test_a_3b_model_is_evaluated_in_eight_parts():
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < total / 3  # gathers one layer at a time
 
 
-def test_the_commands_take_a_mesh(run, tmp_path, capsys):
-    assert evaluate.main([run, *TEXT]) == 0
-    said = capsys.readouterr().err
-    assert "one device is used, because the mesh of the run cannot be made here: the mesh fsdp=16 needs 16" in said
-    one = lengths(run)
-    assert evaluate.main([run, *TEXT, "--mesh.fsdp=2", "--mesh.context=2"]) == 0
-    assert "one device" not in capsys.readouterr().err
-    two = lengths(run)
-    for a, b in zip(one, two, strict=True):
-        assert b["bits_per_byte"] == pytest.approx(a["bits_per_byte"], rel=1e-6) and b["text"] == a["text"]
-    words = [run, "--prompt=a", "--max-new-tokens=4", "--temperature=0"]
-    assert generate.main(words) == generate.main([*words, "--mesh.fsdp=1", "--mesh.tensor=2"]) == 0
-    texts = capsys.readouterr().out.encode().split(b"\n")
-    assert texts[0] == texts[1] or b"".join(texts[: len(texts) // 2]) == b"".join(texts[len(texts) // 2 : -1])
+def test_the_commands_take_a_mesh(run, alone, capsys):
+    mesh = [f"--{name}={size}" for name, size in MESHES[1].items()]
+    prompts = [f"--prompt={prompt}" for prompt in PROMPTS]
+    for options, uses_one in (([], True), (mesh, False)):
+        assert evaluate.main([run, *TEXT, *options]) == 0
+        said = "one device is used, because the mesh of the run cannot be made here: the mesh fsdp=16 needs 16 devices"
+        assert (said in capsys.readouterr().err) == uses_one
+        assert [r["bits_per_byte"] for r in lengths(run)] == pytest.approx(list(alone[0]["bits_per_byte"]), rel=1e-6)
+        assert generate.main([run, *prompts, "--max-new-tokens=6", "--temperature=1", *options]) == 0
+        shown, said = capsys.readouterr()
+        assert shown == "".join(f"--- prompt {row}\n{text}\n" for row, text in enumerate(alone[1]))
+        assert ("one device" in said) == uses_one
     assert evaluate.main([run, "--mesh.data=3"]) == 1
-    assert re.fullmatch("error: the mesh data=3 x fsdp=16 needs 48 devices.*\n", capsys.readouterr().err)
+    assert "error: the mesh data=3 x fsdp=16 needs 48 devices, but there are" in capsys.readouterr().err
 
 
 def test_a_model_of_examples_is_evaluated_on_one_device():
