@@ -22,6 +22,9 @@ from stickjax.system import renamed
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
+    from typing import Literal
+
+    from jax.sharding import Mesh
 
     from stickjax.interactive import TrainedModel
     from stickjax.training.loop import Result
@@ -93,14 +96,25 @@ def fit(
     return fit(config, run, init_from=init_from, branch=branch, quiet=quiet, on_metrics=on_metrics)
 
 
-def load(run: "str | os.PathLike", *, step: "int | str | None" = None, changes: dict | None = None) -> "TrainedModel":
+def load(
+    run: "str | os.PathLike",
+    *,
+    step: "int | str | None" = None,
+    changes: dict | None = None,
+    mesh: "Mesh | Literal['run'] | None" = None,
+) -> "TrainedModel":
     """Load the model of a run folder or of a Hugging Face folder, ready to generate text and to be evaluated.
 
     Args:
-      run: a run folder, a folder in the Hugging Face layout, or a folder that `stickjax.convert` wrote.
+      run: a run folder, a folder in the Hugging Face layout, a folder that `stickjax.convert` wrote, or the name of a
+        model on the Hugging Face hub, such as "org/name".
       step: the step of the checkpoint to load; "best": the checkpoint with the best score of the validations during
         the training (`train.eval_every`); None: the newest intact checkpoint.
       changes: config fields to change, such as {"model.window": 128}. The shapes of the parameters must stay the same.
+      mesh: the devices on which the parameters are sharded. Then `evaluate` and `generate` run on all of them. "run":
+        the mesh of the run, or the mesh in `changes`, such as {"mesh.fsdp": 8}; if the mesh of the run needs more
+        devices than there are, the first device. A `jax.sharding.Mesh`: a mesh of
+        `stickjax.parallel.mesh.make_mesh`. None: the first device.
 
     Returns:
       `TrainedModel` with the fields `model` (the module with the parameters: for a decoder, `model(tokens)` returns an
@@ -111,7 +125,7 @@ def load(run: "str | os.PathLike", *, step: "int | str | None" = None, changes: 
     Raises:
       ValueError: there is no run folder or no checkpoint; the parameters have other shapes than the config says, are
         not finite or do not fit into the free memory; a Hugging Face folder is damaged or has a model that is not
-        supported.
+        supported; the hub does not have the model, or cannot be reached.
 
     >>> import stickjax, tempfile
     >>> sizes = {"model.D": 8, "model.L": 1, "model.N": 2, "model.K": 1, "model.H": 4, "model.F": 16}
@@ -124,10 +138,12 @@ def load(run: "str | os.PathLike", *, step: "int | str | None" = None, changes: 
     """
     from stickjax.interactive import load
 
-    return load(run, step=step, changes=changes)
+    return load(run, step=step, changes=changes, mesh=mesh)
 
 
-def export(model, path: "str | os.PathLike", *, type: str | None = None, shard_bytes: int = 5_000_000_000) -> None:
+def export(
+    model, path: "str | os.PathLike", *, type: str | None = None, shard_bytes: int = 5_000_000_000, push: bool = False
+) -> None:
     """Write a decoder as a Hugging Face folder: config.json, model.safetensors, and tokenizer.json if there is one.
 
     `stickjax.load(path)` returns the same parameters, bit for bit. The page docs/guides/hugging_face.md lists the model
@@ -139,10 +155,12 @@ def export(model, path: "str | os.PathLike", *, type: str | None = None, shard_b
       type: the model type in config.json, such as "llama". It may be None if only one type can hold the model.
       shard_bytes: the largest size of a file with parameters, in bytes. A larger model is divided into several files,
         and an index file lists them.
+      push: True to write the model to the Hugging Face hub instead. `path` is then its name, such as "org/name". A new
+        model on the hub is private.
 
     Raises:
       ValueError: the folder exists, the model type cannot express the model, it is not given although several types can
-        (the message names them), or a parameter is not finite.
+        (the message names them), a parameter is not finite, or the upload fails.
 
     >>> import jax, stickjax, tempfile
     >>> from stickjax.models.transformer import init
@@ -154,7 +172,7 @@ def export(model, path: "str | os.PathLike", *, type: str | None = None, shard_b
     """
     from stickjax.convert import export
 
-    export(model, path, type=type, shard_bytes=shard_bytes)
+    export(model, path, type=type, shard_bytes=shard_bytes, push=push)
 
 
 def __dir__() -> list[str]:

@@ -1,15 +1,17 @@
 """Convert models to and from the Hugging Face layout. The conversion does not need torch.
 
-python -m stickjax.convert FOLDER OUT [--step N] [--shard-bytes 5e9] [--eot TOKEN] [--type TYPE]
+python -m stickjax.convert FOLDER OUT [--step N] [--shard-bytes 5e9] [--eot TOKEN] [--type TYPE] [--push]
 
 If FOLDER is in the Hugging Face layout, OUT becomes a folder that `evaluate`, `generate` and `train --init-from` can
-read. If FOLDER is a run folder, OUT becomes a folder in the Hugging Face layout.
+read. If FOLDER is a run folder, OUT becomes a folder in the Hugging Face layout. FOLDER may also be a model on the
+Hugging Face hub, such as org/name. With --push, OUT is a model on the hub.
 
 A training checkpoint is read into memory completely. Other models are copied one tensor at a time, so they may be
 larger than the memory.
 """
 
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -20,11 +22,11 @@ from stickjax.config.command import Parser, command, step_or_best
 from stickjax.data.special_tokens import read_files, write_files
 from stickjax.models.transformer import Transformer
 from stickjax.storage import hugging_face
+from stickjax.storage.hub import local_folder, new_folder
 from stickjax.storage.hugging_face.files import finite, write_safetensors
 from stickjax.storage.run_folder import (
     MODEL_FILE,
     Loaded,
-    complete_folder,
     in_memory,
     load,
     model_leaves,
@@ -36,7 +38,10 @@ from stickjax.storage.run_folder import (
 SHARD_BYTES = 5_000_000_000
 
 
-def export(model: Loaded | Transformer, path: str, *, type: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+def export(
+    model: Loaded | Transformer, path: str, *, type: str | None = None, shard_bytes: int = SHARD_BYTES,
+    push: bool = False,
+) -> None:  # fmt: skip
     """Write a decoder as a Hugging Face folder: config.json, model.safetensors, and tokenizer.json if there is one.
 
     `stickjax.load(path)` returns the same parameters, bit for bit. There is one exception: in the type
@@ -50,10 +55,12 @@ def export(model: Loaded | Transformer, path: str, *, type: str | None = None, s
       type: the model type in config.json, such as "llama". It may be None if only one type can hold the model.
       shard_bytes: the largest size of a file with parameters, in bytes. A larger model is divided into several files,
         and an index file lists them.
+      push: True to write the model to the Hugging Face hub instead. `path` is then its name, such as "org/name".
 
     Raises:
       ValueError: the folder exists, the model type cannot express the model (the message names the config fields), it
-        is not given although several types can (the message names them), or a parameter is not finite.
+        is not given although several types can (the message names them), a parameter is not finite, or the upload
+        fails (see `stickjax.storage.hub.new_folder`).
 
     >>> import jax, tempfile
     >>> from stickjax import ModelConfig, load
@@ -67,14 +74,14 @@ def export(model: Loaded | Transformer, path: str, *, type: str | None = None, s
     config = model.config if isinstance(model, Loaded) else Config(model.config)
     params = model.model if isinstance(model, Loaded) else model
     tokenizer = model.tokenizer if isinstance(model, Loaded) else None
-    with complete_folder(path) as folder:
+    with new_folder(path, push) as folder:
         files = tokenizer.files if tokenizer else {}
         hugging_face.write(folder, config, finite(in_memory(params), "the model"), shard_bytes, tokenizer, files, type)
 
 
 def convert(
     source: str, path: str, *, step: int | str | None = None, shard_bytes: int = SHARD_BYTES, eot: str | None = None,
-    type: str | None = None,
+    type: str | None = None, push: bool = False,
 ) -> str:  # fmt: skip
     """Convert a Hugging Face folder into a run folder, or a run folder into a Hugging Face folder.
 
@@ -82,7 +89,7 @@ def convert(
     part of an array. Other models are copied one tensor at a time, so only the largest tensor has to fit into memory.
 
     Args:
-      source: the folder to read.
+      source: the folder to read, or the name of a model on the Hugging Face hub, such as "org/name".
       path: the folder to write, which must not exist yet.
       step: the step of the checkpoint, if `source` is a run folder, or "best"; None: the newest checkpoint.
       shard_bytes: the largest size of a file with parameters in a Hugging Face folder, in bytes.
@@ -91,6 +98,7 @@ def convert(
         the tokenizer.json.
       type: the model type of a Hugging Face folder that is written, such as "llama". It may be None if only one type
         can hold the model.
+      push: True to write the Hugging Face folder to the hub. `path` is then the name of the model, such as "org/name".
 
     Returns:
       A line for the terminal that says what was written and how many parameters it has.
@@ -99,7 +107,10 @@ def convert(
       ValueError: the model cannot be read or written, for the reasons that `stickjax.load` and `export` list. Then
         nothing is written.
     """
+    source = os.fspath(local_folder(source))
     to_run = hugging_face.is_folder(Path(source))
+    if to_run and push:
+        raise ValueError(f"--push is for a run folder, but {source} is a Hugging Face folder already")
     if to_run and type is not None:
         raise ValueError(f"--type={type} is for a run folder, but {source} is a Hugging Face folder already")
     config = read_config(source)
@@ -110,7 +121,7 @@ def convert(
         leaves = in_memory(loaded.model)
     leaves, tokenizer, note = finite(leaves, source), tokenizer_of(config), ""
     files = tokenizer.files if tokenizer else read_files(Path(config.data.tokenizer).parent)
-    with complete_folder(path) as folder:
+    with new_folder(path, push) as folder:
         if to_run:
             note = "" if tokenizer else ", without a tokenizer.json; to use text, copy one into this folder"
             write_files(files, folder)
@@ -138,10 +149,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--type", help="model_type of the folder to write, such as llama (default: the only one that fits the model)"
     )
+    parser.add_argument("--push", action="store_true", help="OUT is a model on the Hugging Face hub, such as org/name")
     words = parser.parse_args(argv)
     if not 1 <= words.shard_bytes < math.inf:
         raise ValueError(f"--shard-bytes={words.shard_bytes} must be a number of bytes, at least 1")
     options = dict(step=words.step, shard_bytes=int(words.shard_bytes), eot=words.eot, type=words.type)
+    options["push"] = words.push
     print(convert(words.folder, words.out, **options))
     return 0
 

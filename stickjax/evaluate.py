@@ -1,10 +1,12 @@
 """Compute held-out bits per byte with contexts of 1, 2, 4 and 8 times the training length, always on the same text.
 
-python -m stickjax.evaluate RUN [RUN ...] [--lengths 1,2,4] [--plot PNG]
+python -m stickjax.evaluate RUN [RUN ...] [--lengths 1,2,4] [--plot PNG] [--mesh.fsdp=8]
 
 For a model that reads examples, such as a classifier, the command computes the accuracy instead (see
 `stickjax.evaluation.examples`). For a Universal Transformer on the test part of logic, it computes the accuracy at
 several halting thresholds (see `stickjax.evaluation.pairs`).
+
+A language model is evaluated on the mesh of its run, or on the mesh that the fields --mesh.* describe.
 
 The command writes numbers and pictures into the run folders. It writes nothing into a folder that is read-only or in
 the Hugging Face layout.
@@ -30,9 +32,12 @@ from stickjax.data.examples import task_of
 from stickjax.data.heldout import heldout_windows
 from stickjax.evaluation import bias, examples, plots
 from stickjax.evaluation import pairs as accuracy
-from stickjax.evaluation.held_out import target_sums
+from stickjax.evaluation.held_out import total_sums
 from stickjax.evaluation.plots import Records
 from stickjax.models.families import family_of
+from stickjax.parallel import processes
+from stickjax.parallel.mesh import on_one_device
+from stickjax.storage.hub import local_folder
 from stickjax.storage.run_folder import Loaded, load, read_config, results_folder
 from stickjax.system.disk import write_file
 from stickjax.system.tables import print_table
@@ -59,12 +64,13 @@ def evaluate(
     only adds context.
 
     Args:
-      model: the module with the parameters.
+      model: the module with the parameters. If it is sharded on a mesh, all devices of the mesh evaluate it together.
       config: its data section names the text and the training length T.
       lengths: the values of m. Each must divide the largest one. If no document has m * T tokens, m is left out. The
         smallest m is never left out.
       max_tokens: the largest number of tokens to predict. At least one window is used, even if it has more tokens.
-      batch_tokens: the largest number of tokens in one call of the model. At least one piece is used.
+      batch_tokens: the largest number of tokens in one call of the model. At least one piece is used, and on a mesh at
+        least one piece for every device that takes whole sequences.
       say: a function that is called with a line of progress before each length is evaluated.
 
     Returns:
@@ -81,14 +87,9 @@ def evaluate(
     records = []
     for m in windows.lengths:
         pieces, target_mask = windows.pieces(m)
-        B = max(1, batch_tokens // target_mask.shape[1])
-        count, empty = -(-len(pieces) // B), -len(pieces) % B
         context = m * config.data.T
         say(f"{m}x (context {context}): compiling, then scoring {tokens:,} tokens")
-        padded = np.pad(pieces, ((0, empty), (0, 0))), np.pad(target_mask, ((0, empty), (0, 0)))
-        batches = zip(*(np.split(array, count) for array in padded), strict=True)
-        parts = [jax.device_get(target_sums(model, *batch)) for batch in batches]
-        sums = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
+        sums = total_sums(model, pieces, target_mask, max(1, batch_tokens // target_mask.shape[1]))
         bits = sums["nll"] / math.log(2)
         record = dict(
             multiple=m, context=context, bits_per_byte=bits / windows.bytes if windows.bytes else math.nan,
@@ -108,6 +109,7 @@ def depths(model: nnx.Module, config: Config, *, lines: int = 4, T: int = 64) ->
     _, heldout = load_corpus(config.data)
     T = min(T, config.data.T)
     windows = heldout_windows(heldout, T, lengths=(1,), max_tokens=lines * T)
+    model = on_one_device(model)
     found = jax.device_get(family_of(model.config).apply(model, {"tokens": windows.tokens[:, :-1]}).depth)
 
     def text(token: int) -> str:
@@ -182,6 +184,7 @@ def _parser() -> Parser:
     parser.add_argument("--part", default="test", help="examples to score: test, or valid to choose hyperparameters")
     parser.add_argument("--filtered", metavar="FILE", help="write the held-out rows that the first run labels wrongly")
     parser.add_argument("--plot", metavar="PNG", help="path of the picture; by default in the first run's folder")
+    parser.add_process_options()
     return parser
 
 
@@ -256,7 +259,10 @@ def _show(kind: str, results: dict[str, Records], bucket_name: str, picture: Pat
 @command
 def main(argv: list[str] | None = None) -> int:
     words, rest = _parser().parse_with_fields(argv)
+    processes.initialize(words.coordinator, words.processes, words.process)
+    writes = processes.is_writer()  # the other processes evaluate with it, but print and write nothing
     runs, words.lengths = names(words.runs), _lengths(words.lengths)
+    runs = {name: Path(local_folder(run)) for name, run in runs.items()}
     configs = {name: read_config(run) for name, run in runs.items()}
     changes = {name: parse_changes(config, rest) for name, config in configs.items()}
     kind, first = _kind(configs.values(), words.part), next(iter(runs))
@@ -266,15 +272,17 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--plot={words.plot}: {printable(Path(words.plot).parent)} is not a folder; make it first")
     results, places = {}, {}
     for name, run in runs.items():
-        say_error(f"{name}: reading the parameters")
-        say = lambda line, name=name: say_error(f"{name}: {line}")  # noqa: E731
-        loaded = load(run, step=words.step, changes=changes[name])
-        place = places[name] = results_folder(run)
+        say = lambda line, name=name: say_error(f"{name}: {line}") if writes else None  # noqa: E731
+        say("reading the parameters")
+        loaded = load(run, step=words.step, changes=changes[name], mesh="run")
+        place = places[name] = results_folder(run) if writes else None
         if place and (rows := read_metrics(run)):
             plots.plot_training({name: rows}, place / "training.png")
         results[name] = _records(kind, name, loaded, place, words, say)
         if words.filtered and name == first:
             bias.report(loaded.model, loaded.config, Path(words.filtered), say)
+    if not writes:
+        return 0
     file = "length.png" if kind == "text" else "accuracy.png"
     bucket_name = "" if kind == "text" else task_of(configs[first]).bucket_name
     _show(kind, results, bucket_name, words.plot or (places[first] and places[first] / file))

@@ -1,27 +1,32 @@
 """Generate text with a trained model. One call reads the prompts; then each new token is one jitted decode step.
 
-python -m stickjax.generate RUN --prompt "def main(" [--temperature 0.8] [--top-p 0.95] [--stop TEXT ...]
+python -m stickjax.generate RUN --prompt "def main(" [--temperature 0.8] [--stop TEXT ...] [--mesh.tensor=8]
 """
 
 import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stickjax.config.command import Parser, command, step_or_best
-from stickjax.config.command_line import parse
+from stickjax.config.command_line import parse_changes
 from stickjax.config.fields import SEED
 from stickjax.data.tokenizer import StreamDecoder, Tokenizer
 from stickjax.models.families import family_of
+from stickjax.models.parameters import shardings, specs
+from stickjax.parallel import processes
+from stickjax.parallel.collectives import all_rows, rows_of_device
+from stickjax.parallel.mesh import AXES, mesh_of, row_parts
+from stickjax.storage.hub import local_folder
 from stickjax.storage.run_folder import Loaded, load, read_config
-from stickjax.system.memory import free_memory, gib
+from stickjax.system.memory import free_memory, gib, local_bytes
 
 
 def generate(
@@ -39,7 +44,8 @@ def generate(
 ) -> list[list[int]]:
     """Return the token ids that follow each of B prompts, drawn from softmax(logits / temperature).
 
-    A row is a prompt with its new tokens. The new tokens depend on the prompt, the row's index and the seed only.
+    A row is a prompt with its new tokens. The new tokens depend on the prompt, the row's index and the seed only. If
+    the model is sharded on a mesh, the mesh computes all rows together, and every process must make the same call.
 
     Args:
       model: the module with the parameters, such as `stickjax.load(run).model`.
@@ -54,28 +60,27 @@ def generate(
       on_token: `on_token(row, id)` is called for each new token as soon as it is known. True ends the row.
 
     Returns B lists of new ids. If `eot` has ended a row, it is the last id of the list. Raises ValueError for an option
-    out of range, for a prompt id outside the vocabulary, for an empty prompt if `eot` is None, for a model that
-    generates no text, or if the cache does not fit into memory.
+    out of range, a prompt id outside the vocabulary, an empty prompt without `eot`, a model that generates no text, or
+    a cache that does not fit into memory.
 
-    >>> from stickjax.config import ModelConfig
-    >>> from stickjax.models.transformer import init
+    >>> from stickjax.models.transformer import ModelConfig, init
     >>> model = init(ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16), jax.random.key(0))
     >>> [len(row) for row in generate(model, [[1, 2, 3], [4]], 5, temperature=1.0, top_p=0.9)]
     [5, 5]
     """
-    size, V = _cache_bytes(model.config), model.config.vocabulary  # raises for a model that generates no text
-    vocab_size = min(vocab_size or V, V)
+    vocab_size = min(vocab_size or model.config.vocabulary, model.config.vocabulary)
     options = _options(max_new_tokens, temperature, top_k, top_p, seed, vocab_size)
     if not (rows := [_prompt_ids(row, prompt, eot, vocab_size) for row, prompt in enumerate(prompts)]):
         return []
-    tokens, segment_ids = _padded(rows)
-    key, cache = jax.random.key(seed), _cache(model.config, len(rows), _bucket(tokens.shape[1] + max_new_tokens), size)
-    ids, cache = _advance(model, tokens, segment_ids, cache, key, 0, **options)
+    model, mesh = _with_whole_sequences(model)
+    tokens, segment_ids, cache = _padded(rows, model.config, max_new_tokens, mesh)
+    advance = partial(_advance, model, key=jax.random.key(seed), mesh=mesh, **options)
+    ids, cache = advance(tokens, segment_ids, cache, index=0)
     outputs, active, last = [[] for _ in rows], set(range(len(rows))), segment_ids[:, -1:]
     for index in range(1, max_new_tokens + 1):
         chosen = ids
         if index < max_new_tokens:  # before `chosen` is read, so that the device never waits for Python
-            ids, cache = _advance(model, chosen[:, None], last, cache, key, index, **options)
+            ids, cache = advance(chosen[:, None], last, cache, index=index)
         chosen = np.asarray(chosen).tolist()
         for row in sorted(active):  # rows that have ended are still computed, but their ids are ignored
             outputs[row].append(token := chosen[row])
@@ -86,21 +91,52 @@ def generate(
     return outputs
 
 
-def _padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return B prompts as one array of token ids [B,T], and segment ids [B,T]: 0 for a token, -1 for padding.
+def _with_whole_sequences(model: nnx.Module) -> tuple[nnx.Module, Mesh | None]:
+    """Return a model and its mesh (None: a single device), after the mesh axis "context" became a part of "data".
 
-    T is the length of the longest prompt, rounded up by `_bucket`. Padding is on the left, so that in every decode step
-    all rows write to the same position in the cache.
+    Generation does not divide sequences. The parameters stay where they are, because none is divided by these two axes.
     """
+    if (mesh := mesh_of(model)) is None or mesh.shape["context"] == 1:
+        return model, mesh
+    sizes = mesh.shape | {"data": mesh.shape["data"] * mesh.shape["context"], "context": 1}
+    devices = np.moveaxis(mesh.devices, AXES.index("context"), 1).reshape([sizes[axis] for axis in AXES])
+    mesh = Mesh(devices, AXES, axis_types=mesh.axis_types)
+    return jax.device_put(model, shardings(mesh, model)), mesh
+
+
+def _padded(rows: list[np.ndarray], config, max_new_tokens: int, mesh: Mesh | None):
+    """Return prompts as one array of token ids [B,T], their segment ids [B,T], and an empty cache for all tokens.
+
+    A segment id is 0 for a token, and -1 for padding. Padding is on the left, so that in every decode step all rows
+    write to the same position in the cache. T is the length of the longest prompt, rounded up by `_bucket`. On a mesh
+    that divides B, the last prompt is repeated.
+    """
+    rows = rows + [rows[-1]] * (-len(rows) % row_parts(mesh))
     T = _bucket(max(map(len, rows)))
     tokens, segment_ids = np.zeros((len(rows), T), np.int32), np.full((len(rows), T), -1, np.int32)
     for row, ids in enumerate(rows):
         tokens[row, T - len(ids) :], segment_ids[row, T - len(ids) :] = ids, 0
-    return tokens, segment_ids
+    return tokens, segment_ids, _cache(config, len(rows), _bucket(T + max_new_tokens), mesh)
 
 
-@partial(jax.jit, static_argnames=("top_k", "vocab_size"), donate_argnames="cache")
-def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_k, top_p, vocab_size):
+def _decode_step(mesh: Mesh | None, model, tokens, segment_ids, cache):
+    """Run the decode step of the model's family on a mesh. Every device gets the logits [B,V] of all rows."""
+    family = family_of(model.config)
+
+    def step(model, tokens, segment_ids, cache):
+        logits, cache = family.decode_step(model, rows_of_device(tokens), rows_of_device(segment_ids), cache)
+        return all_rows(logits), cache
+
+    if mesh is None:
+        return step(model, tokens, segment_ids, cache)
+    whole, own = PartitionSpec(), family.cache_specs(cache)
+    inputs = specs(model), whole, whole, own
+    on_mesh = jax.shard_map(step, mesh=mesh, in_specs=inputs, out_specs=(whole, own), check_vma=False)
+    return on_mesh(model, tokens, segment_ids, cache)
+
+
+@partial(jax.jit, static_argnames=("top_k", "vocab_size", "mesh"), donate_argnames="cache")
+def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_k, top_p, vocab_size, mesh=None):
     """Run the model on `tokens` [B,T], and draw the next token of every row. Return (ids [B], the new cache).
 
     `segment_ids` [B,T]: -1 for padding, 0 for tokens. `cache`: the keys and values of earlier tokens. The new cache
@@ -108,7 +144,7 @@ def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_
     the number of new tokens that each row already has. If `temperature` is None, the most likely token is taken. Only
     ids below `vocab_size` are drawn.
     """
-    logits, cache = family_of(model.config).decode_step(model, tokens, segment_ids, cache)
+    logits, cache = _decode_step(mesh, model, tokens, segment_ids, cache)
 
     def choose(logits, row):
         logits = jnp.where(jnp.arange(len(logits)) < vocab_size, logits, -jnp.inf)
@@ -128,27 +164,23 @@ def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_
     return jax.vmap(choose)(logits, jnp.arange(len(tokens))).astype(jnp.int32), cache
 
 
-def _cache_bytes(config) -> float:
-    """Return the number of bytes that one token of one sequence takes in the key/value cache, for a model config.
-
-    Raises ValueError for a model that generates no text.
-    """
-    shapes = jax.eval_shape(lambda: family_of(config).empty_cache(config, 1, 64))
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)) / 64
-
-
-def _cache(config, B: int, S: int, size: float):
-    """Return an empty cache for B sequences of S tokens. `size` is the number of bytes for one token of one sequence.
+def _cache(config, B: int, S: int, mesh: Mesh | None):
+    """Return an empty cache for B sequences of S tokens. On a mesh, every device has a part of it.
 
     Raises ValueError if the cache does not fit into the free memory.
     """
-    needed, free = B * S * size, free_memory()
+    family = family_of(config)
+    empty = lambda: family.empty_cache(config, B, S)  # noqa: E731
+    if mesh is not None:
+        places = jax.tree.map(partial(NamedSharding, mesh), family.cache_specs(jax.eval_shape(empty)))
+        empty = jax.jit(empty, out_shardings=places)
+    needed, free = local_bytes(jax.eval_shape(empty)), free_memory(mesh)
     if free is not None and needed > free.bytes:
         raise ValueError(
             f"a cache of {B} sequences of {S:,} tokens takes {gib(needed)}, but {gib(free.bytes)} are {free.source}; "
             "use a smaller max_new_tokens, shorter prompts or fewer prompts"
         )
-    return family_of(config).empty_cache(config, B, S)
+    return empty()
 
 
 def _bucket(n: int) -> int:
@@ -298,7 +330,7 @@ def _read_prompt(path: str | None) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run `python -m stickjax.generate` with the arguments `argv`; None: `sys.argv[1:]`. Return the exit code."""
     parser = Parser(prog="python -m stickjax.generate", description="Continue prompts with a trained model.")
-    parser.add_argument("run", help="run folder")
+    parser.add_argument("run", help="run folder, Hugging Face folder, or model on the hub: org/name")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", help="a prompt; may be repeated; by default standard input")
     source.add_argument("--prompt-file", help="a file whose whole content is one prompt")
@@ -319,17 +351,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="set a config field: model.window=64"
     )
-    args = parser.parse_args(argv)
+    parser.add_process_options()
+    args, rest = parser.parse_with_fields(argv)
+    processes.initialize(args.coordinator, args.processes, args.process)
     sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     _check_options(args.max_new_tokens, **sampling)  # before the model is read
-    changed = parse(read_config(args.run), [f"--{word}" for word in args.set])
-    changes = {key: attrgetter(key)(changed) for key in (word.partition("=")[0] for word in args.set)}
+    args.run = local_folder(args.run)
+    changes = parse_changes(read_config(args.run), [*(f"--{word}" for word in args.set), *rest])
     prompts = args.prompt or [_read_prompt(args.prompt_file)]
-    loaded = load(args.run, step=args.step, changes=changes)
-    one = len(prompts) == 1
-    on_text = (lambda row, piece: print(piece, end="", flush=True)) if one else None
+    loaded = load(args.run, step=args.step, changes=changes, mesh="run")
+    one, writes = len(prompts) == 1, processes.is_writer()
+    on_text = (lambda row, piece: print(piece, end="", flush=True)) if one and writes else None
     options = dict(stop=args.stop, special_tokens=args.special_tokens, on_text=on_text) | sampling
     texts = generate_text(loaded, prompts, args.max_new_tokens, **options)
+    if not writes:  # process 0 prints
+        return 0
     print(*() if one else (f"--- prompt {row}\n{text}" for row, text in enumerate(texts)), sep="\n")
     return 0
 

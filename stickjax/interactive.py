@@ -47,9 +47,9 @@ def fit(config: Config | str | os.PathLike, run: str | os.PathLike | None, *, qu
         return Result(None, False, None, 0.0, int(signal.SIGINT), run)
 
 
-def load(run: str | os.PathLike, *, step: int | str | None, changes: dict | None) -> "TrainedModel":
+def load(run: str | os.PathLike, **options) -> "TrainedModel":
     """Load the model of a folder. This is the implementation of `stickjax.load`, with the same arguments."""
-    model = TrainedModel(*run_folder.load(run, step=step, changes=changes))
+    model = TrainedModel(*run_folder.load(run, **options))
     model.run = os.fspath(run)
     return model
 

@@ -25,9 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the memory and time of a step; write nothing")
     parser.add_argument("--profile", action="store_true", help="write a trace of a few steps to RUN/profile")
     parser.add_argument("-h", "--help", action="store_true", help="show the options and the config fields")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address at which process 0 listens")
-    parser.add_argument("--processes", type=int, metavar="N", help="number of processes; stickjax.launch starts them")
-    parser.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
+    parser.add_process_options()
     words, rest = parser.parse_with_fields(argv)
     if not words.help:
         processes.initialize(words.coordinator, words.processes, words.process)

@@ -60,7 +60,7 @@ def edit_header(change):
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
         change(header)
-        text = json.dumps(header).encode()
+        text = json.dumps(header).replace(' ":', '":').encode()  # a space at the end of a name makes a second name
         (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
 
     return changed
@@ -120,6 +120,14 @@ BAD = {
     "empty": (edit_bytes(lambda data: b""), "model.safetensors cannot be read"),
     "header": (edit_bytes(lambda data: data[:20] + b"\xff" + data[21:]), "model.safetensors cannot be read: .*header"),
     "length": (edit_bytes(lambda data: b"\xff" * 8 + data[8:]), "cannot be read: .*header too large"),
+    "two-halves": (
+        edit_tensors(lambda a: a.update({Q: a[Q].astype("f2"), UP: a[UP].astype(jnp.bfloat16)})),
+        rf"mixes the types F16 \({Q}\) and BF16 \({UP}\)",
+    ),
+    "named-twice": (
+        edit_header(lambda header: header.update({UP + " ": header[UP]})),
+        f"cannot be read: the name '{UP}' occurs twice",
+    ),
     "overlap": (edit_header(moved(Q, -64)), "cannot be read: .*invalid offset"),
     "outside": (edit_header(moved(Q, 10**9)), "cannot be read: .*invalid offset"),
     "no-shard": (indexed(**{Q: "model-2.safetensors"}), "names shards that do not exist: model-2.safetensors"),

@@ -173,7 +173,7 @@ def test_a_mesh_gives_the_same_numbers():
     data, mesh = training_data(config), make_mesh(config)
     model = family_of(config.model).init(config.model, jax.random.key(0))
     expected = validation_of(config, data).measure(model)
-    found = validation_of(config, data, mesh).measure(jax.device_put(model, shardings(mesh, model)))
+    found = validation_of(config, data).measure(jax.device_put(model, shardings(mesh, model)))
     assert found.keys() == expected.keys()
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
 

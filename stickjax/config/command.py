@@ -46,6 +46,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UsageError(message)
 
+    def add_process_options(self) -> None:
+        """Add the options by which several processes find one another: the arguments of `processes.initialize`."""
+        self.add_argument("--coordinator", metavar="HOST:PORT", help="address at which process 0 listens")
+        self.add_argument("--processes", type=int, metavar="N", help="number of processes, each with its own devices")
+        self.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
+
     def parse_args(self, args=None, namespace=None):
         words, rest = self.parse_known_args(args, namespace)
         if rest:

@@ -140,6 +140,25 @@ def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) ->
     return Named(ends, frozenset(special & set(added.values())), "" if ends else problem)
 
 
+def prefix_of(own: tuple[int, ...], files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) -> tuple:
+    """Return the ids that a tokenizer puts in front of every text.
+
+    If tokenizer_config.json has the entry "add_bos_token", it decides: true means the id of "bos_token" alone, and
+    false means no id. Otherwise they are `own`, the ids that the tokenizer.json puts in front.
+
+    Args:
+      own: ids.
+      files, added, folder: as in `named`.
+
+    >>> prefix_of((), {"tokenizer_config.json": b'{"add_bos_token": true, "bos_token": "<s>"}'}, {"<s>": 1}, Path())
+    (1,)
+    """
+    tree = read_object(files.get(TOKENIZER_CONFIG, b"{}"), folder / TOKENIZER_CONFIG)
+    if not isinstance(adds := tree.get("add_bos_token"), bool):
+        return own
+    return tuple(_ids("bos_token", tree.get("bos_token"), added, folder / TOKENIZER_CONFIG)) if adds else ()
+
+
 def _ids(key: str, value: Any, added: Mapping[str, int], where: Path) -> list[int]:
     """Return the token ids that an entry of a JSON file stands for.
 

@@ -216,8 +216,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     The end of text is `eot`, the text of an added token of the file. If `eot` is None, `special_tokens.named` finds the
     end of text in other files of the same folder. If these files name no end of text, it is the first token of
-    `END_OF_TEXT` that is an added token. The attribute `prefix` has the ids that the post-processor of the file puts in
-    front of a text.
+    `END_OF_TEXT` that is an added token. `special_tokens.prefix_of` decides the `prefix`; if it is not the one of the
+    tokenizer.json, the name of the tokenizer ends in "+" and the prefix.
 
     Raises ValueError if the package is missing, if a file cannot be read, or if no end of text is found.
     """
@@ -255,7 +255,7 @@ class HuggingFaceTokenizer(Tokenizer):
             self._tokenizer = Fast.from_str(json.dumps(tree))
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
-            self.prefix = self._prefix(next(iter(added), ""))
+            own = self._prefix(next(iter(added), ""))
         # The package raises an Exception. If its Rust code panics, it raises a class that is not derived from
         # Exception.
         except BaseException as error:
@@ -274,6 +274,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = True  # text that spells a special token is encoded as ordinary text
         # The name comes from the content, because a path means nothing on another machine.
         self.name = "hf:" + hashlib.sha256(content).hexdigest()[:16]
+        self.prefix = special_tokens.prefix_of(own, files, added, path.parent)
+        self.name += "" if self.prefix == own else f"+{list(self.prefix)}"
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eot, self.ends = ends[0], frozenset(ends)
         self.files = {"tokenizer.json": content} | files

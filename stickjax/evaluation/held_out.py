@@ -1,29 +1,80 @@
 """The compiled evaluation of a language model: the loss of the targets in windows of held-out text."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from stickjax.models.families import family_of
+from stickjax.models.parameters import specs
+from stickjax.models.vocabulary import cross_entropy
+from stickjax.parallel.collectives import psum_over_batch
+from stickjax.parallel.mesh import batch_spec, mesh_of, row_parts, rows_of_process, shard_batch
 
 
-@jax.jit
-def target_sums(model: nnx.Module, windows: jax.Array, target_mask: jax.Array) -> dict[str, jax.Array]:
-    """Predict each token of a batch of texts from the previous tokens, and return sums over the batch.
+def total_sums(model: nnx.Module, windows: np.ndarray, target_mask: np.ndarray, B: int) -> dict[str, float]:
+    """Predict each token of n texts from the previous tokens, and return sums over all texts.
+
+    If the model is sharded on a mesh, the mesh evaluates each batch together. Every process must make the same call.
 
     Args:
       model: the module with the parameters.
-      windows: token ids [B,T+1]. In each row, the first T tokens are inputs, and the last T tokens are targets.
-      target_mask: [B,T], True for the targets that count, and False for padding.
+      windows: token ids [n,T+1]. In each row, the first T tokens are inputs, and the last T tokens are targets.
+      target_mask: [n,T], True for the targets that count, and False for padding.
+      B: the number of texts in one call of the model. On a mesh, it is rounded up to a number that the mesh can divide.
+
+    Returns:
+      The sums of `target_sums` over all batches.
+
+    >>> from stickjax.config import ModelConfig
+    >>> from stickjax.models.transformer import init
+    >>> model = init(ModelConfig(V=16, D=8, L=1, N=2, K=1, H=4, F=16), jax.random.key(0))
+    >>> windows = np.ones((3, 5), np.int32)
+    >>> total_sums(model, windows, np.zeros((3, 4), bool), B=2)  # no target counts
+    {'nll': 0.0}
+    """
+    mesh = mesh_of(model)
+    rows = row_parts(mesh)
+    pieces = 1 if mesh is None or mesh.shape["context"] == 1 else 2 * mesh.shape["context"]
+    B = -(-B // rows) * rows
+    padding = ((0, -len(windows) % B), (0, -target_mask.shape[1] % pieces))
+    windows, target_mask = np.pad(windows, padding), np.pad(target_mask, padding)
+    index, count = rows_of_process(mesh)
+    parts = []
+    for start in range(0, len(windows), B):
+        own = slice(start + index * B // count, start + (index + 1) * B // count)
+        batch = {"tokens": windows[own, :-1], "targets": windows[own, 1:], "mask": target_mask[own]}
+        parts.append(jax.device_get(target_sums(model, shard_batch(mesh, batch), mesh)))
+    return {name: sum(float(part[name]) for part in parts) for name in parts[0]}
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def target_sums(model: nnx.Module, batch: dict[str, jax.Array], mesh: Mesh | None = None) -> dict[str, jax.Array]:
+    """Predict each target of a batch of texts, and return sums over the batch.
+
+    Args:
+      model: the module with the parameters, sharded on `mesh`.
+      batch: the arrays [B,T] `tokens` (token ids), `targets` (for each token, the next one) and `mask` (True for the
+        targets that count), sharded by `shard_batch`.
+      mesh: the mesh; None: a single device.
 
     Returns:
       {"nll": the sum of the negative log-likelihoods of the targets, in nats}. For a model that halts tokens, such
       as a Universal Transformer, also "depth": the sum of the depths of the input tokens whose targets count. The depth
       of a token is the expected number of blocks that are applied to it, given its halting probabilities.
     """
-    output = family_of(model.config).apply(model, {"tokens": windows[:, :-1]})
-    by_token = {"nll": optax.softmax_cross_entropy_with_integer_labels(output.logits, windows[:, 1:])}
-    if (depth := getattr(output, "depth", None)) is not None:
-        by_token["depth"] = depth
-    return {name: jnp.where(target_mask, values, 0).sum() for name, values in by_token.items()}
+
+    def sums(model, batch):
+        output = family_of(model.config).apply(model, {"tokens": batch["tokens"]})
+        by_token = {"nll": cross_entropy(output.logits, batch["targets"])}
+        if (depth := getattr(output, "depth", None)) is not None:
+            by_token["depth"] = depth
+        return psum_over_batch({name: jnp.where(batch["mask"], x, 0).sum() for name, x in by_token.items()})
+
+    if mesh is None:
+        return sums(model, batch)
+    inputs = specs(model), jax.tree.map(batch_spec, batch)
+    return jax.shard_map(sums, mesh=mesh, in_specs=inputs, out_specs=PartitionSpec(), check_vma=False)(model, batch)

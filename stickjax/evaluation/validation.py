@@ -9,9 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
 
 from stickjax.config import Config
 from stickjax.data.batches import TrainingData
@@ -20,12 +18,9 @@ from stickjax.data.examples import examples_of
 from stickjax.data.heldout import heldout_windows
 from stickjax.data.tasks import Examples
 from stickjax.evaluation.examples import batches_of, right_answers
-from stickjax.evaluation.held_out import target_sums
+from stickjax.evaluation.held_out import total_sums
 from stickjax.models.families import family_of
-from stickjax.models.parameters import specs
-from stickjax.models.vocabulary import cross_entropy
-from stickjax.parallel.collectives import psum_over_batch
-from stickjax.parallel.mesh import batch_spec, rows_of_process, shard_batch
+from stickjax.parallel.mesh import on_one_device
 
 
 class Validation(NamedTuple):
@@ -44,14 +39,13 @@ class Validation(NamedTuple):
     summary: str
 
 
-def validation_of(config: Config, data: TrainingData, mesh: Mesh | None = None) -> Validation | str:
+def validation_of(config: Config, data: TrainingData) -> Validation | str:
     """Return the validation of a training. If the data have no part for it, return a line that says so.
 
     Args:
       config: the config of the training. At most `train.eval_tokens` tokens are scored, but always at least one window
         of text, or one example.
       data: the training data of this config.
-      mesh: the mesh of the training.
 
     Raises ValueError if the data have a part "valid", but it has no examples.
 
@@ -62,7 +56,7 @@ def validation_of(config: Config, data: TrainingData, mesh: Mesh | None = None) 
     'validation is not available: valid_every=0 leaves no examples for validation'
     """
     if data.heldout is not None:
-        return _of_text(config, data.heldout, mesh)
+        return _of_text(config, data.heldout)
     try:
         examples = examples_of(config, "valid")
     except ValueError as error:
@@ -72,22 +66,15 @@ def validation_of(config: Config, data: TrainingData, mesh: Mesh | None = None) 
     return _of_examples(config, examples, data.source)
 
 
-def _of_text(config: Config, corpus: Corpus, mesh: Mesh | None) -> Validation:
+def _of_text(config: Config, corpus: Corpus) -> Validation:
     """Return the validation of a language model: its loss on the held-out text `corpus`, with contexts of T tokens."""
     windows = heldout_windows(corpus, config.data.T, lengths=(1,), max_tokens=config.train.eval_tokens)
     tokens, mask = windows.pieces(1)
-    if mesh is not None:  # a mesh that divides T may not divide a smaller number
-        wider = config.data.T - mask.shape[1]
-        tokens, mask = np.pad(tokens, ((0, 0), (0, wider))), np.pad(mask, ((0, 0), (0, wider)))
     B = config.data.B // config.train.accumulate  # a microbatch of B sequences fits into memory
-    count, empty = -(-len(tokens) // B), -len(tokens) % B
-    padded = np.pad(tokens, ((0, empty), (0, 0))), np.pad(mask, ((0, empty), (0, 0)))
-    batches = list(zip(*(np.split(array, count) for array in padded), strict=True))
     targets = int(windows.targets.sum())
-    sums = (lambda model, batch: target_sums(model, *batch)["nll"]) if mesh is None else _mesh_sums(config, mesh)
 
     def measure(model) -> dict[str, float]:
-        nll = sum(float(jax.device_get(sums(model, batch))) for batch in batches)
+        nll = total_sums(model, tokens, mask, B)["nll"]
         bits = nll / math.log(2)
         return {
             "heldout_loss": nll / targets,
@@ -95,36 +82,6 @@ def _of_text(config: Config, corpus: Corpus, mesh: Mesh | None) -> Validation:
         }
 
     return Validation(measure, "heldout_loss", 1, f"{targets:,} held-out tokens ({windows.bytes:,} bytes)")
-
-
-def _mesh_sums(config: Config, mesh: Mesh) -> Callable:
-    """Return a function f(model, (windows [B,T+1], target mask [B,T])) for a model that is sharded on a mesh.
-
-    f returns the sum of the negative log-likelihoods of the targets, in nats. Every process must call f with the same
-    whole batch.
-    """
-    family = family_of(config.model)
-
-    def local(model, batch):
-        logits = family.apply(model, {"tokens": batch["tokens"]}).logits
-        nll = cross_entropy(logits, batch["targets"])
-        return psum_over_batch(jnp.where(batch["mask"], nll, 0).sum())
-
-    @jax.jit
-    def sharded(model, batch):
-        inputs = specs(model), jax.tree.map(batch_spec, batch)
-        return jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=PartitionSpec(), check_vma=False)(
-            model, batch
-        )
-
-    def f(model, batch):
-        windows, mask = batch
-        index, count = rows_of_process(mesh)
-        own = slice(index * len(mask) // count, (index + 1) * len(mask) // count)
-        arrays = {"tokens": windows[own, :-1], "targets": windows[own, 1:], "mask": mask[own]}
-        return sharded(model, shard_batch(mesh, arrays))
-
-    return f
 
 
 def _of_examples(config: Config, examples: Examples, source: str) -> Validation:
@@ -145,15 +102,8 @@ def _of_examples(config: Config, examples: Examples, source: str) -> Validation:
     predict = jax.jit(family_of(config.model).predict)
 
     def measure(model) -> dict[str, float]:
-        model = jax.tree.map(_on_one_device, model)
+        model = on_one_device(model)
         right = sum(int(right_answers(predict, model, batch, count)[0].sum()) for batch, count in batches)
         return {"valid_accuracy": right / len(examples)}
 
     return Validation(measure, "valid_accuracy", -1, f"{len(examples):,} {source}")
-
-
-def _on_one_device(x: jax.Array) -> jax.Array:
-    """Return a parameter on the first device of this process. A model that reads examples is small enough for this."""
-    if x.is_fully_replicated:
-        return x.addressable_data(0)
-    return jax.device_put(x, jax.local_devices()[0])

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from stickjax.config import ModelConfig
 from stickjax.models import transformer
@@ -14,6 +15,7 @@ from stickjax.models.router import ROUTER_LOSSES, updated_router_bias
 from stickjax.models.transformer import Transformer
 from stickjax.models.vocabulary import cross_entropy
 from stickjax.parallel.collectives import psum_over_batch
+from stickjax.parallel.mesh import ROW_AXES
 
 # The routers of a block, {prefix of the metric names: (module of `Block` with the router, config field of its experts)}
 ROUTERS = {"": ("ffn", "experts"), "attention_": ("attention", "attention_experts")}
@@ -117,6 +119,11 @@ class Decoder(Family):
 
     def empty_cache(self, config: ModelConfig, batch: int, size: int):
         return transformer.empty_cache(config, batch, size)
+
+    def cache_specs(self, cache: transformer.Cache) -> transformer.Cache:
+        heads = PartitionSpec(None, ROW_AXES, None, "tensor")
+        values = None if cache.value is None else heads
+        return transformer.Cache(heads, values, PartitionSpec(ROW_AXES), PartitionSpec())
 
     def decode_step(self, model: Transformer, tokens, segment_ids, cache):
         return transformer.decode_step(model, tokens, segment_ids, cache)

@@ -6,10 +6,12 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from stickjax.config import Config
 from stickjax.config.family import FamilyConfig
 from stickjax.models.parameters import Parameter
+from stickjax.parallel.mesh import ROW_AXES
 
 
 class Family(ABC):
@@ -124,6 +126,10 @@ class Family(ABC):
         raise ValueError(
             f"a model of family={config.family!r} cannot generate text; use another family, such as 'decoder'"
         )
+
+    def cache_specs(self, cache):
+        """Return the `PartitionSpec` of every array of a cache on a mesh. The default divides the first axis, B."""
+        return jax.tree.map(lambda x: PartitionSpec(ROW_AXES) if x.ndim else PartitionSpec(), cache)
 
     def decode_step(self, model, tokens, segment_ids, cache):
         """Run the model on `tokens` [B,T], which follow the tokens in `cache`, to generate text.

@@ -15,13 +15,14 @@ same loss: a psum would count this gradient once per device.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.arguments import sum_type
-from stickjax.parallel.mesh import BATCH_AXES
+from stickjax.parallel.mesh import BATCH_AXES, ROW_AXES
 
 
 def size(axis: str) -> int:
@@ -72,6 +73,26 @@ def _sum_gradients(tree, axes):
 
 
 _sum_gradients.defvjp(lambda tree, axes: (tree, None), lambda axes, _, gradients: (lax.psum(gradients, axes),))
+
+
+def rows_of_device(x):
+    """Return the rows of x, an array of whole batches that every device has, which this device computes.
+
+    The rows are divided over the mesh axes that shard the sequences of a batch. `all_rows` is the reverse.
+    """
+    axes = several(ROW_AXES)
+    if not axes:
+        return x
+    rows = len(x) // math.prod(map(size, axes))
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * rows, rows)
+
+
+def all_rows(logits):
+    """All-gather the logits [B,V] of the rows and of the part of V on every device, and return the whole logits."""
+    if size("tensor") > 1:
+        logits = lax.all_gather(logits, "tensor", axis=1, tiled=True)
+    axes = several(ROW_AXES)
+    return lax.all_gather(logits, axes, tiled=True) if axes else logits
 
 
 def psum_over_batch(tree):

@@ -4,12 +4,14 @@ The table of `stickjax.models.parameters` says how the parameters are sharded.
 """
 
 import math
+from collections.abc import Iterable
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stickjax.config import Config
+from stickjax.config.command import say_error
 
 # Devices that are neighbours along the last axis are also neighbours in the machine. So the axis with the most
 # communication is last.
@@ -19,18 +21,19 @@ BATCH_AXES = (*ROW_AXES, "context")  # mesh axes over which the tokens of a batc
 BATCH = PartitionSpec(ROW_AXES, "context")
 
 
-def make_mesh(config: Config, devices=None) -> Mesh | None:
+def make_mesh(config: Config, devices=None, *, training: bool = True) -> Mesh | None:
     """Make the mesh that a config describes. Return None if all mesh axes have size 1.
 
     Args:
       config: its section `mesh` has the sizes of the mesh axes. The size of one axis may be -1. Its size is then the
         number of devices divided by the product of the other sizes.
       devices: the devices to use; None: all devices.
+      training: whether the mesh is for batches of `data.B` sequences. Evaluation chooses its own number of sequences.
 
     Raises:
       ValueError: the mesh needs more devices than there are; an axis of size -1 cannot use all devices; with several
-        processes, the mesh does not use all devices; or a size of the model or of the batch is not a multiple of the
-        size of the mesh axis over which it is sharded.
+        processes, the mesh does not use all devices; or a size of the model, or of the batch of a training, is not a
+        multiple of the size of the mesh axis over which it is sharded.
 
     >>> make_mesh(Config()) is None
     True
@@ -49,10 +52,64 @@ def make_mesh(config: Config, devices=None) -> Mesh | None:
         raise ValueError(
             f"with several processes, the mesh must have all {len(devices)} devices, but {mesh}; add --mesh.data=-1"
         )
-    _check_sizes(config, sizes)
+    if training:
+        _check_batch(config, sizes)
+    config.model.check_mesh(sizes, config.data.T)
     if count == 1:
         return None
     return jax.make_mesh(tuple(sizes.values()), AXES, devices=devices[:count])
+
+
+def mesh_for_evaluation(config: Config, changed: Iterable[str] = ()) -> Mesh | None:
+    """Make the mesh on which a trained model is evaluated or generates text: the mesh of its config.
+
+    If the mesh of a run cannot be made here, for example because it needs more devices, print the reason on stderr and
+    return None: then one device is used. A model that reads examples, such as a classifier, also uses one device.
+
+    Args:
+      config: the config of the run, with the changes of the user.
+      changed: the names of the config fields that the user has changed, such as "mesh.fsdp".
+
+    Raises:
+      ValueError: the user has changed a field of the mesh, or there are several processes, and the mesh cannot be made
+        or the model reads examples.
+
+    >>> mesh_for_evaluation(Config()) is None
+    True
+    """
+    required = jax.process_count() > 1 or any(name.startswith("mesh.") for name in changed)
+    try:
+        if config.model.reads == "text":
+            return make_mesh(config, training=False)
+        if required:
+            raise ValueError("a model that reads examples is evaluated on one device; leave out --mesh and --processes")
+    except ValueError as error:
+        if required:
+            raise
+        say_error(f"one device is used, because the mesh of the run cannot be made here: {error}")
+    return None
+
+
+def mesh_of(model) -> Mesh | None:
+    """Return the mesh on which the parameters of a model are placed. Return None if they are on a single device.
+
+    >>> mesh_of({"w": jax.numpy.zeros(2)}) is None
+    True
+    """
+    mesh = getattr(getattr(jax.tree.leaves(model)[0], "sharding", None), "mesh", None)
+    return mesh if mesh is not None and mesh.size > 1 else None
+
+
+def on_one_device(model):
+    """Return a copy of a model on the first device of this process, for code that does not run on a mesh.
+
+    A model that reads examples is small enough for this.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        return x.addressable_data(0) if x.is_fully_replicated else jax.device_put(x, jax.local_devices()[0])
+
+    return jax.tree.map(one, model)
 
 
 def mesh_sizes(config: Config, devices=None) -> dict[str, int]:
@@ -75,7 +132,7 @@ def mesh_sizes(config: Config, devices=None) -> dict[str, int]:
     return sizes
 
 
-def _check_sizes(config: Config, sizes: dict[str, int]) -> None:
+def _check_batch(config: Config, sizes: dict[str, int]) -> None:
     d, accumulate = config.data, config.train.accumulate
     rows = math.prod(sizes[axis] for axis in ROW_AXES)
     if d.B % (rows * accumulate):
@@ -84,7 +141,15 @@ def _check_sizes(config: Config, sizes: dict[str, int]) -> None:
             f"B / accumulate = {d.B // accumulate} sequences must be a multiple of the mesh size {parts}; "
             f"B={max(d.B // (rows * accumulate), 1) * rows * accumulate} would do"
         )
-    config.model.check_mesh(sizes, d.T)
+
+
+def row_parts(mesh: Mesh | None) -> int:
+    """Return the number of parts into which a mesh divides the sequences of a batch. Without a mesh, return 1.
+
+    >>> row_parts(None)
+    1
+    """
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
 def rows_of_process(mesh: Mesh | None) -> tuple[int, int]:
@@ -96,7 +161,7 @@ def rows_of_process(mesh: Mesh | None) -> tuple[int, int]:
     if mesh is None:
         return 0, 1
     owners = np.vectorize(lambda device: device.process_index)(mesh.devices)
-    owners = owners.reshape(math.prod(mesh.shape[axis] for axis in ROW_AXES), -1)
+    owners = owners.reshape(row_parts(mesh), -1)
     mine = np.flatnonzero((owners == jax.process_index()).any(axis=1))
     return int(mine[0]) // len(mine), len(owners) // len(mine)
 
@@ -131,7 +196,7 @@ def shard_batch(mesh: Mesh | None, batch: dict, accumulate: int = 1) -> dict:
         return batch
     index, count = rows_of_process(mesh)
     context = mesh.shape["context"]
-    shards = math.prod(mesh.shape[axis] for axis in ROW_AXES) // count
+    shards = row_parts(mesh) // count
     pieces = np.stack([np.arange(context), 2 * context - 1 - np.arange(context)], axis=1).reshape(-1)
 
     def one(x):

@@ -25,8 +25,10 @@ from stickjax.models.families import family_of
 from stickjax.models.parameters import shardings
 from stickjax.models.transformer import Transformer
 from stickjax.models.universal import LanguageModel, PairClassifier
+from stickjax.parallel.mesh import mesh_for_evaluation
 from stickjax.storage import hugging_face
 from stickjax.storage.checkpoints import Checkpoints, check_finite, named_leaves
+from stickjax.storage.hub import local_folder
 from stickjax.storage.hugging_face.files import Lazy, open_safetensors, write_safetensors
 from stickjax.system.disk import write_file, writing
 from stickjax.system.lock import complete_folder
@@ -137,7 +139,8 @@ def check_tokenizer(extra: dict, config: Config, tokenizer: Tokenizer | None, so
     and `source`, the name of the checkpoint.
     """
     recorded = extra.get("tokenizer")
-    if recorded and tokenizer and recorded != tokenizer.name:
+    # Runs of older versions did not record "+prefix" (see `HuggingFaceTokenizer`).
+    if recorded and tokenizer and recorded not in (tokenizer.name, tokenizer.name.partition("+")[0]):
         where = f"data.tokenizer={config.data.tokenizer!r}"
         raise ValueError(
             f"{where} is the tokenizer {tokenizer.name}, but {source} was trained with {recorded}; use that tokenizer"
@@ -257,24 +260,28 @@ def load(
     *,
     step: int | Literal["best"] | None = None,
     changes: dict | None = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | Literal["run"] | None = None,
 ) -> Loaded:
-    """Load a trained model with its config and tokenizer from a run folder or a Hugging Face folder.
+    """Load a trained model with its config and tokenizer from a run folder, a Hugging Face folder or the hub.
 
     Args:
-      run: a run folder, a Hugging Face folder, or a folder that `save` or `stickjax.convert` has written.
+      run: a run folder, a Hugging Face folder, a folder that `save` or `stickjax.convert` has written, or the name of a
+        model on the Hugging Face hub, such as "org/name" (see `stickjax.storage.hub.local_folder`).
       step: the step of the checkpoint to load; "best": the checkpoint with the best score of the validations during
         the training (`train.eval_every`); None: the newest intact checkpoint. Only a run folder has checkpoints.
       changes: config fields to change, such as {"model.window": 128}. The shapes of the parameters must not change.
-      mesh: the mesh of devices on which the parameters are placed; it may differ from the mesh of the training. None:
-        the first device.
+      mesh: the mesh of devices on which the parameters are placed; it may differ from the mesh of the training. "run":
+        the mesh of the config, with the `changes` (see `stickjax.parallel.mesh.mesh_for_evaluation`). None: the first
+        device. Every device reads its own part of a parameter; no device ever holds more.
 
     Raises:
       ValueError: `run` is not such a folder, or has no intact checkpoint (of this `step`). The parameters are not
         finite, do not have the shapes that the config says, or do not fit into the free memory. A Hugging Face folder
         is damaged, or its model is not supported.
     """
+    run = local_folder(run)
     config = read_config(run).replace(changes or {})
+    mesh = mesh_for_evaluation(config, changes or ()) if mesh == "run" else mesh
     shapes = jax.eval_shape(lambda: family_of(config.model).init(config.model, jax.random.key(0)))
     abstract = with_shardings(mesh, shapes)
     check_fits({"parameters": local_bytes(abstract)}, mesh)
@@ -302,16 +309,46 @@ def load(
 
 
 def tokenizer_of(config: Config) -> Tokenizer | None:
-    """Load the tokenizer of a config. Return None if its file does not exist, as for some converted models."""
-    name = config.data.tokenizer
-    return load_tokenizer(name, config.data.eot) if name == "byte" or Path(name).exists() else None
+    """Load the tokenizer of a config. Return None if its file does not exist, as for some converted models.
+
+    Raise ValueError if the file has more ids than the V of the model.
+    """
+    name, V = config.data.tokenizer, config.model.vocabulary
+    if name != "byte" and not Path(name).exists():
+        return None
+    tokenizer = load_tokenizer(name, config.data.eot)
+    if name != "byte" and config.model.reads == "text" and tokenizer.vocab_size > V:
+        raise ValueError(f"{name} has {tokenizer.vocab_size} ids, but the model has V={V}; use the model's tokenizer")
+    return tokenizer
 
 
 def _on_devices(leaf: Lazy, spec: jax.ShapeDtypeStruct) -> jax.Array:
-    """Read an array from its file, and place it on devices, with the type and the sharding of `spec`."""
-    host = leaf.read(None).astype(spec.dtype, copy=False)
+    """Read an array from its file, and place it on devices, with the type and the sharding of `spec`.
+
+    The array is read once for each of its different parts on the devices. If it is stacked, only one part and one layer
+    are in the memory of the host at the same time.
+    """
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        if not leaf.stacked:
+            return leaf.read(None)[index].astype(spec.dtype)
+        layers = range(spec.shape[0])[index[0]]
+        first = leaf.read(layers[0])[index[1:]]
+        found = np.empty((len(layers), *first.shape), spec.dtype)
+        found[0] = first
+        for place, layer in enumerate(layers[1:], 1):
+            found[place] = leaf.read(layer)[index[1:]]
+        return found
+
     sharding = spec.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.make_array_from_callback(spec.shape, sharding, lambda index: host[index])
+    devices: dict[tuple[slice, ...], list] = {}
+    for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
+        devices.setdefault(index, []).append(device)
+    arrays = []
+    for index, owners in devices.items():
+        host = part(index)
+        arrays += [jax.device_put(host, device) for device in owners]
+    return jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays)
 
 
 def save(run: str | os.PathLike, model: Transformer, config: Config) -> None:

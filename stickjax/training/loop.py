@@ -90,7 +90,7 @@ class Run:
         """Set `validation` if the config asks for it. Return a line for the banner, after a line break, or ""."""
         if not self.config.train.eval_every:
             return ""
-        found = validation_of(self.config, self.data, self.mesh)
+        found = validation_of(self.config, self.data)
         if not isinstance(found, Validation):
             return f"\n{found}"
         self.validation = found

@@ -42,14 +42,21 @@ def read_config(path: Path) -> Config:
     sequence length, if config.json has it. `data.tokenizer` is the path of tokenizer.json in the folder, even if this
     file does not exist. All other fields have their default values.
 
-    Raise ValueError if the model is not supported or the folder is damaged.
+    Raise ValueError if the model is not supported or the folder is damaged, or if it has F16 and BF16 tensors.
     """
     try:
         tree = read_object((path / "config.json").read_bytes(), "the file")
         model, T = configs.to_model_config(tree)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path / 'config.json'}: {error}") from error
-    found = {tensor.dtype for tensor in _tensors(path, model, configs.type_of(tree)).values()} & set(FLOATS.values())
+    names_of = {tensor.dtype: name for name, tensor in _tensors(path, model, configs.type_of(tree)).items()}
+    found = names_of.keys() & set(FLOATS.values())
+    if found >= {FLOATS["F16"], FLOATS["BF16"]}:
+        half, brain = names_of[FLOATS["F16"]], names_of[FLOATS["BF16"]]
+        raise ValueError(
+            f"{path} mixes the types F16 ({half}) and BF16 ({brain}), so its files may belong to different models; "
+            "convert all tensors to one type"
+        )
     dtype = found.pop().name if len(found) == 1 else "float32"
     computed = "float32" if dtype == "float16" else dtype  # a CPU has no matrix product of float16
     changes = {"model.dtype": computed, "model.param_dtype": dtype, "data.tokenizer": str(path / "tokenizer.json")}
@@ -109,6 +116,8 @@ def write(
     tree |= read_object(files.get(TOKEN_IDS, b"{}"), TOKEN_IDS)
     if tokenizer is not None and tokenizer.eot < c.vocabulary and tree.get("eos_token_id") is None:
         tree["eos_token_id"] = tokenizer.eot  # otherwise transformers uses a default id of the model type
+    if tokenizer is not None and tokenizer.bos is not None and tree.get("bos_token_id") is None:
+        tree["bos_token_id"] = tokenizer.bos
     path.mkdir(parents=True, exist_ok=True)
     write_files({name: content for name, content in files.items() if name != TOKEN_IDS}, path)
     write_file(path / "config.json", json.dumps(tree, indent=2) + "\n")

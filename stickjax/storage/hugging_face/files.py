@@ -10,7 +10,9 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -83,8 +85,8 @@ def open_safetensors(path: Path) -> dict[str, Lazy]:
     """Return {name: tensor} of a safetensors file. Each tensor is read when it is used.
 
     If the name of a tensor begins with "blocks/", its first axis is the axis L of layers, and it is a stacked `Lazy`
-    array. Raise ValueError if the file cannot be read, is truncated, or has a damaged header: wrong JSON, or tensors
-    that overlap or are outside of the file.
+    array. Raise ValueError if the file cannot be read, is truncated, or has a damaged header: wrong JSON, a name that
+    occurs twice, or tensors that overlap or are outside of the file.
     """
     try:
         with safe_open(path, framework="np"):  # this checks the whole header against the size of the file
@@ -93,7 +95,7 @@ def open_safetensors(path: Path) -> dict[str, Lazy]:
         raise ValueError(f"{path} cannot be read: {error}") from error
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        header = json.loads(file.read(size), object_pairs_hook=partial(_without_duplicates, path))
     return {
         name: in_file(
             path, FLOATS.get(x["dtype"], x["dtype"]), tuple(x["shape"]), 8 + size + x["data_offsets"][0],
@@ -102,6 +104,15 @@ def open_safetensors(path: Path) -> dict[str, Lazy]:
         for name, x in header.items()
         if name != "__metadata__"
     }  # fmt: skip
+
+
+def _without_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in tree:
+            raise ValueError(f"{path} cannot be read: the name {name!r} occurs twice in its header")
+        tree[name] = value
+    return tree
 
 
 def write_safetensors(path: Path, arrays: dict[str, Lazy]) -> None:
