@@ -57,6 +57,11 @@ class DataConfig:
         None,
         "added token that ends a text, such as '<|im_end|>'; None: read from the files in the folder of tokenizer.json",
     )
+    cache: str | None = field(
+        None,
+        "folder that keeps the tokens of a text, so that the same text is tokenized only once; None: tokenize it in "
+        "every run",
+    )
     min_count: int = field(
         1, "tokenizer=words: words that occur less often in the training rows become <unknown>", at_least=1
     )

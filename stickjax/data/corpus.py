@@ -109,7 +109,7 @@ def _load(source: str, config: DataConfig, tokenizer: Tokenizer, name: str) -> t
     """
 
     def encoded(documents: Iterable[str]) -> list[tuple[np.ndarray, int]]:
-        return list(encode_documents(documents, tokenizer))
+        return list(encode_documents(documents, tokenizer, config.cache))
 
     if source == "tokens":
         corpus = _of_token_file(config.path, tokenizer, name)

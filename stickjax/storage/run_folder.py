@@ -37,7 +37,7 @@ from stickjax.system.text import printable
 MODEL_FILE = "model.safetensors"  # the file with the parameters in a folder of one model, which has no checkpoints
 # Fields that hold paths. A checkpoint records hashes of the files, and of the weights of a mixture, so the paths may
 # change.
-PATH_FIELDS = ("data.path", "data.mixture", "data.heldout_path", "data.labels", "data.tokenizer")
+PATH_FIELDS = ("data.path", "data.mixture", "data.heldout_path", "data.labels", "data.tokenizer", "data.cache")
 _NO_PATHS = (None, "byte", "words")  # values of these fields that are not paths
 # Fields that may change when a run is resumed: they change neither the state nor the results of a step.
 _FREE = (
