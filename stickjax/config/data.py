@@ -21,9 +21,10 @@ class DataConfig:
 
     source: str = field(
         "stdlib",
-        "stdlib: the running Python's standard library; text: files, folders or jsonl; tokens: a token file; "
-        "labelled: rows of a table, each with a label; logic, listops, scan, questions, recall: generated; mixture: "
-        "the sources of data.mixture; several sources, separated by commas, are mixed in equal shares",
+        "stdlib: the running Python's standard library; text: files, folders, jsonl, parquet or a dataset; tokens: "
+        "a token file; labelled: rows of a table, each with a label; logic, listops, scan, questions, recall: "
+        "generated; mixture: the sources of data.mixture; several sources, separated by commas, are mixed in equal "
+        "shares",
     )
     path: str | None = field(None, "file or folder that the sources text, tokens and labelled read")
     mixture: tuple | None = field(
@@ -65,7 +66,9 @@ class DataConfig:
     min_count: int = field(
         1, "tokenizer=words: words that occur less often in the training rows become <unknown>", at_least=1
     )
-    text_field: str = field("text", "field of a jsonl line that holds the text")
+    text_field: str = field(
+        "text", "field of a jsonl line, or column of a parquet file or dataset, that holds the text"
+    )
     left_field: str = field("sentence1", "labelled: field with the text, or with the first of two texts")
     right_field: str | None = field(None, "labelled: field with the second text; None: a row has one text")
     label_field: str = field("label", "labelled: field with the label")
