@@ -218,8 +218,11 @@ def test_bad_tables_are_one_line(texts, table, message, monkeypatch, capsys):
         ({"data.tokenizer": "bpe"}, "mixture: path='{packed}' was made by tokenizer 'byte' with vocab_size=257"),
         ({"data.path": "books"}, "path='books' is not used with a mixture, whose rows have the paths"),
         ({"data.heldout_path": "books"}, "heldout_path='books' is not used with a mixture"),
-        ({"data.source": "tokens"}, "needs source='mixture', not 'tokens'; set data.source=mixture, or"),
-        ({"data.mixture": None}, "source='mixture' needs a table: set data.mixture"),
+        (
+            {"data.mixture": "logic:2", "data.source": "tokens"},
+            "mixture='logic:2' needs source='mixture', not 'tokens'",
+        ),
+        ({"data.mixture": None}, "source='mixture' needs a table: set data.mixture, or another data.source"),
         ({"data.mixture": []}, "mixture=[]: it must be a table with a row (source, path, weight) for every source"),
         ({"data.mixture": [("logic", 1)]}, "('logic', 1) is not a row (source, path, weight)"),
         ({"data.mixture": [("logic", None, "2")]}, "weight='2' must be a number, above 0"),
@@ -240,5 +243,21 @@ def test_a_table_survives_json_and_the_command_line(texts):
     assert Config.from_dict(json.loads(config.to_json())) == config
     assert parse(Config(), [f"--data.mixture={config.data.mixture_text}"]).data.mixture == config.data.mixture
     assert config.data.source == "mixture" and len({config.data, small(texts).data}) == 1
-    back = parse(config, ["--data.mixture=none", "--data.source=stdlib"])
-    assert back.data.sources == ("stdlib",) and back.data.parts == (back.data,)
+
+
+def test_a_source_replaces_a_mixture_and_a_mixture_a_source(texts):
+    config = small(texts)
+    for argv in (["--data.source=stdlib"], ["--data.mixture=none", "--data.source=text", "--data.path=a"]):
+        back = parse(config, argv).data
+        assert back.mixture is None and back.parts == (back,) and back.sources != ("mixture",)
+    again = parse(Config(data=DataConfig(source="tokens", path="a")), ["--data.mixture=logic:2,stdlib:1"]).data
+    assert (again.source, again.path, again.mixture_text) == ("mixture", None, "logic:2,stdlib:1")
+    with pytest.raises(ValueError, match="mixture='logic:2' needs source='mixture', not 'tokens'"):
+        DataConfig(source="tokens", mixture="logic:2")
+
+
+def test_a_stream_of_a_mixture_is_read_alone():
+    stream = corpora()[1]
+    found = drawn(train_loader(stream, CONFIG), 100)
+    assert sorted(found) == sorted(stream.tokens[:-1:8].tolist())
+    assert (found == drawn(train_loader([stream], CONFIG), 100)).all()

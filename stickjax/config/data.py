@@ -119,7 +119,7 @@ class DataConfig:
     def _check_mixture(self) -> None:
         if self.mixture is None:
             if "mixture" in self.sources:
-                raise ValueError(f"source={self.source!r} needs a table: set data.mixture")
+                raise ValueError(f"source={self.source!r} needs a table: set data.mixture, or another data.source")
             return
         if self.source != "mixture":
             raise ValueError(

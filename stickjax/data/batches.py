@@ -133,19 +133,15 @@ def _in_epochs(source: Sequence, seed: int, first: Sequence) -> grain.MapDataset
     return epochs.repeat()
 
 
-def _windows(corpora: Sequence[Corpus], config: DataConfig) -> _Windows | Mixture:
-    """Return the windows of a token stream, or the mixture of the windows of several token streams.
-
-    Raises ValueError if a stream has fewer than T + 1 tokens.
-    """
+def _windows(corpora: Sequence[Corpus], T: int) -> list[_Windows]:
+    """Return the windows of each token stream. Raise ValueError if a stream has fewer than T + 1 tokens."""
     for corpus in corpora:
-        if len(corpus.tokens) <= config.T:
+        if len(corpus.tokens) <= T:
             raise ValueError(
-                f"T={config.T} needs at least {config.T + 1} tokens, but the training part of {corpus.source} has "
+                f"T={T} needs at least {T + 1} tokens, but the training part of {corpus.source} has "
                 f"{len(corpus.tokens)}"
             )
-    windows = [_Windows(corpus.tokens, config.T) for corpus in corpora]
-    return windows[0] if config.mixture is None else Mixture(windows, [row.weight for row in config.mixture])
+    return [_Windows(corpus.tokens, T) for corpus in corpora]
 
 
 def train_loader(
@@ -170,9 +166,10 @@ def train_loader(
     (4, 8)
     """
     corpora = [corpus] if isinstance(corpus, Corpus) else corpus
-    windows, eot, bos = _windows(corpora, config), corpora[0].tokenizer.eot, corpora[0].tokenizer.bos
+    eot, bos, windows = corpora[0].tokenizer.eot, corpora[0].tokenizer.bos, _windows(corpora, config.T)
+    source = windows[0] if len(windows) == 1 else Mixture(windows, [row.weight for row in config.mixture])
     share = dict(process_index=process_index, process_count=process_count)
-    return batches(windows, config.B, config.seed, **share, transform=lambda windows: make_batch(windows, eot, bos))
+    return batches(source, config.B, config.seed, **share, transform=lambda windows: make_batch(windows, eot, bos))
 
 
 def task_loader(
@@ -271,7 +268,7 @@ def _about_mixture(corpora: Sequence[Corpus], config: DataConfig) -> dict:
     names = names_of(config.mixture)
 
     def metrics(state: dict) -> dict[str, float]:
-        n, mixture = state["next_index"] * config.B, _windows(corpora, config)
+        n, mixture = state["next_index"] * config.B, Mixture(_windows(corpora, config.T), weights)
         shares = {f"share/{name}": count / max(n, 1) for name, count in zip(names, mixture.counts(n), strict=True)}
         return shares | {f"epoch/{name}": epoch for name, epoch in zip(names, mixture.epochs(n), strict=True)}
 
