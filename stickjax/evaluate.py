@@ -27,7 +27,7 @@ from rich.table import Table
 from stickjax.config import Config
 from stickjax.config.command import Parser, command, say_error, step_or_best
 from stickjax.config.command_line import parse_changes
-from stickjax.data.corpus import load_corpus
+from stickjax.data.corpus import load_corpora
 from stickjax.data.examples import task_of
 from stickjax.data.heldout import heldout_windows
 from stickjax.evaluation import bias, examples, plots
@@ -81,7 +81,7 @@ def evaluate(
     Raises:
       ValueError: a length does not divide the largest one, `max_tokens` is below 1, or the text cannot be read.
     """
-    _, heldout = load_corpus(config.data)
+    _, heldout = load_corpora(config.data)
     windows = heldout_windows(heldout, config.data.T, lengths=lengths, max_tokens=max_tokens)
     tokens = int(windows.targets.sum())
     records = []
@@ -106,7 +106,7 @@ def depths(model: nnx.Module, config: Config, *, lines: int = 4, T: int = 64) ->
     after 1, 2, 3, ... blocks. Its depth is the mean of the numbers 1, 2, 3, ... with the same weights. A piece has at
     most T tokens, and all pieces together have at most lines * T tokens.
     """
-    _, heldout = load_corpus(config.data)
+    _, heldout = load_corpora(config.data)
     T = min(T, config.data.T)
     windows = heldout_windows(heldout, T, lengths=(1,), max_tokens=lines * T)
     model = on_one_device(model)

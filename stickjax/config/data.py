@@ -1,10 +1,12 @@
 """The config of the data: the source, the tokenizer, the held-out part, and the size of a batch."""
 
+import dataclasses
 from dataclasses import dataclass
 
-from stickjax.config.fields import SEED, check_fields, field, one_of
+from stickjax.config.fields import SEED, check_fields, field, one_of, shown
+from stickjax.config.mixture import mixture_of
 
-SOURCES = ("stdlib", "text", "tokens", "logic", "listops", "scan", "questions", "recall", "labelled")
+SOURCES = ("stdlib", "text", "tokens", "logic", "listops", "scan", "questions", "recall", "labelled", "mixture")
 STORED = ("text", "tokens", "labelled")  # sources that read data.path
 # {source: the names of its splits}. A split says which examples are for training, and which are for tests.
 SPLITS = {
@@ -19,11 +21,17 @@ class DataConfig:
 
     source: str = field(
         "stdlib",
-        "stdlib: the running Python's standard library; text: files, folders or jsonl; tokens: a token file; "
-        "labelled: rows of a table, each with a label; logic, listops, scan, questions, recall: generated; several "
-        "sources, separated by commas, are mixed in equal shares",
+        "stdlib: the running Python's standard library; text: files, folders, jsonl, parquet or a dataset; tokens: "
+        "a token file; labelled: rows of a table, each with a label; logic, listops, scan, questions, recall: "
+        "generated; mixture: the sources of data.mixture; several sources, separated by commas, are mixed in equal "
+        "shares",
     )
     path: str | None = field(None, "file or folder that the sources text, tokens and labelled read")
+    mixture: tuple | None = field(
+        None,
+        "rows of source, path and weight: sources whose sequences are mixed in the proportions of the weights, such as "
+        "text:books:5,text:code:3,stdlib:2; a source that ends starts over; it replaces source and path",
+    )
     heldout_path: str | None = field(
         None, "held-out file or folder; None: a part of the data is held out (heldout_every)"
     )
@@ -50,10 +58,17 @@ class DataConfig:
         None,
         "added token that ends a text, such as '<|im_end|>'; None: read from the files in the folder of tokenizer.json",
     )
+    cache: str | None = field(
+        None,
+        "folder that keeps the tokens of a text, so that the same text is tokenized only once; None: tokenize it in "
+        "every run",
+    )
     min_count: int = field(
         1, "tokenizer=words: words that occur less often in the training rows become <unknown>", at_least=1
     )
-    text_field: str = field("text", "field of a jsonl line that holds the text")
+    text_field: str = field(
+        "text", "field of a jsonl line, or column of a parquet file or dataset, that holds the text"
+    )
     left_field: str = field("sentence1", "labelled: field with the text, or with the first of two texts")
     right_field: str | None = field(None, "labelled: field with the second text; None: a row has one text")
     label_field: str = field("label", "labelled: field with the label")
@@ -79,6 +94,9 @@ class DataConfig:
     )
 
     def __post_init__(self):
+        object.__setattr__(self, "mixture", mixture_of(self.mixture))
+        if self.mixture is not None and self.source == "stdlib":  # the default
+            object.__setattr__(self, "source", "mixture")
         check_fields(self)
         for i, source in enumerate(self.sources):
             one_of("source", source, SOURCES)
@@ -94,8 +112,31 @@ class DataConfig:
         for name in ("right_field", "unlabelled", "labels"):
             if getattr(self, name) is not None and self.source != "labelled":
                 raise ValueError(f"{name}={getattr(self, name)!r} needs source='labelled', not {self.source!r}")
+        self._check_mixture()
         self._check_path()
         self._check_parts()
+
+    def _check_mixture(self) -> None:
+        if self.mixture is None:
+            if "mixture" in self.sources:
+                raise ValueError(f"source={self.source!r} needs a table: set data.mixture, or another data.source")
+            return
+        if self.source != "mixture":
+            raise ValueError(
+                f"mixture={shown(self.mixture_text)} needs source='mixture', not {self.source!r}; set "
+                "data.source=mixture, or data.mixture=none"
+            )
+        for name in ("path", "heldout_path"):
+            if (path := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"{name}={path!r} is not used with a mixture, whose rows have the paths; leave it out, or set "
+                    "data.mixture=none"
+                )
+        for row in self.mixture:
+            one_of("mixture: source", row.source, [x for x in SOURCES if x not in ("labelled", "mixture")])
+            if (row.source in STORED) != (row.path is not None):
+                needs = "has a path, but this source reads no file" if row.path else "needs a path: SOURCE:PATH:WEIGHT"
+                raise ValueError(f"mixture: the row {shown(str(row))} {needs}")
 
     def _check_path(self) -> None:
         stored = [source for source in self.sources if source in STORED]
@@ -125,6 +166,19 @@ class DataConfig:
     @property
     def sources(self) -> tuple[str, ...]:
         return tuple(self.source.split(","))
+
+    @property
+    def parts(self) -> "tuple[DataConfig, ...]":
+        """The config of each source of a mixture, in the order of the rows; without a mixture, the config itself."""
+        if self.mixture is None:
+            return (self,)
+        rows = self.mixture
+        return tuple(dataclasses.replace(self, source=row.source, path=row.path, mixture=None) for row in rows)
+
+    @property
+    def mixture_text(self) -> str:
+        """The table of the mixture as on the command line: "text:books:5,stdlib:2"."""
+        return ",".join(map(str, self.mixture or ()))
 
     @property
     def tokens_per_step(self) -> int:

@@ -173,11 +173,12 @@ class Config:
     def replace(self, changes: dict[str, Any]) -> "Config":
         """Return a copy of the config with changes such as {"data.B": 8, "model.experts.E": 4}.
 
-        The new config is checked after all changes are made, so several fields can change together. Raise ValueError
-        for an unknown field or a wrong value.
+        The new config is checked after all changes are made, so several fields can change together. A mixture replaces
+        the source and the path, and another source replaces the mixture. Raise ValueError for an unknown field or a
+        wrong value.
         """
         sections: dict[str, dict] = {}
-        for key, value in changes.items():
+        for key, value in _with_one_source(changes).items():
             section, name = locate(self, key)
             if names := former_names(type(getattr(self, section))).get(name):
                 new = " and ".join(f"{section}.{name}" for name in names)
@@ -241,6 +242,13 @@ class Config:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def _with_one_source(changes: dict[str, Any]) -> dict[str, Any]:
+    """Add the changes that follow from a new mixture (another source and no path) or a new source (no mixture)."""
+    if changes.get("data.mixture") is not None:
+        return {"data.source": "mixture", "data.path": None} | changes
+    return ({"data.mixture": None} if changes.get("data.source", "mixture") != "mixture" else {}) | changes
 
 
 _SECTIONS = tuple(section.name for section in dataclasses.fields(Config))

@@ -37,7 +37,9 @@ def _parser() -> Parser:
 
 
 def _add_text_field(parser: Parser) -> None:
-    parser.add_argument("--text-field", default="text", help="field of a jsonl line that holds the text")
+    parser.add_argument(
+        "--text-field", default="text", help="field of a jsonl line, or column of a parquet file, that holds the text"
+    )
 
 
 @command

@@ -9,6 +9,7 @@ A source is a text, such as a folder of files. A Corpus is one token stream, mad
 file by `python -m stickjax.data tokenize SOURCE OUT`, and use the token file as the source.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,9 @@ import numpy as np
 
 from stickjax.config import Config, DataConfig
 from stickjax.config.fields import one_of
-from stickjax.data.corpus import Corpus, load_corpus
+from stickjax.config.mixture import names_of
+from stickjax.data.corpus import Corpus, load_corpora
+from stickjax.data.mixture import Mixture
 from stickjax.data.tasks import TASKS
 from stickjax.data.tokenizer import Tokenizer
 
@@ -86,13 +89,13 @@ def batches(
     same examples as without the interruption, even if process_count has changed.
 
     Args:
-      source: the examples, with random access.
+      source: the examples, with random access; or a `Mixture` of several sources, which has no epochs of its own.
       B: the number of examples in a batch, over all processes.
       seed: the seed of the order of the examples.
       process_index: the index of this process, from 0.
       process_count: the number of processes.
       transform: a function from a batch to a batch, which is applied to each batch.
-      first: examples that come before the first epoch, in the order of this sequence.
+      first: examples that come before the first epoch, in the order of this sequence; not for a `Mixture`.
 
     Raises ValueError if `source` is empty, if B is not a multiple of process_count, or if process_index is not in
     0..process_count - 1.
@@ -112,22 +115,37 @@ def batches(
             "no example can be used: the data is empty, or all examples have more than T tokens; use other data or a "
             "larger T"
         )
+    examples = source.dataset(seed) if isinstance(source, Mixture) else _in_epochs(source, seed, first)
+    dataset = examples.batch(B // process_count, drop_remainder=True).slice(slice(process_index, None, process_count))
+    if transform is not None:
+        dataset = dataset.map(transform)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+
+def _in_epochs(source: Sequence, seed: int, first: Sequence) -> grain.MapDataset:
+    """Return the endless sequence of the examples in `source`, epoch after epoch. The examples in `first` are first."""
     # Grain shuffles epoch e with the seed `seed` + e. Without this hash of `seed`, epoch 1 of a run with seed 0 would
     # have the same order as epoch 0 of a run with seed 1.
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     epochs = grain.MapDataset.source(source).shuffle(seed=seed)
     if len(first):  # Grain concatenates only finite datasets. So `first` is repeated, but only after 10,000 epochs.
         epochs = grain.MapDataset.concatenate([grain.MapDataset.source(first), epochs.repeat(10_000)])
-    dataset = (
-        epochs.repeat().batch(B // process_count, drop_remainder=True).slice(slice(process_index, None, process_count))
-    )
-    if transform is not None:
-        dataset = dataset.map(transform)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+    return epochs.repeat()
+
+
+def _windows(corpora: Sequence[Corpus], T: int) -> list[_Windows]:
+    """Return the windows of each token stream. Raise ValueError if a stream has fewer than T + 1 tokens."""
+    for corpus in corpora:
+        if len(corpus.tokens) <= T:
+            raise ValueError(
+                f"T={T} needs at least {T + 1} tokens, but the training part of {corpus.source} has "
+                f"{len(corpus.tokens)}"
+            )
+    return [_Windows(corpus.tokens, T) for corpus in corpora]
 
 
 def train_loader(
-    corpus: Corpus, config: DataConfig, *, process_index: int = 0, process_count: int = 1
+    corpus: Corpus | Sequence[Corpus], config: DataConfig, *, process_index: int = 0, process_count: int = 1
 ) -> grain.DatasetIterator:
     """Return an endless iterator over the training batches of one process, made from the token stream `corpus`.
 
@@ -136,25 +154,22 @@ def train_loader(
     explains the order, and how to save the position of the iterator.
 
     Args:
-      corpus: the token stream.
+      corpus: the token stream; for a mixture, the token streams of its sources, as from `load_corpora`.
       config: the data section of a config.
       process_index: the index of this process, from 0.
       process_count: the number of processes, which divide the batch of B examples.
 
-    Raises ValueError if the text has fewer than T + 1 tokens, or if B is not a multiple of process_count.
+    Raises ValueError if a text has fewer than T + 1 tokens, or if B is not a multiple of process_count.
 
     >>> config = DataConfig(T=8, B=4)
-    >>> next(train_loader(load_corpus(config)[0], config))["tokens"].shape
+    >>> next(train_loader(load_corpora(config)[0], config))["tokens"].shape
     (4, 8)
     """
-    windows, eot, bos = _Windows(corpus.tokens, config.T), corpus.tokenizer.eot, corpus.tokenizer.bos
-    if not len(windows):
-        raise ValueError(
-            f"T={config.T} needs at least {config.T + 1} tokens, but the training part of {corpus.source} has "
-            f"{len(corpus.tokens)}"
-        )
+    corpora = [corpus] if isinstance(corpus, Corpus) else corpus
+    eot, bos, windows = corpora[0].tokenizer.eot, corpora[0].tokenizer.bos, _windows(corpora, config.T)
+    source = windows[0] if len(windows) == 1 else Mixture(windows, [row.weight for row in config.mixture])
     share = dict(process_index=process_index, process_count=process_count)
-    return batches(windows, config.B, config.seed, **share, transform=lambda windows: make_batch(windows, eot, bos))
+    return batches(source, config.B, config.seed, **share, transform=lambda windows: make_batch(windows, eot, bos))
 
 
 def task_loader(
@@ -197,6 +212,7 @@ class TrainingData(NamedTuple):
       are None if the data are neither a text nor labelled rows.
     `files`: {name: content} of the files that a run folder keeps besides the files of the tokenizer.
     `heldout`: the token stream of the held-out text; None if the data are not a text.
+    `metrics`: a function from a state of the iterator (`get_state()`) to metrics of the data, {name: number}.
     """
 
     loader: Callable[[int, int], grain.DatasetIterator]
@@ -209,6 +225,7 @@ class TrainingData(NamedTuple):
     heldout_hash: str | None = None  # only for a text and for labelled rows
     files: Mapping[str, bytes] = {}
     heldout: Corpus | None = None  # only for a text
+    metrics: Callable[[dict], dict[str, float]] = lambda state: {}
 
 
 def text_data(config: Config) -> TrainingData:
@@ -231,11 +248,31 @@ def text_data(config: Config) -> TrainingData:
         )
     if d.source == "labelled":
         raise ValueError("source='labelled' needs a classifier; this model reads a text")
-    corpus, heldout = load_corpus(d)
-    loader = lambda index, count: train_loader(corpus, d, process_index=index, process_count=count)  # noqa: E731
-    held = f"{heldout.documents:,} documents ({len(heldout.tokens):,} tokens) are held out"
-    summary = f"{corpus.summary()}; {held}"
+    corpora, heldout = load_corpora(d)
+    loader = lambda index, count: train_loader(corpora, d, process_index=index, process_count=count)  # noqa: E731
+    about = dict(hash=corpora[0].hash, source=corpora[0].source, summary=corpora[0].summary())
+    if d.mixture is not None:
+        about = _about_mixture(corpora, d)
+    about["summary"] += f"; {heldout.documents:,} documents ({len(heldout.tokens):,} tokens) are held out"
     return TrainingData(
-        loader, {"V": corpus.tokenizer.vocab_size}, corpus.hash, corpus.source, summary, corpus.tokenizer,
-        heldout.source, heldout.hash, heldout=heldout,
+        loader, {"V": heldout.tokenizer.vocab_size}, **about, tokenizer=heldout.tokenizer,
+        heldout_source=heldout.source, heldout_hash=heldout.hash, heldout=heldout,
+    )  # fmt: skip
+
+
+def _about_mixture(corpora: Sequence[Corpus], config: DataConfig) -> dict:
+    """Return the fields hash, source, summary and metrics of `TrainingData` for the sources of a mixture."""
+    weights = [row.weight for row in config.mixture]
+    digest = ",".join(f"{weight!r}:{corpus.hash}" for weight, corpus in zip(weights, corpora, strict=True))
+    rows = [f"{weight:g} x {corpus.summary()}" for weight, corpus in zip(weights, corpora, strict=True)]
+    names = names_of(config.mixture)
+
+    def metrics(state: dict) -> dict[str, float]:
+        n, mixture = state["next_index"] * config.B, Mixture(_windows(corpora, config.T), weights)
+        shares = {f"share/{name}": count / max(n, 1) for name, count in zip(names, mixture.counts(n), strict=True)}
+        return shares | {f"epoch/{name}": epoch for name, epoch in zip(names, mixture.epochs(n), strict=True)}
+
+    return dict(
+        hash=hashlib.sha256(digest.encode()).hexdigest()[:16], source=config.mixture_text,
+        summary="\n  + ".join(rows), metrics=metrics,
     )  # fmt: skip

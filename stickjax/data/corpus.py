@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,17 +102,17 @@ def _cut(corpus: Corpus, heldout_every: int) -> tuple[Corpus, Corpus]:
     return part(0, cut, corpus.documents - heldout + int(tokens[cut - 1] != eot)), part(cut, n, heldout)
 
 
-def _load(source: str, config: DataConfig, tokenizer: Tokenizer) -> tuple[Corpus, Corpus]:
+def _load(source: str, config: DataConfig, tokenizer: Tokenizer, name: str) -> tuple[Corpus, Corpus]:
     """Return (training stream, held-out stream) of one source. `load_corpus` explains how the text is divided.
 
-    `source` is one of the names in `config.sources`, such as "stdlib".
+    `source` is one of the names in `config.sources`, such as "stdlib". `name` is the name of `config.path` in messages.
     """
 
     def encoded(documents: Iterable[str]) -> list[tuple[np.ndarray, int]]:
-        return list(encode_documents(documents, tokenizer))
+        return list(encode_documents(documents, tokenizer, config.cache))
 
     if source == "tokens":
-        corpus = _of_token_file(config.path, tokenizer, "data.path")
+        corpus = _of_token_file(config.path, tokenizer, name)
         if config.heldout_path is None:
             return _cut(corpus, config.heldout_every)
         return corpus, _of_token_file(config.heldout_path, tokenizer, "data.heldout_path")
@@ -121,7 +121,7 @@ def _load(source: str, config: DataConfig, tokenizer: Tokenizer) -> tuple[Corpus
     elif source in tasks.TASKS:
         documents = encoded(tasks.documents(source, config.examples))
     else:
-        source, documents = config.path, encoded(text_documents(config.path, config.text_field))
+        source, documents = config.path, encoded(text_documents(config.path, config.text_field, name))
     if config.heldout_path is not None:
         heldout = encoded(text_documents(config.heldout_path, config.text_field, "data.heldout_path"))
         return _pack(documents, tokenizer, source), _pack(heldout, tokenizer, config.heldout_path)
@@ -148,6 +148,38 @@ def _mix(corpora: Iterable[Corpus]) -> Corpus:
     return Corpus(tokens, tokenizer, source, documents, num_bytes, digest[:16])
 
 
+def _joined(corpora: Sequence[Corpus]) -> Corpus:
+    """Concatenate several token streams. A document that is cut at the end of its stream gets an end-of-text token."""
+    if len(corpora) == 1:
+        return corpora[0]
+    tokenizer, end = corpora[0].tokenizer, np.full(1, corpora[0].tokenizer.eot, corpora[0].tokens.dtype)
+    streams = [stream for c in corpora for stream in ([c.tokens] if c.tokens[-1] == end else [c.tokens, end])]
+    digest = hashlib.sha256(",".join(corpus.hash for corpus in corpora).encode()).hexdigest()
+    return Corpus(
+        np.concatenate(streams), tokenizer, ",".join(corpus.source for corpus in corpora),
+        sum(corpus.documents for corpus in corpora), sum(corpus.bytes for corpus in corpora), digest[:16],
+    )  # fmt: skip
+
+
+def load_corpora(config: DataConfig) -> tuple[list[Corpus], Corpus]:
+    """Load the text that `config` names. Return (the training stream of each source of a mixture, the held-out stream).
+
+    Without a mixture, there is one training stream. The held-out stream of a mixture is the held-out parts of all
+    sources, one after the other. The function `load_corpus` explains what is held out, and the errors.
+
+    >>> streams, heldout = load_corpora(DataConfig(mixture="logic:2,listops:1", examples=1000))
+    >>> [stream.source for stream in streams], heldout.source
+    (['logic', 'listops'], 'logic,listops')
+    """
+    tokenizer = load_tokenizer(config.tokenizer, config.eot)
+    name = "data.path" if config.mixture is None else "mixture: path"
+    if len(config.sources) > 1:
+        train, heldout = zip(*(_load(source, config, tokenizer, name) for source in config.sources), strict=True)
+        return [_mix(train)], _mix(heldout)
+    train, heldout = zip(*(_load(part.source, part, tokenizer, name) for part in config.parts), strict=True)
+    return list(train), _joined(heldout)
+
+
 def load_corpus(config: DataConfig) -> tuple[Corpus, Corpus]:
     """Load the text that `config` names, and return two token streams: (for training, held out for evaluation).
 
@@ -161,6 +193,9 @@ def load_corpus(config: DataConfig) -> tuple[Corpus, Corpus]:
     streams are treated in the same way. The source may also be the name of a task, such as "logic". Then the text is
     `config.examples` generated lines, which are the same in every run and are joined into documents of about 4 KB.
 
+    The streams of a mixture (`config.mixture`) are not cut, but concatenated as a whole. Training reads them one by one
+    instead, by `load_corpora`.
+
     Raises ValueError, naming the field or the file, if a file is missing or empty, cannot be read or decoded, or is a
     token file that was made with another tokenizer than `config.tokenizer`.
 
@@ -168,8 +203,5 @@ def load_corpus(config: DataConfig) -> tuple[Corpus, Corpus]:
     >>> train.tokens.dtype, len(train.tokens) > 8 * len(heldout.tokens) > 0
     (dtype('uint16'), True)
     """
-    tokenizer = load_tokenizer(config.tokenizer, config.eot)
-    if len(config.sources) == 1:
-        return _load(config.source, config, tokenizer)
-    train, heldout = zip(*(_load(source, config, tokenizer) for source in config.sources), strict=True)
-    return _mix(train), _mix(heldout)
+    corpora, heldout = load_corpora(config)
+    return _joined(corpora), heldout

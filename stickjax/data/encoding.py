@@ -2,21 +2,26 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
+from stickjax.data.token_cache import TokenCache
 from stickjax.data.tokenizer import Tokenizer
 
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 2**21, 4096  # a batch of documents ends when it has one of these sizes
 
 
-def encode_documents(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
+def encode_documents(
+    texts: Iterable[str], tokenizer: Tokenizer, cache: str | None = None
+) -> Iterator[tuple[np.ndarray, int]]:
     """Yield (its token ids [n], the number of bytes of its text) for every document, in the order of `texts`.
 
     The ids are the same as from `tokenizer.document(text)`. Documents are encoded in batches, because a tokenizer.json
     encodes the documents of a batch in parallel, on all CPU cores. A batch ends as soon as it has about two million
     characters or 4096 documents. Only one batch is in memory.
+
+    `cache` is the folder of a `TokenCache`: a batch that was encoded before is read from there.
 
     Raises ValueError if the tokenizer cannot encode a document.
 
@@ -24,19 +29,20 @@ def encode_documents(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tup
     >>> [(ids.tolist(), size) for ids, size in encode_documents(["a", "é"], ByteTokenizer())]
     [([97, 256], 1), ([195, 169, 256], 2)]
     """
+    encode = tokenizer.documents if cache is None else TokenCache(cache, tokenizer).documents
     batch: list[str] = []
     characters = 0
     for text in texts:
         batch.append(text)
         characters += len(text)
         if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
-            yield from _encoded(batch, tokenizer)
+            yield from _encoded(batch, encode)
             batch, characters = [], 0
-    yield from _encoded(batch, tokenizer)
+    yield from _encoded(batch, encode)
 
 
-def _encoded(batch: list[str], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, int]]:
-    for text, ids in zip(batch, tokenizer.documents(batch), strict=True):
+def _encoded(batch: list[str], encode: Callable[[list[str]], list[np.ndarray]]) -> Iterator[tuple[np.ndarray, int]]:
+    for text, ids in zip(batch, encode(batch), strict=True):
         yield ids, len(text.encode())
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from stickjax.data import arrow
 from stickjax.data.compressed import ENDINGS, content_suffix, open_compressed
 from stickjax.system.text import printable
 
@@ -173,6 +174,11 @@ def _lines_of_json(file: Path, lines: Iterable[bytes], text_field: str) -> Itera
         yield _text_of(record, text_field, where)
 
 
+def _arrow_documents(file: Path, text_field: str) -> Iterator[str]:
+    with open_text(file) as stream:
+        yield from arrow.arrow_texts(stream, file, text_field)
+
+
 def _is_token_file(file: Path) -> bool:
     """Return True if `file` belongs to a token file, which is a tokenized text on disk.
 
@@ -222,6 +228,8 @@ def _documents(file: Path, text_field: str) -> tuple[Iterable[str], bool]:
     suffix = content_suffix(file)
     if suffix in (".jsonl", ".ndjson"):
         return _jsonl_documents(file, text_field), False
+    if file.suffix.lower() in arrow.SUFFIXES:
+        return _arrow_documents(file, text_field), False
     if suffix in (".bin", ".json") and _is_token_file(file):
         raise NotText("a token file", "set data.source='tokens' to read it")
     text = read_text(file)
@@ -241,8 +249,9 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
     A document is a text. Most files are one document. A .jsonl or .ndjson file has one document per line: the field
     `text_field` of the JSON object on the line. A .json file may contain such objects too: a single object, one object
     on every line, or an array of objects. Then each object is a document. Any other .json file is one document, and a
-    log message says so. Empty documents are left out. A byte order mark is removed. A file that is compressed by gzip
-    or zstd, such as a.jsonl.gz or a.txt.zst, is read like the file that it contains.
+    log message says so. A .parquet or .arrow file has one document per row, in the column `text_field`. Of a Hugging
+    Face dataset, only these files are read. Empty documents are left out. A byte order mark is removed. A file that is
+    compressed by gzip or zstd, such as a.jsonl.gz or a.txt.zst, is read like the file that it contains.
 
     In a folder, hidden files are left out. Files that are not text are left out too, and a log message gives their
     number: files that are not UTF-8 or have NUL bytes, token files, pipes, sockets, devices and broken links. Links to
@@ -250,13 +259,13 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
 
     Args:
       path: the file or folder.
-      text_field: the name of the field in which a JSON object has its text.
+      text_field: the name of the field in which a JSON object has its text, or of the column of a table.
       name: the name of the config field or argument that has the path, for messages.
 
-    Raises ValueError if the path does not exist, cannot be read, has no text, or is a file that is not text; if
-    compressed data are damaged; or if the package `zstandard` is missing for a .zst file. Also raises it, with the file
-    and the line, if a line of a .jsonl or .ndjson file is not a JSON object with a text in the field `text_field`. In a
-    .json file whose first object has such a text, the other objects must have one too.
+    Raises ValueError if the path does not exist, cannot be read, has no text, or is a file that is not text; if a
+    compressed file or a table is damaged; or if the package `zstandard` or `pyarrow` is missing for it. Also raises it,
+    with the file and the line, if a line of a .jsonl or .ndjson file, or a row of a table, has no text in the field
+    `text_field`. In a .json file whose first object has such a text, the other objects must have one too.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -269,7 +278,7 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
     if not os.path.lexists(root):
         hint = f"; give the right path by --{name}=PATH" if name.startswith("data.") else ""
         raise ValueError(f"{name}={path!r} does not exist{hint}")
-    for file in files_below(root) if root.is_dir() else [root]:
+    for file in arrow.without_dataset_descriptions(files_below(root)) if root.is_dir() else [root]:
         try:
             documents, whole = _documents(file, text_field)
             if whole:

@@ -48,10 +48,10 @@ def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "
     complete, the .json last.
 
     Args:
-      source: a text file, a .jsonl file, or a folder of such files.
+      source: a text file, a .jsonl or .parquet file, or a folder of such files.
       out: the path of the token file, without an ending.
       tokenizer: "byte" or the path of a tokenizer.json.
-      text_field: the name of the field in which a JSON object has its text.
+      text_field: the name of the field in which a JSON object has its text, or of the column of a table.
       eot: the text of the added token that ends a document; None: it is found in the files of the tokenizer.
 
     Raises ValueError if the text or the tokenizer cannot be read, or if a file cannot be written.

@@ -24,10 +24,10 @@ def train_tokenizer(
     of a word. Words are split as in GPT-2. The same text and `vocab` give the same file.
 
     Args:
-      source: a text file, a .jsonl file, or a folder of such files.
+      source: a text file, a .jsonl or .parquet file, or a folder of such files.
       folder: the folder of the new tokenizer.json, which must exist.
       vocab: the number of tokens, from 257 to 1048576.
-      text_field: the name of the field in which a JSON object has its text.
+      text_field: the name of the field in which a JSON object has its text, or of the column of a table.
       name: the name of the argument that has the source, for messages.
 
     Raises ValueError if the text cannot be read or is too small for `vocab` tokens, if `vocab` is out of range, if the

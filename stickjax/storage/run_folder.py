@@ -19,6 +19,7 @@ from stickjax.config import Config
 from stickjax.config.command import say_error
 from stickjax.config.command_line import read_json
 from stickjax.config.decoder import ModelConfig
+from stickjax.config.mixture import Part
 from stickjax.data.labelled import LABELS_FILE, read_labels
 from stickjax.data.tokenizer import WORDS_FILE, Tokenizer, load_tokenizer
 from stickjax.models.families import family_of
@@ -36,8 +37,9 @@ from stickjax.system.memory import check_fits, local_bytes
 from stickjax.system.text import printable
 
 MODEL_FILE = "model.safetensors"  # the file with the parameters in a folder of one model, which has no checkpoints
-# Fields that hold paths. A checkpoint records hashes of the files, so the paths may change.
-PATH_FIELDS = ("data.path", "data.heldout_path", "data.labels", "data.tokenizer")
+# Fields that hold paths. A checkpoint records hashes of the files, and of the weights of a mixture, so the paths may
+# change.
+PATH_FIELDS = ("data.path", "data.mixture", "data.heldout_path", "data.labels", "data.tokenizer", "data.cache")
 _NO_PATHS = (None, "byte", "words")  # values of these fields that are not paths
 # Fields that may change when a run is resumed: they change neither the state nor the results of a step.
 _FREE = (
@@ -203,9 +205,15 @@ def write_config(
         write_file(folder / name, content)
     if tokenizer is not None:
         tokenizer.save(folder)
-    places = {place: attrgetter(place)(config) for place in PATH_FIELDS}
-    places = {place: str(Path(path).absolute()) for place, path in places.items() if path not in _NO_PATHS}
+    places = {place: _absolute(attrgetter(place)(config)) for place in PATH_FIELDS}
     write_file(folder / "config.json", config.replace(places).to_json())
+
+
+def _absolute(value: str | tuple[Part, ...] | None) -> str | tuple[Part, ...] | None:
+    """Return the value of a field in PATH_FIELDS with absolute paths. The value of `data.mixture` is a table."""
+    if isinstance(value, tuple):
+        return tuple(part._replace(path=_absolute(part.path)) for part in value)
+    return value if value in _NO_PATHS else str(Path(value).absolute())
 
 
 def _is_model(folder: str | os.PathLike) -> bool:

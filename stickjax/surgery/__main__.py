@@ -48,7 +48,7 @@ def source_of(data: DataConfig, words: str) -> DataConfig:
         return dataclasses.replace(
             data, source=source, path=data.path if source in ("text", "tokens") else None, heldout_path=heldout
         )
-    return dataclasses.replace(data, source=source, path=path or None, heldout_path=None)
+    return dataclasses.replace(data, source=source, path=path or None, heldout_path=None, mixture=None)
 
 
 def table(result: dict) -> Table:

@@ -177,8 +177,8 @@ def _check_text(what: str, where: str | None, found: str | None, recorded: str |
     if None not in (found, recorded) and found != recorded:
         raise ValueError(
             f"the {what} has changed: the hash of {where} is now {found}, but {source} was saved with the hash "
-            f"{recorded}; use the old text again (data.path, data.heldout_path), or start a new run with --from "
-            f"{source}"
+            f"{recorded}; use the old text again (data.path, data.mixture, data.heldout_path), or start a new run with "
+            f"--from {source}"
         )
 
 
@@ -370,7 +370,7 @@ def _loop(run: Run, step_function: Callable, state: TrainState, batch: dict) -> 
             scores, score = run.validate(step, state)
         if step % config.train.log_every == 0 or step == steps or scores:
             row = {"step": step, "tokens": tokens_of(state), **{k: float(v) for k, v in metrics.items()}}
-            run.report(row | pace.row() | scores)
+            run.report(row | run.data.metrics(data_state) | pace.row() | scores)
         best = score is not None and run.checkpoints.is_best(step, score)
         # If the last steps were skipped, `state` still has the parameters of the last good step, so it can be saved.
         if good > first and (ends or (not bad_steps and (best or step % config.train.checkpoint_every == 0))):

@@ -49,7 +49,9 @@ class Progress:
             self._console.print(text)
 
     def words(self, row: dict) -> str:
-        """Return a row of metrics, {name: value}, as one line: loss, learning rate, speed, MFU, validation, time left.
+        """Return a row of metrics, {name: value}, as one line: loss, learning rate, speed, validation, time left.
+
+        The line also has the MFU, and the epoch of each source of a mixture, if the row has them.
 
         If the row has no `tokens_per_second`, the speed and the remaining time are "-".
         """
@@ -63,6 +65,10 @@ class Progress:
         bits = row.get("heldout_bits_per_byte", math.nan)
         words += "" if math.isnan(bits) else f" ({bits:.3f} bits/byte)"
         words += f"  valid {row['valid_accuracy']:.1%} right" if "valid_accuracy" in row else ""
+        epochs = [
+            f"{name.removeprefix('epoch/')} {value:.2f}" for name, value in row.items() if name.startswith("epoch/")
+        ]
+        words += f"  epochs: {', '.join(epochs)}" if epochs else ""
         return words + f"  {left} left"
 
     def update(self, row: dict) -> None:

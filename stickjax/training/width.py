@@ -15,7 +15,7 @@ import numpy as np
 
 from stickjax.config import Config
 from stickjax.data.batches import train_loader
-from stickjax.data.corpus import load_corpus
+from stickjax.data.corpus import load_corpora
 from stickjax.evaluation.plots import Records
 from stickjax.models.attention import Context, segment_positions
 from stickjax.models.families import family_of
@@ -226,11 +226,11 @@ def _batches(config: Config) -> list[dict[str, np.ndarray]]:
 
     Raise ValueError if `model.V` is smaller than the vocabulary of the text's tokenizer.
     """
-    corpus = _corpus(config.data)
-    with_vocabulary(config, {"V": corpus.tokenizer.vocab_size})  # checks `model.V`
-    return list(itertools.islice(train_loader(corpus, config.data), config.train.steps))
+    corpora = _corpora(config.data)
+    with_vocabulary(config, {"V": corpora[0].tokenizer.vocab_size})  # checks `model.V`
+    return list(itertools.islice(train_loader(corpora, config.data), config.train.steps))
 
 
 @functools.lru_cache(maxsize=1)
-def _corpus(data):
-    return load_corpus(data)[0]
+def _corpora(data):
+    return load_corpora(data)[0]

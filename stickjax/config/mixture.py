@@ -1,0 +1,89 @@
+"""The table of a mixture: the sources of text, and the weight of each source."""
+
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+from stickjax.config.fields import checked, shown
+
+_ROW = "SOURCE:PATH:WEIGHT or SOURCE:WEIGHT"
+
+
+class Part(NamedTuple):
+    """A row of the table: a source, as in `data.source`, its path or None, and its weight, which is above 0."""
+
+    source: str
+    path: str | None
+    weight: float
+
+    def __str__(self) -> str:
+        words = self.source, self.path, f"{self.weight:.15g}"
+        return ":".join(word for word in words if word is not None)
+
+
+def mixture_of(value: Any) -> tuple[Part, ...] | None:
+    """Convert a value of the config field `data.mixture` to the table of a mixture, and check it. None stays None.
+
+    `value` is a sequence of rows (source, path, weight), or a text as on the command line: rows SOURCE:PATH:WEIGHT or
+    SOURCE:WEIGHT between commas. A path with a comma needs the first form.
+
+    Raises ValueError if `value` has another form or no rows, if a weight is not a number above 0, or if two rows have
+    the same source and path.
+
+    >>> mixture_of("text:books:5,stdlib:2")
+    (Part(source='text', path='books', weight=5.0), Part(source='stdlib', path=None, weight=2.0))
+    >>> mixture_of([("text", "books", 0)])
+    Traceback (most recent call last):
+    ValueError: mixture=[('text', 'books', 0)]: weight=0.0 must be above 0
+    """
+    if value is None:
+        return None
+    try:
+        rows = [_row(text) for text in value.split(",")] if isinstance(value, str) else value
+        if not isinstance(rows, list | tuple) or not rows:
+            raise ValueError("it must be a table with a row (source, path, weight) for every source")
+        parts = tuple(_part(row) for row in rows)
+        for i, part in enumerate(parts):
+            if part[:2] in [other[:2] for other in parts[:i]]:
+                raise ValueError(
+                    f"two rows have the source {part.source!r} and the path {part.path!r}; add up the weights"
+                )
+    except ValueError as error:
+        raise ValueError(f"mixture={shown(value)}: {error}") from error
+    return parts
+
+
+def names_of(table: Sequence[Part]) -> list[str]:
+    """Return a short name for each row, for metrics: the name of its file or folder, or its source.
+
+    If several rows would have the same name, the number of the row follows it.
+
+    >>> names_of(mixture_of("text:data/books.txt:5,text:more/books:3,stdlib:2"))
+    ['books.1', 'books.2', 'stdlib']
+    """
+    names = [PurePath(part.path).name.partition(".")[0] or part.source if part.path else part.source for part in table]
+    return [f"{name}.{i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
+
+
+def _row(text: str) -> tuple[str, str | None, float]:
+    """Split "SOURCE:PATH:WEIGHT" or "SOURCE:WEIGHT". The path may contain colons."""
+    head, _, weight = text.strip().rpartition(":")
+    source, _, path = head.partition(":")
+    try:
+        number = float(weight)
+    except ValueError as error:
+        raise ValueError(f"weight={shown(weight)} of {shown(text)} must be a number; a row is {_ROW}") from error
+    if not source:
+        raise ValueError(f"{shown(text)} names no source; a row is {_ROW}")
+    return source, path or None, number
+
+
+def _part(row: Any) -> Part:
+    if not isinstance(row, list | tuple) or len(row) != 3:
+        raise ValueError(f"{shown(row)} is not a row (source, path, weight)")
+    source, path, weight = row
+    return Part(
+        checked("source", source, (str,), {}),
+        checked("path", path, (str, type(None)), {}),
+        checked("weight", weight, (float,), {"above": 0}),
+    )
