@@ -109,6 +109,8 @@ def test_pytorch_computes_the_same(answers, name):
     logits = np.asarray(jax.jit(lambda model: model(greedy, mask - 1).logits)(model))
     assert_close(found["logits"][MASK > 0], logits[:, :T][MASK > 0], FORWARD["float32"])
     np.testing.assert_array_equal(logits[:, T - 1 : -1].argmax(-1), greedy[:, T:])
+    if not model.config.mixtures():  # a router may choose other experts after rounding
+        assert_close(found["bfloat16"][MASK > 0], logits[:, :T][MASK > 0], 3e-2)
     # What transformers saves has the same parameters.
     assert bits(stickjax.load(saved).model) == bits(model)
 
