@@ -21,7 +21,7 @@ def answer(folder: Path) -> None:
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, dtype="float32", output_loading_info=True
     )
-    assert not any(report.values()), f"{folder}: {report}"
+    assert not any(report.values()), f"{folder}: {report}"  # no tensor is missing, unknown or of another shape
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     tokens, mask = (inputs[name].long().to(model.device) for name in ("tokens", "mask"))
     with torch.no_grad():

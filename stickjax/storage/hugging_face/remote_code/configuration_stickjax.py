@@ -1,4 +1,4 @@
-"""The config of a decoder of stickjax for transformers. `modeling_stickjax.py` beside this file has the model."""
+"""The config of a decoder of stickjax, for transformers. The model is in `modeling_stickjax.py` beside this file."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""A decoder of stickjax in PyTorch. `stickjax convert RUN OUT --remote-code` copies this folder's files into OUT.
+"""A decoder of stickjax in PyTorch. `stickjax convert RUN OUT --remote-code` copies it into the folder OUT.
 
     model = transformers.AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)
 
@@ -22,7 +22,7 @@ from .configuration_stickjax import StickjaxConfig
 
 # Newer versions of transformers call the keys and values of earlier tokens `cache`; older ones, `past_key_values`.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-TILE = 2**18  # the largest number of (query, key) pairs of one head whose weights are in memory at the same time
+TILE = 2**18  # the number of (query, key) pairs of a head whose weights are in memory together; 64 keys at least
 NOTHING = -1e30  # the logit of a key that a query does not see: its weight is 0
 ACTIVATIONS = {
     "swiglu": functional.silu, "geglu": nn.GELU("tanh"), "reglu": functional.relu, "gelu": functional.gelu,
