@@ -6,11 +6,12 @@
 # make test-absent   compile the GPU kernels and steps on 8 and 64 GPUs without a GPU; needs the CUDA wheels (3.4 GB)
 # make test-ptx      execute the PTX of the GPU kernels on the CPU; needs the CUDA wheels, no GPU
 # make test-triton   run the Triton kernels in Triton's interpreter; needs the CUDA wheels, no GPU
+# make test-torch    compare exported models in PyTorch with stickjax; installs torch and transformers (2 minutes)
 # make test-install  install into fresh environments outside the checkout, plain and with each extra that needs no GPU
 # make docs          build the documentation as HTML, in docs/_build/html; a warning is an error
 # make lint          run ruff
 
-.PHONY: demo demo-compare test test-large test-oldest test-absent test-ptx test-triton test-install docs lint clean
+.PHONY: demo demo-compare test test-large test-oldest test-absent test-ptx test-triton test-torch test-install docs lint clean
 SHELL := /bin/bash
 RUN := .venv/bin/python
 
@@ -52,6 +53,9 @@ test-triton: .venv-cuda/.test
 	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest $(PARALLEL) -k triton $(TRITON:%=tests/test_%.py)
 TRITON := triton_call triton kernels expert_kernels
 
+test-torch: .venv/.test .venv-torch/.installed
+	TORCH_PYTHON=$(CURDIR)/.venv-torch/bin/python $(RUN) -m pytest tests/test_remote_code.py
+
 test-install: .venv/bin/python
 	.ci/test-install $(RUN)
 
@@ -63,13 +67,14 @@ lint: .venv/.test
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf .venv .venv-oldest .venv-cuda
+	rm -rf .venv .venv-oldest .venv-cuda .venv-torch
 
-# Find a Python of version 3.12 or newer. With pyenv, `python3` is the version of .python-version. Otherwise search for
-# a Python by its name.
+# Make the environment $(1) with a Python of version 3.12 or newer. With pyenv, `python3` is the version of
+# .python-version. Otherwise search for a Python by its name. $(2) is the name of another Python to try first, and
+# $(3) the oldest version, such as 10 for 3.10, if it is not 3.12.
 define make-venv
-	@for python in python3 python3.14 python3.13 python3.12; do \
-	  if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
+	@for python in $(2) python3 python3.14 python3.13 python3.12; do \
+	  if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, $(or $(3),12)))' 2>/dev/null; then \
 	    $$python -m venv $(1) && exit 0; \
 	  fi; \
 	done; \
@@ -97,6 +102,18 @@ endef
 
 .venv-oldest/.test: .venv-oldest/bin/python pyproject.toml
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]" jax==0.11.2 jaxlib==0.11.2
+	@touch $@
+
+# This environment has no JAX, so it may have an older Python. pip takes a CPU build of torch, such as 2.13.0+cpu, if its
+# configuration names a place that has one (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL); Python 3.11 is tried first, because
+# such places have builds for it. Otherwise pip takes the build of the default index, which includes CUDA on Linux and
+# takes several gigabytes.
+.venv-torch/bin/python:
+	$(call make-venv,.venv-torch,python3.11,10)
+
+.venv-torch/.installed: .venv-torch/bin/python Makefile
+	.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+	  torch==2.13.0 "transformers>=5.24,<6"
 	@touch $@
 
 .venv-cuda/bin/python:

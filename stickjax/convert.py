@@ -23,6 +23,7 @@ from stickjax.data.special_tokens import read_files, write_files
 from stickjax.models.transformer import Transformer
 from stickjax.storage import hugging_face
 from stickjax.storage.hub import local_folder, new_folder
+from stickjax.storage.hugging_face.configs import OWN
 from stickjax.storage.hugging_face.files import finite, write_safetensors
 from stickjax.storage.run_folder import (
     MODEL_FILE,
@@ -146,9 +147,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--eot", metavar="TOKEN", help="added token that ends a text (default: the token that FOLDER names)"
     )
-    parser.add_argument(
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
         "--type", help="model_type of the folder to write, such as llama (default: the only one that fits the model)"
     )
+    kind.add_argument(
+        "--remote-code", dest="type", action="store_const", const=OWN,
+        help=f"write the type {OWN}: any decoder, with a file of PyTorch code that transformers runs",
+    )  # fmt: skip
     parser.add_argument("--push", action="store_true", help="OUT is a model on the Hugging Face hub, such as org/name")
     words = parser.parse_args(argv)
     if not 1 <= words.shard_bytes < math.inf:

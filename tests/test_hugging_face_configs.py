@@ -341,8 +341,9 @@ def test_what_is_ignored_changes_no_logits():
             seen.add(name)
             return super().__call__(name, *rest)
 
+    trees = TREES | MORE_TREES | {configs.OWN: configs.to_config_json(ModelConfig(), 8, configs.OWN)}
     for kind, own in configs._TYPES.items():
-        own.read(Tree((TREES | MORE_TREES)[kind]))
+        own.read(Tree(trees[kind]))
         seen.discard(own.length)
     assert not seen & entries.IGNORED and not set(NOT_SUPPORTED) & entries.IGNORED
     with pytest.raises(ValueError, match="unknown, and may change"):

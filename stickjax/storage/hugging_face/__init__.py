@@ -22,6 +22,8 @@ from stickjax.storage.hugging_face.folding import scaled
 from stickjax.storage.hugging_face.tables import PER_EXPERT, TABLES
 from stickjax.system.disk import write_file
 
+# The code in PyTorch that is copied into a folder of the type `stickjax`. stickjax itself runs no code of a folder.
+_REMOTE_CODE = Path(__file__).parent / "remote_code"
 # The names of the buffers (arrays that are not parameters) in files of the original ModuleFormer code.
 _BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(mask|cum_weight)")
 
@@ -120,6 +122,8 @@ def write(
         tree["bos_token_id"] = tokenizer.bos
     path.mkdir(parents=True, exist_ok=True)
     write_files({name: content for name, content in files.items() if name != TOKEN_IDS}, path)
+    for code in _REMOTE_CODE.glob("*.py") if "auto_map" in tree else ():
+        write_file(path / code.name, code.read_text())
     write_file(path / "config.json", json.dumps(tree, indent=2) + "\n")
     write_sharded(path, names.tensors_from_leaves(table, c, scaled(leaves, factors)), shard_bytes)
 

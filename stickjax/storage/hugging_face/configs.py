@@ -18,6 +18,7 @@ from stickjax.storage.hugging_face.folding import folded
 # Fields of ModelConfig that do not change the logits, or only change how the logits are computed.
 _FREE = ("m_width", "init_std", "dtype", "param_dtype", "remat", "implementation", "skip_below")
 _FREE_OF_EXPERTS = (*ROUTER_LOSSES.values(), "sample_topk", "token_rounding")
+OWN = "stickjax"  # the type of folders that have their own code; it is written only if the user asks for it
 
 
 class Type(NamedTuple):
@@ -56,6 +57,7 @@ _TYPES = {
     "stickbreaking_attn": Type(
         readers.stickbreaking_attn, writers.stickbreaking_attn, "StickBreakingAttentionForCausalLM", folds=True
     ),
+    OWN: Type(readers.stickjax, writers.stickjax, "StickjaxForCausalLM"),
 }
 
 
@@ -115,14 +117,17 @@ def model_type_for(c: FamilyConfig, wanted: str | None = None) -> str:
         if lost := _lost(wanted, c):
             raise ValueError(f"model_type {wanted!r} cannot express {lost}")
         return wanted
-    fitting = [kind for kind in _TYPES if not _lost(kind, c)]
+    fitting = [kind for kind in _TYPES if kind != OWN and not _lost(kind, c)]
     if len(fitting) > 1:
         raise ValueError(
             f"the model_types {', '.join(fitting)} can all hold this model; choose one with --type (in Python: type=)"
         )
     if not fitting:
         similar = _most_similar(c)
-        raise ValueError(f"model_type {similar!r}, the most similar to this model, cannot express {_lost(similar, c)}")
+        advice = "" if _lost(OWN, c) else f"; --remote-code (in Python: type={OWN!r}) can"
+        raise ValueError(
+            f"model_type {similar!r}, the most similar to this model, cannot express {_lost(similar, c)}{advice}"
+        )
     return fitting[0]
 
 
@@ -172,8 +177,7 @@ def _effective(c: ModelConfig) -> dict:
     If these dictionaries are equal for two configs, models with the two configs compute the same function. In the
     dictionary, a field that is None has the value that None stands for, such as 1 / sqrt(H) for `attention_scale`.
     """
-    last, eps = writers.logits_scaling_of(c), writers.final_norm_eps(c)
-    c = dataclasses.replace(c, V=c.vocabulary, attention_scale=c.scale, logits_scaling=last, final_norm_eps=eps)
+    c = writers.explicit(c)
     free = {*_FREE} | ({"rope_theta", "rope_scaling"} if c.attention == "stick_breaking" else set())
     fields = {name: value for name, value in dataclasses.asdict(c).items() if name not in free}
     if (scaling := fields.get("rope_scaling")) is not None:

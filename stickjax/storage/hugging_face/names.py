@@ -7,9 +7,10 @@ stands for the index of the layer. `ours` is the name of the leaf. `axes` are th
 `stickjax.models.parameters` has the axes of the leaf.
 
 Axes are written as in "NH D": spaces separate the axes, and every letter is a size. A letter is a field of ModelConfig,
-except four: E is the number of feed-forward experts, A is the number of attention experts, R is the hidden width of a
-router (`experts.hidden`), and W is the width of the shared expert (`experts.shared`). Several letters together are one
-axis, whose last letter varies fastest. For example, a tensor with the axes "NH D" becomes a leaf with the axes "D N H".
+except five: E is the number of feed-forward experts, A is the number of attention experts, R and S are the hidden
+widths of their routers (`experts.hidden` and `attention_experts.hidden`), and W is the width of the shared expert
+(`experts.shared`). Several letters together are one axis, whose last letter varies fastest. For example, a tensor with
+the axes "NH D" becomes a leaf with the axes "D N H".
 
 A digit is a size, too. For example, the axis "2F" of a gated feed-forward network has 2 * F entries: F values of the
 gate, then the F values that the gate multiplies. If only the tensor or only the leaf has the digit 2, then a row of the
@@ -84,11 +85,12 @@ def _sizes(c: ModelConfig, name: str, axes: str) -> str:
     `E`, `C`: the axis of the experts, and the axis of the router columns. Both become A in an attention layer, and E in
       a feed-forward network.
     `G`: the number of inputs of the activation. It becomes a digit: 2 for a gated activation, otherwise 1.
-    `R`: the number of inputs of the router's last matrix. In a linear router it becomes D, because this matrix is the
-      only one, and its inputs have the model width D.
+    `R`: the number of inputs of the router's last matrix. In an attention layer it becomes S. But in a linear router it
+      becomes D, because this matrix is the only one, and its inputs have the model width D.
     """
-    experts, mixture = ("A", c.attention_experts) if name.startswith("blocks.attention.") else ("E", c.experts)
-    sizes = {"E": experts, "C": experts, "G": str(gates(c)), "R": "D" if mixture.network == "linear" else "R"}
+    in_attention = name.startswith("blocks.attention.")
+    experts, hidden, mixture = ("A", "S", c.attention_experts) if in_attention else ("E", "R", c.experts)
+    sizes = {"E": experts, "C": experts, "G": str(gates(c)), "R": "D" if mixture.network == "linear" else hidden}
     return " ".join(sizes.get(axis, axis) for axis in axes.split())
 
 
@@ -140,8 +142,10 @@ def _size(config: ModelConfig, letter: str) -> int:
         return int(letter)
     if letter in "PQU":
         return {"P": config.N // config.K + 2, "Q": config.N // config.K, "U": 2}[letter]
-    names = {"A": "attention_experts.E", "E": "experts.E", "R": "experts.hidden", "W": "experts.shared"}
-    names["V"] = "vocabulary"
+    names = {
+        "A": "attention_experts.E", "E": "experts.E", "R": "experts.hidden", "S": "attention_experts.hidden",
+        "W": "experts.shared", "V": "vocabulary",
+    }  # fmt: skip
     return operator.attrgetter(names.get(letter, letter))(config)
 
 

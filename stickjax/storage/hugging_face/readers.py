@@ -3,8 +3,11 @@
 The entries that a function does not read are errors, unless `entries` lists them as ignored.
 """
 
-from stickjax.config.decoder import MODULE_ROUTER, MODULES
+import dataclasses
+
+from stickjax.config.decoder import MODULE_ROUTER, MODULES, ModelConfig
 from stickjax.config.experts import ExpertsConfig
+from stickjax.config.fields import nearest, one_of
 from stickjax.config.rope import RopeScaling
 from stickjax.storage.hugging_face.entries import Entries
 
@@ -188,6 +191,22 @@ def stickbreaking(get: Entries) -> dict:
         m_emb=get("m_emb", float, 1.0), m_res=get("m_residual", float, 1.0), m_width=get("m_width", float, 1.0),
         attention_scale=get("attention_multiplier", float, None),
     )  # fmt: skip
+
+
+def stickjax(get: Entries) -> dict:
+    """Return {field of ModelConfig: value} for the type whose code is in the folder `remote_code`."""
+    get.unused("tie_word_embeddings")  # the code itself uses the embedding as the output matrix
+    model, known = get("model", dict), [f.name for f in dataclasses.fields(ModelConfig)]
+    for name in model:
+        if name not in known:
+            raise ValueError(f"model.{name} is not a field of a decoder{nearest(name, known)}")
+    fields = Entries(model, "model.")
+    fields("V", int)
+    one_of("model.attention", fields("attention", str), ("stick_breaking", "softmax"))
+    for name in ("experts", "attention_experts"):
+        mixture = Entries(fields(name, dict, {}), f"{name}.")
+        mixture.only({"added": 0, "pruned": 0, "pruning": "no"})
+    return model
 
 
 def jetmoe(get: Entries) -> dict:

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+from pallas_kernels.scatter_moe.call import GATED
 from stickjax.config import ModelConfig
 from stickjax.config.experts import ExpertsConfig
 
@@ -55,6 +56,11 @@ def _mlp() -> list[Row]:
 
 def _granite(c: ModelConfig) -> list[Row]:
     return [*_llama(c), *_attention("model.layers.{}.self_attn"), *_mlp()]
+
+
+def _biases(layer: str) -> list[Row]:
+    sizes = {"query": "NH", "key": "KH", "value": "KH"}
+    return [Row(f"blocks/attention/{n}_bias", f"{layer}.{n[0]}_proj.bias", size) for n, size in sizes.items()]
 
 
 def _norms(layer: str, query: str, key: str) -> list[Row]:
@@ -123,9 +129,7 @@ def _stickbreaking_attn(c: ModelConfig) -> list[Row]:
         *_mlp(),
         Row("norm/scale", "model.norm.weight", "D"),
     ]
-    if c.query_key_value_bias:
-        for name, size in (("query", "NH"), ("key", "KH"), ("value", "KH")):
-            rows.append(Row(f"blocks/attention/{name}_bias", f"{layer}.attn.{name[0]}_proj.bias", size))
+    rows += _biases(f"{layer}.attn") if c.query_key_value_bias else []
     rows += _norms(f"{layer}.attn", "H", "H") if c.query_key_norm != "none" else []
     return rows + ([] if c.tied else [Row("unembed", "lm_head.weight", "V D")])
 
@@ -215,19 +219,86 @@ def _layer_norm(ours: str, theirs: str) -> list[Row]:
 
 
 def _router(mixture: ExpertsConfig, ours: str, theirs: str, count: str) -> list[Row]:
+    hidden = "S" if count == "A" else "R"
     if mixture.network == "linear":
         return [Row(f"{ours}/weight", f"{theirs}.w_gate.0.weight", f"{count} D")]
     if mixture.network == "mlp":
         return [
-            Row(f"{ours}/hidden", f"{theirs}.w_gate.0.weight", "R D"),
-            Row(f"{ours}/hidden_bias", f"{theirs}.w_gate.0.bias", "R"),
-            Row(f"{ours}/weight", f"{theirs}.w_gate.3.weight", f"{count} R"),
+            Row(f"{ours}/hidden", f"{theirs}.w_gate.0.weight", f"{hidden} D"),
+            Row(f"{ours}/hidden_bias", f"{theirs}.w_gate.0.bias", hidden),
+            Row(f"{ours}/weight", f"{theirs}.w_gate.3.weight", f"{count} {hidden}"),
         ]
     return [
-        Row(f"{ours}/hidden", f"{theirs}.w_gate.weight", "R D"),
-        Row(f"{ours}/weight", f"{theirs}.expert_centroids", f"{count} R"),
+        Row(f"{ours}/hidden", f"{theirs}.w_gate.weight", f"{hidden} D"),
+        Row(f"{ours}/weight", f"{theirs}.expert_centroids", f"{count} {hidden}"),
         Row(f"{ours}/log_scale", f"{theirs}.temperature", "1"),
     ]
+
+
+def _stickjax(c: ModelConfig) -> list[Row]:
+    """The table of the type that is written with its own code. The modules in `remote_code` have these names."""
+    layer = "model.layers.{}"
+    norms = {
+        "blocks/attention_norm": f"{layer}.input_layernorm",
+        "blocks/ffn_norm": f"{layer}.post_attention_layernorm",
+        "norm": "model.norm",
+    }
+    rows = [Row("embed", "model.embed_tokens.weight", "V D")]
+    rows += [] if c.tied else [Row("unembed", "lm_head.weight", "V D")]
+    for ours, theirs in norms.items():
+        rows += _layer_norm(ours, theirs)[: 2 if c.norm == "layer" else 1]
+    heads = _mixture_of_heads if c.attention_experts.E else _heads
+    return rows + heads(c, f"{layer}.self_attn") + _feed_forward(c, f"{layer}.mlp")
+
+
+def _heads(c: ModelConfig, theirs: str) -> list[Row]:
+    ours, all_heads = "blocks/attention", c.query_key_norm == "all"
+    rows = _attention(theirs)
+    rows += _biases(theirs) if c.query_key_value_bias else []
+    if c.query_key_norm != "none":
+        rows += _norms(theirs, "NH" if all_heads else "H", "KH" if all_heads else "H")
+    rows += [Row(f"{ours}/head_bias", f"{theirs}.head_bias", "N H")] if c.remainder == "bias" else []
+    if c.head_norm:
+        rows += [Row(f"{ours}/norm/scale", f"{theirs}.head_norm.weight", "N H")]
+        rows += [Row(f"{ours}/norm/bias", f"{theirs}.head_norm.bias", "N H")]
+    return rows
+
+
+def _mixture_of_heads(c: ModelConfig, theirs: str) -> list[Row]:
+    ours, mixture = "blocks/attention", c.attention_experts
+    rows = _routed(mixture, ours, theirs, "A")
+    rows += [Row(f"{ours}/expert_query", f"{theirs}.query", "A KH D")]
+    rows += [Row(f"{ours}/expert_output", f"{theirs}.output", "A D KH")]
+    for name in ("key", "value") if c.key_value != "input" else ():
+        rows += [Row(f"{ours}/{name}", f"{theirs}.{name[0]}_proj.weight", "KH D")]
+    return rows + (_biases(theirs)[1:] if c.key_value == "biased" else [])
+
+
+def _feed_forward(c: ModelConfig, theirs: str) -> list[Row]:
+    ours, gates = "blocks/ffn", 2 if c.activation in GATED else ""
+    if not c.experts.E:
+        return [
+            Row(f"{ours}/w_in", f"{theirs}.input_linear.weight", f"{gates}F D"),
+            Row(f"{ours}/w_out", f"{theirs}.output_linear.weight", "D F"),
+        ]
+    rows = _routed(c.experts, ours, theirs, "E")
+    rows += [Row(f"{ours}/w_in", f"{theirs}.input", f"E {gates}F D"), Row(f"{ours}/w_out", f"{theirs}.output", "E D F")]
+    if c.experts.shared:
+        rows += [Row(f"{ours}/shared/w_in", f"{theirs}.shared.input_linear.weight", f"{gates}W D")]
+        rows += [Row(f"{ours}/shared/w_out", f"{theirs}.shared.output_linear.weight", "D W")]
+    return rows
+
+
+def _routed(mixture: ExpertsConfig, ours: str, theirs: str, count: str) -> list[Row]:
+    """Return the rows of the router of a mixture and of its output bias, for the type `stickjax`."""
+    linear, hidden = mixture.network == "linear", "S" if count == "A" else "R"
+    rows = [Row("router/weight", "router.weight", f"{count} {'D' if linear else hidden}")]
+    rows += [] if linear else [Row("router/hidden", "router.hidden.weight", f"{hidden} D")]
+    rows += [Row("router/hidden_bias", "router.hidden.bias", hidden)] if mixture.network == "mlp" else []
+    rows += [Row("router/log_scale", "router.log_scale", "1")] if mixture.network == "gmm" else []
+    rows += [Row("router/selection_bias", "router.selection_bias", count)] if mixture.bias_rate else []
+    rows += [Row("output_bias", "output_bias", "D")] if mixture.bias else []
+    return [row._replace(ours=f"{ours}/{row.ours}", theirs=f"{theirs}.{row.theirs}") for row in rows]
 
 
 # {type: function}, with the types of `configs`.
@@ -245,6 +316,7 @@ TABLES: dict[str, Callable[[ModelConfig], list[Row]]] = {
     "qwen3_moe": _qwen3_moe,
     "stickbreaking": _stickbreaking,
     "stickbreaking_attn": _stickbreaking_attn,
+    "stickjax": _stickjax,
     "stickbreaking_interleaved": functools.partial(_stickbreaking, interleaved=True),
 }
 # The model types that have one tensor for each feed-forward expert.

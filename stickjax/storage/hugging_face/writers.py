@@ -3,6 +3,8 @@
 A function may be called for a config that its model_type cannot express. `configs` then finds the fields that are lost.
 """
 
+import dataclasses
+
 from stickjax.config.decoder import ModelConfig
 from stickjax.storage.hugging_face.entries import ROPE_ENTRIES
 
@@ -129,6 +131,28 @@ def jetmoe(c: ModelConfig) -> dict:
     return like_llama(c) | dict(
         activation_function="silu", kv_channels=c.H, num_local_experts=c.experts.E,
         num_experts_per_tok=c.experts.k, aux_loss_coef=router_loss(c),
+    )  # fmt: skip
+
+
+def stickjax(c: ModelConfig) -> dict:
+    """The type that is written with its own code. The entry `model` has the fields of `c` that the code uses."""
+    fields = dataclasses.asdict(explicit(c))
+    elsewhere = ("family", "dtype", "param_dtype", "remat", "implementation")  # the tensors and PyTorch decide these
+    return dict(
+        auto_map={
+            "AutoConfig": "configuration_stickjax.StickjaxConfig",
+            "AutoModelForCausalLM": "modeling_stickjax.StickjaxForCausalLM",
+        },
+        model={name: value for name, value in fields.items() if name not in elsewhere},
+        tie_word_embeddings=False,  # the code itself uses the embedding as the output matrix
+    )
+
+
+def explicit(c: ModelConfig) -> ModelConfig:
+    """Return `c` with values in place of None, where None stands for a value, such as 1 / sqrt(H)."""
+    return dataclasses.replace(
+        c, V=c.vocabulary, attention_scale=c.scale, logits_scaling=logits_scaling_of(c),
+        final_norm_eps=final_norm_eps(c),
     )  # fmt: skip
 
 
