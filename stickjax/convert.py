@@ -44,8 +44,10 @@ def export(
 ) -> None:  # fmt: skip
     """Write a decoder as a Hugging Face folder: config.json, model.safetensors, and tokenizer.json if there is one.
 
-    `stickjax.load(path)` returns the same parameters, bit for bit. The page docs/guides/hugging_face.md lists the model
-    types, and which models they can hold.
+    `stickjax.load(path)` returns the same parameters, bit for bit. There is one exception: in the type
+    stickbreaking_attn, which has no muP multipliers, the written parameters contain the multipliers of the model, and
+    the logits stay the same. The page docs/guides/hugging_face.md lists the model types, and which models they can
+    hold.
 
     Args:
       model: the result of `stickjax.load`, or only the module with the parameters, which has no tokenizer.

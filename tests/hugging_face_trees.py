@@ -1,4 +1,4 @@
-"""A small config.json for each model_type that is like Llama, and for stickbreaking_attn.
+"""A small config.json for each model_type that is like Llama, and for the stick-breaking types.
 
 No entry has the value that a missing entry means.
 """
@@ -15,13 +15,21 @@ LLAMA = dict(
 _PLAIN = {name: value for name, value in LLAMA.items() if name != "rope_scaling"}
 _GRANITE = _PLAIN | dict(
     embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.7, logits_scaling=2.5,
-    num_local_experts=5, num_experts_per_tok=3, shared_intermediate_size=14,
+    num_local_experts=5, num_experts_per_tok=3, shared_intermediate_size=14, router_aux_loss_coef=0.06,
 )  # fmt: skip
-_EXPERTS = dict(num_experts=5, num_experts_per_tok=3)
+_STICKBREAKING = dict(
+    model_type="stickbreaking", vocab_size=23, n_embd=12, n_layer=2, n_head=4, num_key_value_heads=2, n_inner=10,
+    activation_function="swiglu", add_bias=False, add_qkv_bias=True, attention_head_type="gqa",
+    attention_multiplier=0.7, init_method="mup", layer_norm_epsilon=0.05, m_emb=3, m_residual=0.4, m_width=2.5,
+    normalization_function="rmsnorm", n_positions=48, position_embedding_type="nope", sb_remainder=False,
+    scale_attn_weights=True, tie_word_embeddings=True,
+)  # fmt: skip
+_EXPERTS = dict(num_experts=5, num_experts_per_tok=3, router_aux_loss_coef=0.06)
 MORE_TREES = {
     "llama": LLAMA,
     "qwen3": _PLAIN | dict(model_type="qwen3", max_window_layers=28, use_sliding_window=False),
-    "mixtral": _PLAIN | dict(model_type="mixtral", num_local_experts=5, num_experts_per_tok=3),
+    "mixtral": _PLAIN
+    | dict(model_type="mixtral", num_local_experts=5, num_experts_per_tok=3, router_aux_loss_coef=0.06),
     "qwen3_moe": _PLAIN
     | _EXPERTS
     | dict(
@@ -38,4 +46,6 @@ MORE_TREES = {
         num_heads=4, num_kv_heads=2, norm_eps=0.05, attend_current=True, qk_norm=True, qkv_bias=True,
         tie_word_embeddings=True, hidden_act="swish", hidden_ratio=4, fuse_norm=True, max_position_embeddings=48,
     ),
+    "stickbreaking": _STICKBREAKING | dict(use_interleaved_weights=False),
+    "stickbreaking_interleaved": _STICKBREAKING | dict(use_interleaved_weights=True),
 }  # fmt: skip

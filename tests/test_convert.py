@@ -91,8 +91,8 @@ def test_a_run_with_checkpoints_is_exported(tmp_path, capsys):
     "changes, said",
     [
         (
-            dict(attention="stick_breaking", remainder="value"),
-            "'stickbreaking_attn', the most similar to this model, cannot express remainder='value'",
+            dict(attention="stick_breaking", remainder="bias"),
+            "'stickbreaking_attn', the most similar to this model, cannot express remainder='bias'",
         ),
         (
             dict(attention="stick_breaking", experts=ExpertsConfig(4, 2)),

@@ -1,5 +1,6 @@
 """Each entry of a config.json of a type like Llama sets a field of ModelConfig, or the error names the entry."""
 
+import functools
 import json
 
 import jax.numpy as jnp
@@ -20,16 +21,23 @@ SCALING = RopeScaling("llama3", 4.0, 2.0, 3.0, 16)
 COMMON = dict(V=23, D=12, L=2, N=4, K=2, F=10, norm_eps=0.05, tied=True, logits_scaling=1.0)
 PLAIN = COMMON | dict(H=6, attention="softmax", rope_theta=30.0)
 GRANITE = PLAIN | dict(m_emb=3.0, m_res=0.4, attention_scale=0.7, logits_scaling=2.5)
+EXPERTS = functools.partial(ExpertsConfig, E=5, k=3, switch_weight=0.06 * 3 / 2)
+STICKBREAKING = COMMON | dict(
+    H=3, attention="stick_breaking", query_key_value_bias=True, m_emb=3.0, m_res=0.4, m_width=2.5, logits_scaling=None,
+    attention_scale=0.7,
+)  # fmt: skip
 EXPECTED = {
     "llama": PLAIN | dict(rope_scaling=SCALING),
     "qwen3": PLAIN | dict(query_key_norm="head"),
-    "mixtral": PLAIN | dict(experts=ExpertsConfig(5, 3)),
-    "qwen3_moe": PLAIN | dict(F=8, experts=ExpertsConfig(5, 3), query_key_norm="head"),
-    "olmoe": PLAIN | dict(experts=ExpertsConfig(5, 3), query_key_norm="all"),
-    "granitemoeshared": GRANITE | dict(experts=ExpertsConfig(5, 3, shared=14)),
-    "granitemoehybrid": GRANITE | dict(experts=ExpertsConfig(5, 3, shared=14)),
+    "mixtral": PLAIN | dict(experts=EXPERTS()),
+    "qwen3_moe": PLAIN | dict(F=8, experts=EXPERTS(), query_key_norm="head"),
+    "olmoe": PLAIN | dict(experts=EXPERTS(), query_key_norm="all"),
+    "granitemoeshared": GRANITE | dict(experts=EXPERTS(shared=14)),
+    "granitemoehybrid": GRANITE | dict(experts=EXPERTS(shared=14)),
     "stickbreaking_attn": COMMON
     | dict(H=3, attention="stick_breaking", attend_current=True, query_key_norm="head", query_key_value_bias=True),
+    "stickbreaking": STICKBREAKING,
+    "stickbreaking_interleaved": STICKBREAKING,
 }
 
 
@@ -50,17 +58,23 @@ def test_each_entry_becomes_its_field_and_is_written_again(kind):
         ("llama", dict(tie_word_embeddings=None), dict(tied=False)),
         ("llama", dict(rope_scaling={"type": "linear", "factor": 2.0}), dict(rope_scaling=RopeScaling("linear", 2.0))),
         ("llama", dict(rope_scaling=None, rope_parameters={"rope_theta": 30.0}), dict(rope_scaling=RopeScaling())),
+        ("mixtral", dict(router_aux_loss_coef=None), dict(experts=EXPERTS(switch_weight=0.0))),
         ("mixtral", dict(rms_norm_eps=None, rope_theta=None), dict(norm_eps=1e-5, rope_theta=1e6)),
         ("olmoe", dict(rms_norm_eps=None), dict(norm_eps=1e-5)),
-        ("olmoe", dict(norm_topk_prob=None), dict(experts=ExpertsConfig(5, 3, "softmax_topk"))),
+        ("olmoe", dict(norm_topk_prob=None), dict(experts=EXPERTS(order="softmax_topk"))),
         ("qwen3_moe", dict(num_experts=None, num_local_experts=5), {}),
-        ("qwen3_moe", dict(norm_topk_prob=False), dict(experts=ExpertsConfig(5, 3, "softmax_topk"))),
+        ("qwen3_moe", dict(norm_topk_prob=False), dict(experts=EXPERTS(order="softmax_topk"))),
+        ("qwen3", dict(sliding_window=4096), {}),
+        ("qwen3_moe", dict(sliding_window=4096, use_sliding_window=False, use_qk_norm=True), {}),
         ("granitemoehybrid", dict(position_embedding_type=None), dict(rope_theta=None)),
         ("granitemoehybrid", dict(position_embedding_type="nope"), dict(rope_theta=None)),
         ("granitemoehybrid", dict(num_local_experts=0, num_experts_per_tok=0), dict(F=14, experts=ExpertsConfig())),
-        ("granitemoeshared", dict(shared_intermediate_size=0), dict(experts=ExpertsConfig(5, 3))),
+        ("granitemoeshared", dict(shared_intermediate_size=0), dict(experts=EXPERTS())),
         ("stickbreaking_attn", dict(norm_eps=None, qk_norm=None), dict(norm_eps=1e-6, query_key_norm="none")),
         ("stickbreaking_attn", dict(num_kv_heads=None, qkv_bias=None), dict(K=4, query_key_value_bias=False)),
+        ("stickbreaking", dict(sb_remainder=None), dict(remainder="value")),
+        ("stickbreaking", dict(attention_multiplier=None, m_width=None), dict(attention_scale=None, m_width=1.0)),
+        ("stickbreaking", dict(tie_word_embeddings=None), dict(tied=False)),
     ],
 )
 def test_missing_and_other_entries(kind, changes, fields):
@@ -81,7 +95,9 @@ def test_missing_and_other_entries(kind, changes, fields):
         ("llama", dict(rope_parameters=LLAMA["rope_scaling"] | {"rope_theta": 31.0}), "have different values"),
         ("llama", dict(rope_scaling=LLAMA["rope_scaling"] | {"beta": 1}), "rope_scaling: beta=1: unknown"),
         ("llama", dict(shared_intermediate_size=8), "shared_intermediate_size=8 is not supported"),
-        ("qwen3", dict(use_sliding_window=True), "use_sliding_window=True is not supported"),
+        ("llama", dict(rope_interleaved=True), "rope_interleaved=True is not supported"),
+        ("qwen3", dict(use_sliding_window=True, sliding_window=8), "use_sliding_window=True is not supported"),
+        ("qwen3_moe", dict(shared_expert_intermediate_size=8), "shared_expert_intermediate_size=8 is not supported"),
         ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "'sliding_attention', which is not"),
         ("qwen3", dict(head_dim=None), "the entry head_dim is missing"),
         ("mixtral", dict(sliding_window=4096), "sliding_window=4096 is not supported"),
@@ -90,6 +106,9 @@ def test_missing_and_other_entries(kind, changes, fields):
         ("qwen3_moe", dict(decoder_sparse_step=2), "decoder_sparse_step=2 is not supported"),
         ("qwen3_moe", dict(num_local_experts=6), "num_experts=5 and num_local_experts=6 are two names"),
         ("mixtral", dict(num_local_experts=0), "num_local_experts=0 must be at least 1"),
+        ("mixtral", dict(num_hidden_layers=0), "L=0 must be at least 1"),
+        ("mixtral", dict(router_z_loss_coef=0.1), "router_z_loss_coef=0.1: unknown"),
+        ("olmoe", dict(router_aux_loss_coef=-1.0), "switch_weight=-1.5 must be at least 0"),
         ("olmoe", dict(clip_qkv=8.0), "clip_qkv=8.0 is not supported"),
         (
             "granitemoehybrid",
@@ -102,6 +121,11 @@ def test_missing_and_other_entries(kind, changes, fields):
         ("stickbreaking_attn", dict(window_size=16), "window_size=16 is not supported"),
         ("stickbreaking_attn", dict(intermediate_size=None), "the entry intermediate_size is missing"),
         ("stickbreaking_attn", dict(rope_theta=1e4), "rope_theta=10000.0: unknown"),
+        ("stickbreaking", dict(use_interleaved_weights=None), "has two orders of the rows of mlp.c_fc, and the file"),
+        ("stickbreaking", dict(use_interleaved_weights="yes"), "has two orders of the rows of mlp.c_fc"),
+        ("stickbreaking", dict(position_embedding_type="rope"), "position_embedding_type='rope' is not supported"),
+        ("stickbreaking", dict(head_norm=True), "head_norm=True: unknown"),
+        ("stickbreaking", dict(n_head=5), "n_embd=12 must be a multiple of n_head=5"),
     ],
 )
 def test_what_ours_does_not_have_is_refused_by_name(kind, changes, said):

@@ -18,7 +18,8 @@ from stickjax.data.tokenizer import Tokenizer
 from stickjax.storage.hugging_face import configs, names
 from stickjax.storage.hugging_face.files import FLOATS, Lazy, write_sharded
 from stickjax.storage.hugging_face.folder import open_folder
-from stickjax.storage.hugging_face.tables import PER_EXPERT
+from stickjax.storage.hugging_face.folding import scaled
+from stickjax.storage.hugging_face.tables import PER_EXPERT, TABLES
 from stickjax.system.disk import write_file
 
 # The names of the buffers (arrays that are not parameters) in files of the original ModuleFormer code.
@@ -44,10 +45,11 @@ def read_config(path: Path) -> Config:
     Raise ValueError if the model is not supported or the folder is damaged, or if it has F16 and BF16 tensors.
     """
     try:
-        model, T = configs.to_model_config(read_object((path / "config.json").read_bytes(), "the file"))
+        tree = read_object((path / "config.json").read_bytes(), "the file")
+        model, T = configs.to_model_config(tree)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path / 'config.json'}: {error}") from error
-    names_of = {tensor.dtype: name for name, tensor in _tensors(path, model).items()}
+    names_of = {tensor.dtype: name for name, tensor in _tensors(path, model, configs.type_of(tree)).items()}
     found = names_of.keys() & set(FLOATS.values())
     if found >= {FLOATS["F16"], FLOATS["BF16"]}:
         half, brain = names_of[FLOATS["F16"]], names_of[FLOATS["BF16"]]
@@ -68,7 +70,8 @@ def read(path: Path, model: ModelConfig) -> dict[str, Lazy]:
     folder lacks tensors or has unknown ones, or if a tensor has a wrong shape or a dtype other than F32, F16 and BF16.
     The message names the tensors.
     """
-    kind, tensors = read_object((path / "config.json").read_bytes(), "the file")["model_type"], _tensors(path, model)
+    kind = configs.type_of(read_object((path / "config.json").read_bytes(), "the file"))
+    tensors = _tensors(path, model, kind)
     if model.L > len(tensors):  # checked first, because L may be huge and the names of all layers are made next
         raise ValueError(
             f"{path}: config.json says {model.L} layers, but the files have only {len(tensors)} tensors, "
@@ -94,6 +97,8 @@ def write(
 ) -> None:  # fmt: skip
     """Write a model as a Hugging Face folder. `read` returns the same parameters from the folder, bit for bit.
 
+    If the model_type has no multipliers and the model has some, the written parameters contain the multipliers.
+
     Args:
       path: the folder; it is created if it does not exist.
       config: the config of the model. Its `data.T` is written as the longest sequence length.
@@ -104,9 +109,10 @@ def write(
         the files that name special tokens. The file TOKEN_IDS is not written; its entries go into config.json.
       kind: the model_type; None: the only model_type that can hold the model.
     """
-    c = config.model
+    kind = configs.model_type_for(config.model, kind)
+    c, factors = configs.stored(config.model, kind)
     tree = configs.to_config_json(c, config.data.T, kind)
-    table = names.table(tree["model_type"], c)
+    table = names.table(kind, c)
     tree |= read_object(files.get(TOKEN_IDS, b"{}"), TOKEN_IDS)
     if tokenizer is not None and tokenizer.eot < c.vocabulary and tree.get("eos_token_id") is None:
         tree["eos_token_id"] = tokenizer.eot  # otherwise transformers uses a default id of the model type
@@ -115,7 +121,7 @@ def write(
     path.mkdir(parents=True, exist_ok=True)
     write_files({name: content for name, content in files.items() if name != TOKEN_IDS}, path)
     write_file(path / "config.json", json.dumps(tree, indent=2) + "\n")
-    write_sharded(path, names.tensors_from_leaves(table, c, leaves), shard_bytes)
+    write_sharded(path, names.tensors_from_leaves(table, c, scaled(leaves, factors)), shard_bytes)
 
 
 def check(found: dict[str, Lazy], expected: dict[str, tuple[int, ...]], where: str) -> None:
@@ -139,8 +145,10 @@ def _listed(words: list[str], most: int = 8) -> str:
     return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
-def _tensors(path: Path, model: ModelConfig) -> dict[str, Lazy]:
+def _tensors(path: Path, model: ModelConfig, kind: str) -> dict[str, Lazy]:
     """Return {published name: tensor} of a Hugging Face folder, without buffers (arrays that are not parameters).
+
+    `kind` is the type of the model, as `configs.type_of` returns it.
 
     A published name is the name that the authors of the model use; `names.published` returns it. If `model.tied` is
     true, the output matrix is the embedding, and the tensor "lm_head.weight" is only a copy of it. This copy is left
@@ -149,7 +157,8 @@ def _tensors(path: Path, model: ModelConfig) -> dict[str, Lazy]:
     tensors = {names.published(name): t for name, t in open_folder(path).items() if not _BUFFERS.fullmatch(name)}
     if model.tied and "lm_head.weight" in tensors:
         # A tied model may store its embedding a second time, as the output matrix. If the two differ, it is not tied.
-        head, embed = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+        embedding = next(row.theirs for row in TABLES[kind](model) if row.ours == "embed")
+        head, embed = tensors.pop("lm_head.weight"), tensors.get(embedding)
         if embed is not None and not np.array_equal(head.read(None), embed.read(None)):
             raise ValueError(
                 f"{path}: lm_head.weight differs from the embedding, so tie_word_embeddings in config.json must "

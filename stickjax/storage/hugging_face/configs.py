@@ -1,11 +1,11 @@
 """Convert the config.json of a Hugging Face folder to a ModelConfig, and a ModelConfig to a config.json.
 
-Some entries that matter only in training are not converted: the dropout rates, and the weights of the router losses of
-all types but moduleformer. In these types, one router loss is computed from all layers together, but stickjax
-computes one router loss per layer.
+The dropout rates, which matter only in training, are not converted.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 from stickjax.config.decoder import ModelConfig
 from stickjax.config.family import FamilyConfig
@@ -13,35 +13,50 @@ from stickjax.config.fields import nearest, one_of
 from stickjax.models.router import ROUTER_LOSSES
 from stickjax.storage.hugging_face import readers, writers
 from stickjax.storage.hugging_face.entries import ROPE_ENTRIES, Entries
+from stickjax.storage.hugging_face.folding import folded
 
 # Fields of ModelConfig that do not change the logits, or only change how the logits are computed.
 _FREE = ("m_width", "init_std", "dtype", "param_dtype", "remat", "implementation", "skip_below")
 _FREE_OF_EXPERTS = (*ROUTER_LOSSES.values(), "sample_topk", "token_rounding")
 
 
-# {model_type: (function that reads config.json, function that writes config.json, class in transformers or in
-# flash-linear-attention, entry of config.json that has the length of the longest sequence)}
+class Type(NamedTuple):
+    """How the config.json of a model_type is read and written.
+
+    `read`: a function of `readers`. `write`: a function of `writers`.
+    `architecture`: the class in transformers or in flash-linear-attention, for the entry `architectures`; None: there
+      is no such entry.
+    `length`: the entry that has the length of the longest sequence.
+    `folds`: whether the multipliers of a model are folded into its parameters, because config.json has none.
+    """
+
+    read: Callable[[Entries], dict]
+    write: Callable[[ModelConfig], dict]
+    architecture: str | None
+    length: str = "max_position_embeddings"
+    folds: bool = False
+
+
+# {type: how it is read and written}. A type is a model_type; stickbreaking_interleaved is stickbreaking with another
+# order of the rows of a tensor (`type_of`).
 _TYPES = {
-    "granite": (readers.granite, writers.granite, "GraniteForCausalLM", "max_position_embeddings"),
-    "granitemoe": (readers.granitemoe, writers.granitemoe, "GraniteMoeForCausalLM", "max_position_embeddings"),
-    "granitemoeshared": (
-        readers.granitemoeshared, writers.granitemoeshared, "GraniteMoeSharedForCausalLM", "max_position_embeddings"
+    "granite": Type(readers.granite, writers.granite, "GraniteForCausalLM"),
+    "granitemoe": Type(readers.granitemoe, writers.granitemoe, "GraniteMoeForCausalLM"),
+    "granitemoeshared": Type(readers.granitemoeshared, writers.granitemoeshared, "GraniteMoeSharedForCausalLM"),
+    "granitemoehybrid": Type(readers.granitemoehybrid, writers.granitemoehybrid, "GraniteMoeHybridForCausalLM"),
+    "moduleformer": Type(readers.moduleformer, writers.moduleformer, "ModuleFormerForCausalLM", "block_size"),
+    "jetmoe": Type(readers.jetmoe, writers.jetmoe, "JetMoeForCausalLM"),
+    "llama": Type(readers.llama, writers.llama, "LlamaForCausalLM"),
+    "mixtral": Type(readers.mixtral, writers.mixtral, "MixtralForCausalLM"),
+    "olmoe": Type(readers.olmoe, writers.olmoe, "OlmoeForCausalLM"),
+    "qwen3": Type(readers.qwen3, writers.qwen3, "Qwen3ForCausalLM"),
+    "qwen3_moe": Type(readers.qwen3_moe, writers.qwen3_moe, "Qwen3MoeForCausalLM"),
+    "stickbreaking": Type(readers.stickbreaking, writers.stickbreaking, None, "n_positions"),
+    "stickbreaking_interleaved": Type(readers.stickbreaking, writers.stickbreaking_interleaved, None, "n_positions"),
+    "stickbreaking_attn": Type(
+        readers.stickbreaking_attn, writers.stickbreaking_attn, "StickBreakingAttentionForCausalLM", folds=True
     ),
-    "granitemoehybrid": (
-        readers.granitemoehybrid, writers.granitemoehybrid, "GraniteMoeHybridForCausalLM", "max_position_embeddings"
-    ),
-    "moduleformer": (readers.moduleformer, writers.moduleformer, "ModuleFormerForCausalLM", "block_size"),
-    "jetmoe": (readers.jetmoe, writers.jetmoe, "JetMoeForCausalLM", "max_position_embeddings"),
-    "llama": (readers.llama, writers.llama, "LlamaForCausalLM", "max_position_embeddings"),
-    "mixtral": (readers.mixtral, writers.mixtral, "MixtralForCausalLM", "max_position_embeddings"),
-    "olmoe": (readers.olmoe, writers.olmoe, "OlmoeForCausalLM", "max_position_embeddings"),
-    "qwen3": (readers.qwen3, writers.qwen3, "Qwen3ForCausalLM", "max_position_embeddings"),
-    "qwen3_moe": (readers.qwen3_moe, writers.qwen3_moe, "Qwen3MoeForCausalLM", "max_position_embeddings"),
-    "stickbreaking_attn": (
-        readers.stickbreaking_attn, writers.stickbreaking_attn, "StickBreakingAttentionForCausalLM",
-        "max_position_embeddings",
-    ),
-}  # fmt: skip
+}
 
 
 def to_model_config(tree: dict) -> tuple[ModelConfig, int | None]:
@@ -50,14 +65,35 @@ def to_model_config(tree: dict) -> tuple[ModelConfig, int | None]:
     The length is None if the file does not have it. Raise ValueError if the model_type is unknown, or if an entry is
     missing, is unknown, or has a wrong type or a value that is not supported.
     """
-    kind = tree["model_type"]
-    if kind not in _TYPES:
-        raise ValueError(f"model_type={kind!r} is not one of {', '.join(_TYPES)}{nearest(str(kind), _TYPES)}")
-    read, _, _, length = _TYPES[kind]
-    get = Entries(tree)
-    model, T = read(get), get(length, int, None)
+    kind, get = type_of(tree), Entries(tree)
+    model, T = _TYPES[kind].read(get), get(_TYPES[kind].length, int, None)
     get.end()
     return ModelConfig(**model), T
+
+
+def type_of(tree: dict) -> str:
+    """Return the type of a config.json with the content `tree`: its `model_type`, or "stickbreaking_interleaved".
+
+    In the type stickbreaking, the tensor mlp.c_fc.weight has the rows of the gate and the rows that the gate
+    multiplies, called up. In files of 2024 they are two halves, [up; gate]. Later code stores gate and up rows in turn,
+    under the same name. The entry `use_interleaved_weights` says which of the two the file has. If it is missing, the
+    user must add it, because nothing else in the folder tells.
+
+    Raise ValueError if the model_type is unknown, or if this entry is missing.
+
+    >>> type_of({"model_type": "stickbreaking", "use_interleaved_weights": True})
+    'stickbreaking_interleaved'
+    """
+    kind, interleaved = tree["model_type"], tree.get("use_interleaved_weights")
+    known = [name for name in _TYPES if name != "stickbreaking_interleaved"]
+    if kind not in known:
+        raise ValueError(f"model_type={kind!r} is not one of {', '.join(known)}{nearest(str(kind), known)}")
+    if kind == "stickbreaking" and type(interleaved) is not bool:
+        raise ValueError(
+            "model_type='stickbreaking' has two orders of the rows of mlp.c_fc, and the file does not tell which; add "
+            '"use_interleaved_weights": false for the [up; gate] halves of 2024, or true for gate and up rows in turn'
+        )
+    return "stickbreaking_interleaved" if kind == "stickbreaking" and interleaved else kind
 
 
 def model_type_for(c: FamilyConfig, wanted: str | None = None) -> str:
@@ -98,8 +134,9 @@ def _most_similar(c: ModelConfig) -> str:
 
 def _lost(kind: str, c: ModelConfig) -> str:
     """Return the fields of `c` that a config.json of the model_type `kind` cannot express, or '' if there are none."""
-    read, write, _, _ = _TYPES[kind]
+    read, write = _TYPES[kind].read, _TYPES[kind].write
     try:
+        c, _ = stored(c, kind)
         found = _effective(ModelConfig(**read(Entries({"model_type": kind} | write(c)))))
     except (ValueError, ZeroDivisionError) as error:
         return f"this model: {error}"
@@ -114,8 +151,19 @@ def to_config_json(c: ModelConfig, T: int, kind: str | None = None) -> dict:
     model_type; None: the only model_type that can hold the model. Raise ValueError as `model_type_for` does.
     """
     kind = model_type_for(c, kind)
-    _, write, architecture, length = _TYPES[kind]
-    return {"model_type": kind, "architectures": [architecture], length: T, "torch_dtype": c.param_dtype} | write(c)
+    c, _ = stored(c, kind)
+    _, write, architecture, length, _ = _TYPES[kind]
+    named = {} if architecture is None else {"architectures": [architecture]}
+    return {"model_type": kind, **named, length: T, "torch_dtype": c.param_dtype} | write(c)
+
+
+def stored(c: ModelConfig, kind: str) -> tuple[ModelConfig, dict[str, float]]:
+    """Return the config that a folder of the model_type `kind` has for a model with the config `c`.
+
+    The second result is {name of a parameter: factor}. The parameters of the model are multiplied by these factors in
+    the folder (`folding.folded`).
+    """
+    return folded(c) if _TYPES[kind].folds else (c, {})
 
 
 def _effective(c: ModelConfig) -> dict:

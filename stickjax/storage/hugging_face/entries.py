@@ -17,8 +17,8 @@ _NO_LOGITS = """
     num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
     initializer_range attention_dropout hidden_dropout attn_pdrop embd_pdrop resid_pdrop moe_pdrop
-    router_aux_loss_coef aux_loss_coef router_jitter_noise
-    max_position_embeddings n_positions block_size history_length n_ctx
+    router_jitter_noise max_position_embeddings n_positions block_size history_length n_ctx world_size
+    is_llama_config transformers.js_config
 """
 IGNORED = frozenset(_NO_LOGITS.split())
 # {rope_type: {entry of rope_parameters: (field of RopeScaling, type of its value)}}

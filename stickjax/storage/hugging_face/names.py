@@ -15,6 +15,11 @@ A digit is a size, too. For example, the axis "2F" of a gated feed-forward netwo
 gate, then the F values that the gate multiplies. If only the tensor or only the leaf has the digit 2, then a row of the
 table maps one of the two halves: `part` is 0 for the first half, and 1 for the second. Some model types have one tensor
 for each feed-forward expert. Then `expert` is the index of the expert, and only the leaf has the axis E.
+
+Three letters exist only for the type stickbreaking, and `part` is the index on their axes, too. P and Q: a tensor with
+the axis "KPH" has, for each of the K key heads, P = N / K + 2 heads: Q = N / K query heads, the key head and the value
+head. The axis N of the leaf with the queries is then the axis "KQ". U has the size 2, like the digit 2 of the leaf, but
+the two halves of the tensor are in the opposite order: its index is 1 - `part`.
 """
 
 import functools
@@ -60,13 +65,14 @@ def _checked(row: Row, known: dict[str, str]) -> str:
             f"the table row for the tensor {row.theirs} has an unknown parameter {row.ours!r}{nearest(row.ours, known)}"
         )
     own = row.axes if row.expert is None else f"E {row.axes}"
-    theirs, ours = (sorted(filter(str.isalpha, axes)) for axes in (own, known[row.ours]))
+    leaf = known[row.ours].replace("N", "KQ") if "P" in row.axes else known[row.ours]
+    theirs, ours = (sorted(x for x in axes if x.isalpha() and x not in "PQU") for axes in (own, leaf))
     if theirs != ours:
         raise ValueError(
             f"the table row for the tensor {row.theirs} has the axes {row.axes!r}, but the parameter {row.ours} has "
-            f"the axes {known[row.ours]!r}; both must consist of the same letters"
+            f"the axes {leaf!r}; both must consist of the same letters"
         )
-    return known[row.ours]
+    return leaf
 
 
 def _sizes(c: ModelConfig, name: str, axes: str) -> str:
@@ -132,6 +138,8 @@ def shape(config: ModelConfig, layout: str) -> tuple[int, ...]:
 def _size(config: ModelConfig, letter: str) -> int:
     if letter.isdigit():
         return int(letter)
+    if letter in "PQU":
+        return {"P": config.N // config.K + 2, "Q": config.N // config.K, "U": 2}[letter]
     names = {"A": "attention_experts.E", "E": "experts.E", "R": "experts.hidden", "W": "experts.shared"}
     names["V"] = "vocabulary"
     return operator.attrgetter(names.get(letter, letter))(config)
@@ -151,9 +159,10 @@ def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray,
         """Return a view of `array` with one axis for every letter or digit that is in both `own` and `other`.
 
         `own` are the letters and digits of `array`, and `other` are the letters and digits of the other array. If only
-        `own` has a digit or the letter E, the view has only one index on this axis.
+        `own` has a digit or one of the letters E, P, Q and U, the view has only one index on this axis.
         """
-        view, index = array.reshape([_size(config, letter) for letter in own]), {"E": row.expert}
+        view = array.reshape([_size(config, letter) for letter in own])
+        index = {"E": row.expert, "U": 1 - row.part}
         return view[tuple(slice(None) if letter in other else index.get(letter, row.part) for letter in own)]
 
     if target.dtype == source.dtype:  # copied as integers, because NumPy copies bfloat16 slowly

@@ -9,7 +9,7 @@ from stickjax.config.rope import RopeScaling
 from stickjax.storage.hugging_face.entries import Entries
 
 # {entry of config.json: the only value that stickjax supports}. An entry that is absent or null means this value.
-# `_ONLY` is for all model types. `_ONLY_LLAMA` is for the types like Llama: all but stickbreaking_attn, moduleformer.
+# `_ONLY` is for all model types. `_ONLY_LLAMA` is for the types like Llama: all but the stick-breaking ones.
 _ONLY = {
     "quantization_config": None, "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {},
     "cross_attention_hidden_size": None, "per_layer_config": None,
@@ -18,7 +18,7 @@ _ONLY_LLAMA = _ONLY | {
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None,
     "use_sliding_window": False, "position_embedding_type": "rope", "rotary_percent": 1, "partial_rotary_factor": 1,
     "attn_logit_softcapping": None, "final_logit_softcapping": None, "qk_norm": False, "use_qk_norm": False,
-    "clip_qkv": None, "shared_intermediate_size": 0, "normalization_function": "rmsnorm",
+    "clip_qkv": None, "shared_intermediate_size": 0, "normalization_function": "rmsnorm", "rope_interleaved": False,
 }  # fmt: skip
 
 
@@ -55,10 +55,17 @@ def llama(get: Entries) -> dict:
     return plain(get) | dict(F=get("intermediate_size", int))
 
 
+def like_qwen3(get: Entries) -> dict:
+    """Return {field of ModelConfig: value} for the entries that qwen3 and qwen3_moe share."""
+    get("num_key_value_heads", int)  # required: the default of these types is a fixed number
+    get.only({"qkv_bias": False, "use_qk_norm": True})
+    get.unused("max_window_layers sliding_window")  # without use_sliding_window, they have no effect
+    return plain(get, own=("sliding_window", "use_qk_norm")) | dict(query_key_norm="head")
+
+
 def qwen3(get: Entries) -> dict:
-    get("head_dim", int), get("num_key_value_heads", int)  # required: the defaults of this type are fixed numbers
-    get.unused("max_window_layers")
-    return plain(get) | dict(F=get("intermediate_size", int), query_key_norm="head")
+    get("head_dim", int)  # required: the default of this type is a fixed number
+    return like_qwen3(get) | dict(F=get("intermediate_size", int))
 
 
 def experts_of(get: Entries, *names: str, order: str = "topk_softmax", shared: int = 0) -> ExpertsConfig:
@@ -68,7 +75,20 @@ def experts_of(get: Entries, *names: str, order: str = "topk_softmax", shared: i
     """
     if (E := get.either(names[0], names[-1], int)) < 1:
         raise ValueError(f"{names[0]}={E} must be at least 1")
-    return ExpertsConfig(E, get("num_experts_per_tok", int), order, shared=shared)
+    k = get("num_experts_per_tok", int)
+    return ExpertsConfig(E, k, order, shared=shared, switch_weight=switch_weight(get, "router_aux_loss_coef", k))
+
+
+def switch_weight(get: Entries, name: str, k: int) -> float:
+    """Return the weight of the load-balancing loss of each of L layers, for the coefficient in the entry `name`.
+
+    transformers adds coefficient * loss, where the loss is computed once, from the mean loads and the mean
+    probabilities of all layers, and is k times as large as ours. stickjax adds weight * loss for every layer. With
+    weight = coefficient * k / L, the two are equal if all layers have the same means. Without the entry, the weight is
+    0.
+    """
+    L = get.either("num_hidden_layers", "num_layers", int)
+    return get(name, float, 0.0) * k / max(L, 1)  # ModelConfig refuses L=0
 
 
 def mixtral(get: Entries) -> dict:
@@ -84,11 +104,9 @@ def routed(get: Entries) -> ExpertsConfig:
 
 
 def qwen3_moe(get: Entries) -> dict:
-    get("num_key_value_heads", int)  # required: the default of this type is a fixed number
-    get.only({"decoder_sparse_step": 1, "mlp_only_layers": []})
-    get.unused("max_window_layers intermediate_size")  # the width of dense layers, which the model does not have
-    F = get("moe_intermediate_size", int)
-    return plain(get) | dict(F=F, experts=routed(get), query_key_norm="head")
+    get.only({"decoder_sparse_step": 1, "mlp_only_layers": [], "shared_expert_intermediate_size": 0})
+    get.unused("intermediate_size")  # the width of dense layers, which the model does not have
+    return like_qwen3(get) | dict(F=get("moe_intermediate_size", int), experts=routed(get))
 
 
 def olmoe(get: Entries) -> dict:
@@ -129,7 +147,7 @@ def granitemoehybrid(get: Entries) -> dict:
     if get("num_local_experts", int):
         fields |= dict(experts=experts_of(get, "num_local_experts", shared=shared))
     else:
-        get("num_experts_per_tok", int, 0)  # without experts, the shared network is the only one
+        get.unused("num_experts_per_tok router_aux_loss_coef")  # the shared network is the only one
         fields |= dict(F=shared)
     return fields if positions == "rope" else fields | dict(rope_theta=None, rope_scaling=RopeScaling())
 
@@ -151,12 +169,34 @@ def stickbreaking_attn(get: Entries) -> dict:
     )  # fmt: skip
 
 
+def stickbreaking(get: Entries) -> dict:
+    """Return {field of ModelConfig: value} for the type of the released 3B stick-breaking model.
+
+    `configs.type_of` reads the entry `use_interleaved_weights`. Without `tie_word_embeddings`, the output matrix is
+    read from the tensor lm_head.weight, even if it is a copy of the embedding.
+    """
+    get.only(_ONLY | {"activation_function": "swiglu", "add_bias": False, "normalization_function": "rmsnorm"})
+    get.only({"position_embedding_type": "nope", "scale_attn_weights": True, "multi_query": False})
+    get.unused("attention_head_type attention_softmax_in_fp32 init_method upcast_logits_for_loss")
+    get.unused("use_interleaved_weights")
+    return dict(
+        V=get("vocab_size", int), D=get("n_embd", int), L=get("n_layer", int), N=get("n_head", int),
+        K=get("num_key_value_heads", int), H=get.quotient("n_embd", "n_head"), F=get("n_inner", int),
+        attention="stick_breaking", remainder="value" if get("sb_remainder", bool, True) else "none",
+        activation="swiglu", query_key_value_bias=get("add_qkv_bias", bool, False),
+        norm_eps=get("layer_norm_epsilon", float), tied=get("tie_word_embeddings", bool, False),
+        m_emb=get("m_emb", float, 1.0), m_res=get("m_residual", float, 1.0), m_width=get("m_width", float, 1.0),
+        attention_scale=get("attention_multiplier", float, None),
+    )  # fmt: skip
+
+
 def jetmoe(get: Entries) -> dict:
     """Return {field of ModelConfig: value} for the config.json of a jetmoe model. `get` reads its entries.
 
     Some entries have one name in transformers and another name in the original code of JetMoE. Both names are accepted.
     """
     get.only({"activation_function": "silu", "glu": True, "bias": True})
+    get.unused("layer_norm_epsilon")  # all normalisations are RMSNorm, with the epsilons below
     E, k = (
         get.either(*names, int)
         for names in (("num_local_experts", "moe_num_experts"), ("num_experts_per_tok", "moe_top_k"))
@@ -166,16 +206,20 @@ def jetmoe(get: Entries) -> dict:
     if N != K * k:
         raise ValueError(f"num_attention_heads={N} must be num_key_value_heads * num_experts_per_tok = {K} * {k}")
     read, F = like_llama(get, tied=True), get.either("intermediate_size", "ffn_hidden_size", int)
+    # transformers computes one loss from all routers, and counts the routers of attention twice.
+    third = switch_weight(get, "aux_loss_coef", k) / 3
     # The normalisations of a block always use 1e-6. The epsilon in the file is for the last normalisation only.
     return read | dict(
         N=N, K=K, H=get.either("kv_channels", "head_dim", int), F=F,
-        experts=ExpertsConfig(E, k, bias=True), attention_experts=ExpertsConfig(E, bias=True),
+        experts=ExpertsConfig(E, k, bias=True, switch_weight=third),
+        attention_experts=ExpertsConfig(E, bias=True, switch_weight=2 * third),
         logits_scaling=1.0, norm_eps=1e-6, final_norm_eps=read["norm_eps"],
     )  # fmt: skip
 
 
 def moduleformer(get: Entries) -> dict:
     get.only(_ONLY | {"tie_word_embeddings": False, "activation_function": "gelu_new", "n_inner": None})
+    get.only({"att_func": "stickbreaking", "moe_type": "moe", "pre_norm": True, "universal": False, "local_size": 1})
     get("layer_norm_epsilon", float, None)  # the original code always uses 1e-5
     D, A, K = (get(name, int) for name in ("n_embd", "att_hidden", "n_head"))
     loss, weight = get("aux_loss_type", str, "mi"), get("aux_loss_weight", float, 0.0)

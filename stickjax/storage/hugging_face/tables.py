@@ -4,6 +4,7 @@ The top of `names` explains the letters of the axes. A tensor is an array of a H
 parameter of the stickjax model.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -129,6 +130,35 @@ def _stickbreaking_attn(c: ModelConfig) -> list[Row]:
     return rows + ([] if c.tied else [Row("unembed", "lm_head.weight", "V D")])
 
 
+def _stickbreaking(c: ModelConfig, interleaved: bool = False) -> list[Row]:
+    """The table of stickbreaking. `interleaved`: whether the rows of c_fc are gate, up, gate, ...; else [up; gate]."""
+    layer, c_attn = "transformer.h.{}", "transformer.h.{}.attn.c_attn"
+    rows = [
+        Row("embed", "transformer.wte.weight", "V D"),
+        Row("blocks/attention_norm/scale", f"{layer}.ln_1.weight", "D"),
+        *_grouped(c, "", f"{c_attn}.weight", "KPH D"),
+        *(_grouped(c, "_bias", f"{c_attn}.bias", "KPH") if c.query_key_value_bias else []),
+        Row("blocks/attention/output", f"{layer}.attn.c_proj.weight", "D NH"),
+        Row("blocks/ffn_norm/scale", f"{layer}.ln_2.weight", "D"),
+    ]
+    w_in = Row("blocks/ffn/w_in", f"{layer}.mlp.c_fc.weight", "F2 D" if interleaved else "UF D")
+    rows += [w_in] if interleaved else [w_in, w_in._replace(part=1)]
+    rows += [
+        Row("blocks/ffn/w_out", f"{layer}.mlp.c_proj.weight", "D F"),
+        Row("norm/scale", "transformer.ln_f.weight", "D"),
+    ]
+    return rows + ([] if c.tied else [Row("unembed", "lm_head.weight", "V D")])
+
+
+def _grouped(c: ModelConfig, end: str, theirs: str, axes: str) -> list[Row]:
+    """Return the rows of a tensor that has, for each key head, its N / K query heads, the key head and the value head.
+
+    In each row, one of these N / K + 2 heads is mapped, for all key heads.
+    """
+    parts = [*(("query", q) for q in range(c.N // c.K)), ("key", -2), ("value", -1)]
+    return [Row(f"blocks/attention/{name}{end}", theirs, axes, part) for name, part in parts]
+
+
 def _granitemoe(c: ModelConfig) -> list[Row]:
     moe = "model.layers.{}.block_sparse_moe"
     return [
@@ -200,6 +230,7 @@ def _router(mixture: ExpertsConfig, ours: str, theirs: str, count: str) -> list[
     ]
 
 
+# {type: function}, with the types of `configs`.
 TABLES: dict[str, Callable[[ModelConfig], list[Row]]] = {
     "granite": _granite,
     "granitemoe": _granitemoe,
@@ -212,7 +243,9 @@ TABLES: dict[str, Callable[[ModelConfig], list[Row]]] = {
     "olmoe": _olmoe,
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
+    "stickbreaking": _stickbreaking,
     "stickbreaking_attn": _stickbreaking_attn,
+    "stickbreaking_interleaved": functools.partial(_stickbreaking, interleaved=True),
 }
 # The model types that have one tensor for each feed-forward expert.
 PER_EXPERT = frozenset({"mixtral", "olmoe", "qwen3_moe"})

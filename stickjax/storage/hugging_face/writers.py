@@ -42,16 +42,26 @@ def qwen3(c: ModelConfig) -> dict:
     return like_llama(c) | dict(hidden_act="silu", attention_bias=False, use_sliding_window=False)
 
 
+def router_loss(c: ModelConfig) -> float:
+    """Return the coefficient of the router loss in transformers, the inverse of `readers.switch_weight`."""
+    weight, k = sum(mixture.switch_weight for mixture in c.mixtures().values()), c.experts.k
+    return float(f"{weight * c.L / k:.12g}") if k else 0.0  # without the rounding errors of the weight
+
+
+def local_experts(c: ModelConfig) -> dict:
+    return dict(
+        num_local_experts=c.experts.E, num_experts_per_tok=c.experts.k, router_aux_loss_coef=router_loss(c)
+    )  # fmt: skip
+
+
 def mixtral(c: ModelConfig) -> dict:
-    return like_llama(c) | dict(
-        hidden_act="silu", num_local_experts=c.experts.E, num_experts_per_tok=c.experts.k, sliding_window=None
-    )
+    return like_llama(c) | local_experts(c) | dict(hidden_act="silu", sliding_window=None)
 
 
 def routed(c: ModelConfig) -> dict:
     return dict(
         hidden_act="silu", attention_bias=False, num_experts=c.experts.E, num_experts_per_tok=c.experts.k,
-        norm_topk_prob=c.experts.order == "topk_softmax",
+        norm_topk_prob=c.experts.order == "topk_softmax", router_aux_loss_coef=router_loss(c),
     )  # fmt: skip
 
 
@@ -75,7 +85,7 @@ def granite(c: ModelConfig) -> dict:
 
 
 def granitemoe(c: ModelConfig) -> dict:
-    return granite(c) | dict(num_local_experts=c.experts.E, num_experts_per_tok=c.experts.k)
+    return granite(c) | local_experts(c)
 
 
 def granitemoeshared(c: ModelConfig) -> dict:
@@ -98,10 +108,28 @@ def stickbreaking_attn(c: ModelConfig) -> dict:
     )  # fmt: skip
 
 
+def stickbreaking(c: ModelConfig) -> dict:
+    heads = "mha" if c.K == c.N else "mqa" if c.K == 1 else "gqa"
+    return dict(
+        model_type="stickbreaking", use_interleaved_weights=False,
+        vocab_size=c.vocabulary, n_embd=c.D, n_layer=c.L, n_head=c.N, num_key_value_heads=c.K, n_inner=c.F,
+        attention_head_type=heads, add_bias=False, add_qkv_bias=c.query_key_value_bias,
+        activation_function="swiglu", normalization_function="rmsnorm", layer_norm_epsilon=c.norm_eps,
+        position_embedding_type="nope", sb_remainder=c.remainder == "value", scale_attn_weights=True,
+        attention_multiplier=c.scale, m_emb=c.m_emb, m_residual=c.m_res, m_width=logits_scaling_of(c),
+        tie_word_embeddings=c.tied,
+    )  # fmt: skip
+
+
+def stickbreaking_interleaved(c: ModelConfig) -> dict:
+    return stickbreaking(c) | dict(use_interleaved_weights=True)
+
+
 def jetmoe(c: ModelConfig) -> dict:
     return like_llama(c) | dict(
-        activation_function="silu", kv_channels=c.H, num_local_experts=c.experts.E, num_experts_per_tok=c.experts.k
-    )
+        activation_function="silu", kv_channels=c.H, num_local_experts=c.experts.E,
+        num_experts_per_tok=c.experts.k, aux_loss_coef=router_loss(c),
+    )  # fmt: skip
 
 
 def final_norm_eps(c: ModelConfig) -> float:
