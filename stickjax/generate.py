@@ -68,11 +68,11 @@ def generate(
     >>> [len(row) for row in generate(model, [[1, 2, 3], [4]], 5, temperature=1.0, top_p=0.9)]
     [5, 5]
     """
+    model, mesh = _with_whole_sequences(model)
     vocab_size = min(vocab_size or model.config.vocabulary, model.config.vocabulary)
     options = _options(max_new_tokens, temperature, top_k, top_p, seed, vocab_size)
     if not (rows := [_prompt_ids(row, prompt, eot, vocab_size) for row, prompt in enumerate(prompts)]):
         return []
-    model, mesh = _with_whole_sequences(model)
     tokens, segment_ids, cache = _padded(rows, model.config, max_new_tokens, mesh)
     advance = partial(_advance, model, key=jax.random.key(seed), mesh=mesh, **options)
     ids, cache = advance(tokens, segment_ids, cache, index=0)
@@ -95,7 +95,9 @@ def _with_whole_sequences(model: nnx.Module) -> tuple[nnx.Module, Mesh | None]:
     """Return a model and its mesh (None: a single device), after the mesh axis "context" became a part of "data".
 
     Generation does not divide sequences. The parameters stay where they are, because none is divided by these two axes.
+    Raises ValueError for a model that generates no text.
     """
+    jax.eval_shape(lambda: family_of(model.config).empty_cache(model.config, 1, 1))
     if (mesh := mesh_of(model)) is None or mesh.shape["context"] == 1:
         return model, mesh
     sizes = mesh.shape | {"data": mesh.shape["data"] * mesh.shape["context"], "context": 1}

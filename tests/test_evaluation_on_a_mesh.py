@@ -15,7 +15,6 @@ from stickjax import Config, ModelConfig, evaluate, generate
 from stickjax.config import ExpertsConfig, OrderedMemoryConfig
 from stickjax.evaluation.held_out import target_sums
 from stickjax.models.families import family_of
-from stickjax.models.parameters import shardings
 from stickjax.models.transformer import init
 from stickjax.parallel.mesh import make_mesh, mesh_for_evaluation, mesh_of
 from stickjax.parallel.processes import free_port
@@ -133,14 +132,7 @@ def test_two_processes_evaluate_together(run, alone):
     processes = [subprocess.Popen([*command, str(i)], **pipes) for i in range(2)]
     said = [process.communicate(timeout=150) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    assert "held-out bits per byte" in said[0][0] and not said[1][0]  # only process 0 prints
+    assert "picture of the curves" in said[0][0]
+    assert not any("picture of the curves" in text or "compiling" in text for text in said[1])  # only process 0 prints
     found = lengths(run)
     assert [r["bits_per_byte"] for r in found] == pytest.approx(list(alone[0]["bits_per_byte"]), rel=1e-6)
-
-
-def test_a_mesh_without_context_stays_as_it_is():
-    config = SMALL.replace({"mesh.fsdp": 2})
-    model = init(config.model, jax.random.key(0))
-    mesh = make_mesh(config, training=False)
-    placed = jax.device_put(model, shardings(mesh, model))
-    assert mesh_of(placed) == mesh and mesh_of(model) is None
