@@ -11,7 +11,8 @@
 # make docs          build the documentation as HTML, in docs/_build/html; a warning is an error
 # make lint          run ruff
 
-.PHONY: demo demo-compare test test-large test-oldest test-absent test-ptx test-triton test-torch test-install docs lint clean
+.PHONY: demo demo-compare test test-large test-oldest test-absent test-ptx test-triton test-torch test-install
+.PHONY: docs lint clean
 SHELL := /bin/bash
 RUN := .venv/bin/python
 
@@ -79,7 +80,7 @@ define make-venv
 	  fi; \
 	done; \
 	if command -v uv >/dev/null; then uv venv --seed --python 3.12 $(1) && exit 0; fi; \
-	echo "error: stickjax needs Python >= 3.12 with venv, and neither python3 nor python3.12 to python3.14 is one" >&2; exit 1
+	echo "error: $(1) needs Python >= 3.$(or $(3),12) with venv, and no such Python was found" >&2; exit 1
 endef
 
 .venv/bin/python:
@@ -104,10 +105,10 @@ endef
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]" jax==0.11.2 jaxlib==0.11.2
 	@touch $@
 
-# This environment has no JAX, so it may have an older Python. pip takes a CPU build of torch, such as 2.13.0+cpu, if its
-# configuration names a place that has one (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL); Python 3.11 is tried first, because
-# such places have builds for it. Otherwise pip takes the build of the default index, which includes CUDA on Linux and
-# takes several gigabytes.
+# This environment has no JAX, so it may have an older Python. pip takes a CPU build of torch, such as 2.13.0+cpu, if
+# its configuration names a place that has one (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL). Python 3.11 is tried first,
+# because such places have builds for it. Otherwise pip takes the build of the default index, which includes CUDA on
+# Linux and needs several gigabytes.
 .venv-torch/bin/python:
 	$(call make-venv,.venv-torch,python3.11,10)
 

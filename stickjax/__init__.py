@@ -146,7 +146,8 @@ def export(
 ) -> None:
     """Write a decoder as a Hugging Face folder: config.json, model.safetensors, and tokenizer.json if there is one.
 
-    `stickjax.load(path)` returns the same parameters, bit for bit. The page docs/guides/hugging_face.md lists the model
+    `stickjax.load(path)` returns the same parameters, bit for bit, except for a model with muP multipliers in the type
+    stickbreaking_attn (see `stickjax.convert.export`). The page docs/guides/hugging_face.md lists the model
     types.
 
     Args:

@@ -143,8 +143,8 @@ def table(runs: dict[str, Records]) -> Table:
     return result
 
 
-def names(runs: Iterable[str]) -> dict[str, Path]:
-    """Give every run folder a short name for tables and plots, and return {name: path of the folder}.
+def names(runs: Iterable[str]) -> dict[str, str]:
+    """Give every run folder a short name for tables and plots, and return {name: the folder as in `runs`}.
 
     The name is the last part of the path. If several folders in `runs` have the same last part, more parts are added in
     front, until the names differ. A folder that occurs twice in `runs` is returned once.
@@ -152,9 +152,9 @@ def names(runs: Iterable[str]) -> dict[str, Path]:
     >>> list(names(["x/run", "y/run", "/data/old", "x/run/"]))
     ['x/run', 'y/run', 'old']
     """
-    folders: dict[Path, Path] = {}
+    folders: dict[Path, str] = {}
     for run in runs:
-        folders.setdefault(Path(os.path.abspath(run)), Path(run))
+        folders.setdefault(Path(os.path.abspath(run)), run)
     named = {}
     for path, folder in folders.items():
         parts = path.parts
@@ -176,7 +176,9 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m stickjax.evaluate")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; several runs are drawn in one picture")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folder or org/name on the hub; several: in one picture"
+    )
     parser.add_argument("--step", type=step_or_best, help="evaluate the checkpoint of this step, or the best one: best")
     parser.add_argument("--lengths", default="1,2,4,8", help="contexts, in multiples of T (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=2**17, help="largest number of tokens to score")
@@ -222,11 +224,11 @@ def _records(kind: str, name: str, loaded: Loaded, place: Path | None, words, sa
     if kind == "examples":
         return examples.report(model, config, place, words.part, words.max_pairs, say)
     records = evaluate(model, config, lengths=words.lengths, max_tokens=words.max_tokens, say=say)
-    if place and "depth" in records[0]:
-        plots.plot_depth(depths(model, config), place / "depth.png")
     if place:
         record = {"run": name, "step": loaded.step, "lengths": records}
         write_file(place / "evaluation.json", json_text(record, indent=2) + "\n")
+    if place and "depth" in records[0]:
+        plots.plot_depth(depths(model, config), place / "depth.png")
     return records
 
 
@@ -260,7 +262,7 @@ def _show(kind: str, results: dict[str, Records], bucket_name: str, picture: Pat
 def main(argv: list[str] | None = None) -> int:
     words, rest = _parser().parse_with_fields(argv)
     processes.initialize(words.coordinator, words.processes, words.process)
-    writes = processes.is_writer()  # the other processes evaluate with it, but print and write nothing
+    writes = processes.is_writer()  # the other processes take part in the evaluation, but print and write nothing
     runs, words.lengths = names(words.runs), _lengths(words.lengths)
     runs = {name: Path(local_folder(run)) for name, run in runs.items()}
     configs = {name: read_config(run) for name, run in runs.items()}

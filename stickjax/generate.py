@@ -92,9 +92,10 @@ def generate(
 
 
 def _with_whole_sequences(model: nnx.Module) -> tuple[nnx.Module, Mesh | None]:
-    """Return a model and its mesh (None: a single device), after the mesh axis "context" became a part of "data".
+    """Return a model and its mesh, in which the axis "data" has also taken the devices of the axis "context".
 
     Generation does not divide sequences. The parameters stay where they are, because none is divided by these two axes.
+    On a single device, the mesh is None.
     Raises ValueError for a model that generates no text.
     """
     jax.eval_shape(lambda: family_of(model.config).empty_cache(model.config, 1, 1))
@@ -110,8 +111,8 @@ def _padded(rows: list[np.ndarray], config, max_new_tokens: int, mesh: Mesh | No
     """Return prompts as one array of token ids [B,T], their segment ids [B,T], and an empty cache for all tokens.
 
     A segment id is 0 for a token, and -1 for padding. Padding is on the left, so that in every decode step all rows
-    write to the same position in the cache. T is the length of the longest prompt, rounded up by `_bucket`. On a mesh
-    that divides B, the last prompt is repeated.
+    write to the same position in the cache. T is the length of the longest prompt, rounded up by `_bucket`. If the
+    mesh does not divide the number of prompts evenly, the last prompt is repeated.
     """
     rows = rows + [rows[-1]] * (-len(rows) % row_parts(mesh))
     T = _bucket(max(map(len, rows)))
@@ -358,6 +359,8 @@ def main(argv: list[str] | None = None) -> int:
     processes.initialize(args.coordinator, args.processes, args.process)
     sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     _check_options(args.max_new_tokens, **sampling)  # before the model is read
+    if jax.process_count() > 1 and not (args.prompt or args.prompt_file):
+        raise ValueError("several processes cannot all read standard input; give --prompt or --prompt-file")
     args.run = local_folder(args.run)
     changes = parse_changes(read_config(args.run), [*(f"--{word}" for word in args.set), *rest])
     prompts = args.prompt or [_read_prompt(args.prompt_file)]

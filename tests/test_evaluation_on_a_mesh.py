@@ -123,6 +123,12 @@ def test_a_model_of_examples_is_evaluated_on_one_device():
         mesh_for_evaluation(config, ["mesh.data"])
 
 
+def test_several_processes_do_not_read_a_prompt_from_standard_input(run, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert generate.main([run]) != 0
+    assert "error: several processes cannot all read standard input" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_processes_evaluate_together(run, alone):
     join = ["--coordinator", f"localhost:{free_port()}", "--processes", "2", "--process"]

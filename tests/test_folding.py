@@ -72,6 +72,12 @@ def test_in_16_bits_only_powers_of_two_are_exact(tmp_path, capsys):
     assert_close(LOGITS(again.model), LOGITS(loaded.model), 1e-5)
 
 
+def test_in_float16_no_multiplier_is_exact():
+    """A quarter of the small parameter 2^-24, the smallest subnormal number, is 0 in float16."""
+    with pytest.raises(ValueError, match="blocks/attention/output times 0.25 is rounded in float16"):
+        folded(ModelConfig(**SIZES | dict(m_res=0.25, param_dtype="float16")))
+
+
 def test_without_multipliers_no_parameter_is_changed():
     for H in range(1, 200):
         sizes = SIZES | dict(D=4 * H, H=H, param_dtype="bfloat16")

@@ -17,6 +17,7 @@ from stickjax.data.tokenizer import HuggingFaceTokenizer
 from stickjax.models.transformer import init
 from stickjax.storage import hub
 from stickjax.storage.hub import FILES, local_folder
+from stickjax.surgery import __main__ as surgery
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 constants, errors = (pytest.importorskip(f"huggingface_hub.{name}") for name in ("constants", "errors"))
@@ -87,7 +88,10 @@ def test_a_model_in_the_cache_is_loaded_without_a_network(offline, capsys):
         assert np.array_equal(a, b)
     assert ours.run == NAME and list(ours.metrics) == []
     before = sorted(path.name for path in snapshot.iterdir())
+    assert evaluate.main(["./org/granite-tied"]) == 1  # a path, although the cache has a model with this name
+    assert "is not a run folder: it has no config.json" in capsys.readouterr().err
     assert convert.main([NAME, "run"]) == 0 and stickjax.load("run").model.embed.shape == ours.model.embed.shape
+    assert surgery.main(["freeze", NAME, "frozen", "embed"]) == 0
     assert sorted(path.name for path in snapshot.iterdir()) == before
 
 
@@ -96,6 +100,7 @@ def test_a_folder_comes_before_the_hub(offline, tmp_path):
     assert local_folder(NAME) == NAME
     for name in ("org/other", "./a/b", "a", "/a/b", "a/b/c"):  # the folder org exists, so a mistake is more likely
         assert local_folder(name) == name
+    assert local_folder(Path("other/model")) == Path("other/model")  # a Path is never a name
     with pytest.raises(ValueError, match="org/other is not a run folder: it has no config.json"):
         stickjax.load("org/other")
 
@@ -171,7 +176,11 @@ def test_special_tokens_are_used_as_the_model_says_and_travel_along(chat_model, 
     assert convert.main(["run", "me/chat", "--type=llama", "--push"]) == 0
     assert pushed["new me/chat"] == {"private": True, "exist_ok": True}
     files, options = pushed["me/chat"]
-    assert options["delete_patterns"] == list(FILES)  # parameters of an older version must not stay
+    # Parameters and special tokens of an older version must not stay, but files that an export does not write must.
+    old = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "chat_template.json"]
+    others = ["LICENSE.txt", "evaluation/results.json", "adapter/adapter_model.safetensors"]
+    deleted = huggingface_hub.utils.filter_repo_objects(old + others, allow_patterns=options["delete_patterns"])
+    assert list(deleted) == old
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
         assert files[name] == (chat_model / name).read_bytes()
     assert files.keys() - {"config.json", "model.safetensors"} <= {path.name for path in chat_model.iterdir()}

@@ -47,7 +47,7 @@ def test_the_shares_are_the_weights():
     assert max(np.diff(np.flatnonzero(sources == 3))) < 10, "the sources alternate"
 
 
-def test_the_order_of_the_sources_is_that_of_grain():
+def test_the_sources_alternate_as_in_grain():
     """For weights that grain does not round, the mixture draws the same examples as grain's own `mix`."""
     sources = [range(10**c, 10**c + 5) for c in (1, 2, 3)]
     ours = Mixture(sources, WEIGHTS)

@@ -6,6 +6,7 @@ The tests of numbers need torch and transformers. They run the script torch_logi
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -77,13 +78,19 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def answers(models, tmp_path_factory):
+def python() -> str:
+    """Return the path of a Python that has torch and transformers."""
+    if (found := torch_python()) is None:
+        pytest.skip("needs torch and transformers: set TORCH_PYTHON to a Python that has both")
+    return found
+
+
+@pytest.fixture(scope="module")
+def answers(models, python, tmp_path_factory):
     """Return {name: (model, the answers of PyTorch, the folder that transformers saved)}.
 
-    The models are those of `models`, and some that classes of transformers open.
+    The models are all of `models`, and some models that classes of transformers open.
     """
-    if (python := torch_python()) is None:
-        pytest.skip("needs torch and transformers: set TORCH_PYTHON to a Python that has both")
     root, models = tmp_path_factory.mktemp("transformers"), dict(models)
     for kind in ("llama3_rope_tied", "mixtral", "granitemoe"):
         model = stickjax.load(ORACLES / "hf" / kind).model
@@ -101,7 +108,7 @@ def answers(models, tmp_path_factory):
 
 @pytest.mark.parametrize("name", [*MODELS, "llama3_rope_tied", "mixtral", "granitemoe"])
 def test_pytorch_computes_the_same(answers, name):
-    """The logits of left-padded rows are ours, and so are the tokens that `generate` adds with the cache."""
+    """PyTorch computes our logits of left-padded rows, and `generate` with the cache adds our tokens."""
     model, found, saved = answers[name]
     greedy, T = found["greedy"], TOKENS.shape[1]
     np.testing.assert_array_equal(greedy[:, :T], TOKENS)
@@ -115,9 +122,40 @@ def test_pytorch_computes_the_same(answers, name):
     assert bits(stickjax.load(saved).model) == bits(model)
 
 
+BLOCKS = """
+import sys
+from types import SimpleNamespace
+import torch
+sys.path.append(sys.argv[1])
+from remote_code import modeling_stickjax as code
+
+for T, S in (150, 150), (30, 150), (1, 150):
+    for attend_current, window in (False, None), (True, 90):
+        options = dict(attend_current=attend_current, window=window)
+        c = SimpleNamespace(attention="stick_breaking", attention_scale=0.1, **options)
+        q, k, v = torch.randn(2, 4, T, 8), torch.randn(2, 2, S, 8), torch.randn(2, 2, S, 8)
+        # The logits are about -4, so that a part of the stick remains after a block.
+        q[..., 0], k[..., 0] = 20, -2
+        mask = torch.arange(S) >= torch.tensor([[0], [20]])
+        code.TILE = 2**20  # one block
+        wanted = code.stick_breaking(c, q, k, v, mask)
+        code.TILE = 1  # blocks of 64 keys
+        for found, one in zip(code.stick_breaking(c, q, k, v, mask), wanted):
+            torch.testing.assert_close(found, one, atol=1e-5, rtol=1e-4)
+        assert wanted[1].max() > 0.01
+"""
+
+
+def test_blocks_of_keys_do_not_change_the_result(python):
+    """The texts of the other tests are shorter than a block of keys. Here there are three blocks."""
+    folder = Path(stickjax.storage.hugging_face.__file__).parent
+    done = subprocess.run([python, "-c", BLOCKS, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_an_exported_model_is_read_back_and_no_code_of_it_runs(models, name):
-    model, folder = models[name]
+def test_an_exported_model_is_read_back_and_no_code_of_it_runs(models, name, tmp_path):
+    model, folder = models[name][0], shutil.copytree(models[name][1], tmp_path / name)
     for code in folder.glob("*.py"):
         code.write_text("raise SystemExit('this code must not run')")
     loaded = stickjax.load(folder)
@@ -147,10 +185,10 @@ def test_the_files_of_a_folder(tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        (dict(experts=X(4, 2, added=1)), "'stickjax' cannot express this model: experts.added=1 is not supported"),
+        (dict(experts=X(4, 2, added=1)), "'stickjax' cannot express this model: experts: added=1 is not supported"),
         (
             dict(experts=X(4, 2, pruned=1, pruning="old_denominator")),
-            "'stickjax' cannot express this model: experts.pruned=1 is not supported",
+            "'stickjax' cannot express this model: experts: pruned=1 is not supported",
         ),
     ],
 )
@@ -165,10 +203,10 @@ def test_a_decoder_that_the_code_does_not_compute_is_refused(changes, said):
         (lambda tree: tree.pop("model"), "the entry model is missing"),
         (lambda tree: tree.update(wnidow=3), "wnidow=3: unknown"),
         (lambda tree: tree["model"].update(wnidow=3), "model.wnidow is not a field .*did you mean 'window'"),
-        (lambda tree: tree["model"].pop("V"), "model.the entry V is missing"),
+        (lambda tree: tree["model"].pop("V"), "model: the entry V is missing"),
         (lambda tree: tree["model"].update(D="wide"), "D='wide' must be a whole number"),
         (lambda tree: tree["model"].update(attention="mine"), "model.attention='mine' is not one of 'stick_breaking'"),
-        (lambda tree: tree["model"].update(experts=4), "model.experts=4 must be of type dict"),
+        (lambda tree: tree["model"].update(experts=4), "model: experts=4 must be of type dict"),
         (lambda tree: tree["model"]["experts"].update(kk=4), "unknown config key 'experts.kk'"),
     ],
 )

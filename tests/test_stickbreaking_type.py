@@ -16,7 +16,7 @@ TYPES = ("stickbreaking", "stickbreaking_interleaved", "stickbreaking_attn")
 
 
 @pytest.mark.parametrize("heads", [dict(K=2, query_key_value_bias=True), dict(K=4, tied=False)], ids=str)
-def test_the_tensors_are_those_of_stickbreaking_attn_in_another_layout(heads, tmp_path):
+def test_the_tensors_of_stickbreaking_attn_are_written_in_another_layout(heads, tmp_path):
     model, N, H = random_model(**heads), 4, 4
     for kind in TYPES:
         export(model, str(tmp_path / kind), type=kind)
@@ -43,7 +43,7 @@ def test_the_tensors_are_those_of_stickbreaking_attn_in_another_layout(heads, tm
     assert ("lm_head.weight" in halves) == (not heads.get("tied", True))
 
 
-def test_logits_are_those_of_the_same_model_as_stickbreaking_attn(tmp_path):
+def test_every_type_gives_the_logits_of_the_model(tmp_path):
     model = random_model(**MUP | dict(query_key_value_bias=True))
     for kind in TYPES:
         export(model, str(tmp_path / kind), type=kind)

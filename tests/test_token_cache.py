@@ -88,6 +88,13 @@ def test_another_end_of_text_is_another_entry(texts, bpe, tokenized):
     assert len(files(texts)) == 2
 
 
+def test_another_version_of_the_package_is_another_entry(texts, bpe, tokenized, monkeypatch):
+    for version in ("1.0", "1.0", "1.1"):
+        monkeypatch.setattr("tokenizers.__version__", version)
+        load_corpus(config(texts, tokenizer=bpe))
+    assert len(files(texts)) == 2 and len(tokenized) == 24
+
+
 @pytest.mark.parametrize("place", [0, 31, 32, 45, 130, -1, "cut", "empty", "longer"])
 def test_a_damaged_entry_is_made_again(texts, tokenized, caplog, place):
     expected = load_corpus(config(texts))

@@ -84,8 +84,8 @@ def without_dataset_descriptions(files: list[Path]) -> list[Path]:
     `Dataset.save_to_disk` writes a state.json with the names of the data files. If a folder has such a state.json, only
     these files of the folder are kept.
 
-    Raises ValueError if a data file is missing, or if a folder is a `DatasetDict` with several splits: training and
-    test parts must not be mixed.
+    Raises ValueError if a data file is missing, or if a folder is a `DatasetDict`: its splits, such as training and
+    test parts, must not be mixed.
     """
     kept: dict[Path, set[str]] = {}
     for file in files:

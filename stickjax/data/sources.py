@@ -249,9 +249,9 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
     A document is a text. Most files are one document. A .jsonl or .ndjson file has one document per line: the field
     `text_field` of the JSON object on the line. A .json file may contain such objects too: a single object, one object
     on every line, or an array of objects. Then each object is a document. Any other .json file is one document, and a
-    log message says so. A .parquet or .arrow file has one document per row, in the column `text_field`. Of a Hugging
-    Face dataset, only these files are read. Empty documents are left out. A byte order mark is removed. A file that is
-    compressed by gzip or zstd, such as a.jsonl.gz or a.txt.zst, is read like the file that it contains.
+    log message says so. A .parquet or .arrow file has one document per row, in the column `text_field`. In the folder
+    of a saved Hugging Face dataset, only the files with rows are read. Empty documents are left out. A byte order mark
+    is removed. A file that is compressed by gzip or zstd, such as a.jsonl.gz, is read like the file that it contains.
 
     In a folder, hidden files are left out. Files that are not text are left out too, and a log message gives their
     number: files that are not UTF-8 or have NUL bytes, token files, pipes, sockets, devices and broken links. Links to

@@ -143,11 +143,11 @@ def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) ->
 def prefix_of(own: tuple[int, ...], files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) -> tuple:
     """Return the ids that a tokenizer puts in front of every text.
 
-    If tokenizer_config.json has the entry "add_bos_token", it decides: true means the id of "bos_token" alone, and
-    false means no id. Otherwise they are `own`, the ids that the tokenizer.json puts in front.
+    If tokenizer_config.json has the entry "add_bos_token", this entry decides: true means the id of "bos_token" alone,
+    and false means no id. Without this entry, the result is `own`.
 
     Args:
-      own: ids.
+      own: the ids that the tokenizer.json puts in front.
       files, added, folder: as in `named`.
 
     >>> prefix_of((), {"tokenizer_config.json": b'{"add_bos_token": true, "bos_token": "<s>"}'}, {"<s>": 1}, Path())

@@ -1,4 +1,4 @@
-"""A folder of tokenized texts: a text that is tokenized again with the same tokenizer is read from there instead."""
+"""A folder of tokenized texts: a text that was tokenized before, with the same tokenizer, is read from this folder."""
 
 import hashlib
 import logging
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stickjax.data.tokenizer import Tokenizer, token_dtype
+from stickjax.data.tokenizer import HuggingFaceTokenizer, Tokenizer, token_dtype
 from stickjax.system.disk import write_file
 from stickjax.system.text import printable
 
@@ -20,8 +20,9 @@ _DIGEST = 32  # bytes of a sha256
 class TokenCache:
     """The tokens of batches of documents, as files in a folder. The folder is created when the first file is written.
 
-    The name of a file is the sha256 of the tokenizer and of all texts of the batch. So a changed text or another
-    tokenizer has another file, and nobody has to clear the folder. Old files may be deleted at any time.
+    The name of a file is the sha256 of the tokenizer, of the version of the package `tokenizers` if the tokenizer uses
+    it, and of all texts of the batch. So a changed text or another tokenizer has another file, and nobody has to clear
+    the folder. Old files may be deleted at any time.
 
     A file has the sha256 of the rest of the file (32 bytes), the position after the last token of each document
     (int64), and the tokens of all documents. A file is written completely or not at all, so several processes may use
@@ -41,6 +42,10 @@ class TokenCache:
         self._folder, self._tokenizer, self._writable = Path(folder), tokenizer, True
         self._dtype = token_dtype(tokenizer.vocab_size)
         about = [tokenizer.name, str((tokenizer.vocab_size, tokenizer.eot, tokenizer.prefix))]
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            import tokenizers
+
+            about.append(tokenizers.__version__)  # another version may encode a text in another way
         content = [part for name, data in sorted(tokenizer.files.items()) for part in (name.encode(), data)]
         self._identity = _digest([_FORMAT, *(text.encode() for text in about), *content])
 
@@ -59,7 +64,8 @@ class TokenCache:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            log.warning("data.cache: cannot read %s, so its text is tokenized again: %s", file, error.strerror)
+            reason = error.strerror
+            log.warning("data.cache: cannot read %s, so its text is tokenized again: %s", printable(file), reason)
             return None
         rest = content[_DIGEST:]
         if hashlib.sha256(rest).digest() != content[:_DIGEST]:

@@ -76,7 +76,7 @@ _sum_gradients.defvjp(lambda tree, axes: (tree, None), lambda axes, _, gradients
 
 
 def rows_of_device(x):
-    """Return the rows of x, an array of whole batches that every device has, which this device computes.
+    """Return the rows that this device computes of x, an array that every device has as a whole.
 
     The rows are divided over the mesh axes that shard the sequences of a batch. `all_rows` is the reverse.
     """
@@ -88,7 +88,7 @@ def rows_of_device(x):
 
 
 def all_rows(logits):
-    """All-gather the logits [B,V] of the rows and of the part of V on every device, and return the whole logits."""
+    """All-gather logits, of which every device has some rows and a part of V. Return the whole logits [B,V]."""
     if size("tensor") > 1:
         logits = lax.all_gather(logits, "tensor", axis=1, tiled=True)
     axes = several(ROW_AXES)

@@ -63,16 +63,17 @@ def make_mesh(config: Config, devices=None, *, training: bool = True) -> Mesh | 
 def mesh_for_evaluation(config: Config, changed: Iterable[str] = ()) -> Mesh | None:
     """Make the mesh on which a trained model is evaluated or generates text: the mesh of its config.
 
-    If the mesh of a run cannot be made here, for example because it needs more devices, print the reason on stderr and
-    return None: then one device is used. A model that reads examples, such as a classifier, also uses one device.
+    None means one device. It is returned for a model that reads examples, such as a classifier. It is also returned,
+    and the reason is printed on stderr, if the mesh of a run cannot be made here, for example because it needs more
+    devices.
 
     Args:
       config: the config of the run, with the changes of the user.
       changed: the names of the config fields that the user has changed, such as "mesh.fsdp".
 
     Raises:
-      ValueError: the user has changed a field of the mesh, or there are several processes, and the mesh cannot be made
-        or the model reads examples.
+      ValueError: the mesh cannot be made, or the model reads examples. This is an error only if the user has changed a
+        field of the mesh, or if there are several processes.
 
     >>> mesh_for_evaluation(Config()) is None
     True
@@ -103,7 +104,7 @@ def mesh_of(model) -> Mesh | None:
 def on_one_device(model):
     """Return a copy of a model on the first device of this process, for code that does not run on a mesh.
 
-    A model that reads examples is small enough for this.
+    The whole model must fit on this device. With several processes, every parameter must be replicated.
     """
 
     def one(x: jax.Array) -> jax.Array:

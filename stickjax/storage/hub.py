@@ -1,7 +1,7 @@
 """Models on the Hugging Face hub: download the folder of a model, or upload a folder.
 
 The optional package huggingface_hub does both. It keeps what it has downloaded in a cache on this machine. It reads the
-cache alone if there is no network, or if HF_HUB_OFFLINE=1 is set.
+cache alone if there is no network, or if HF_HUB_OFFLINE=1 is set. No code from the hub is downloaded or run.
 """
 
 import contextlib
@@ -12,19 +12,23 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from stickjax.data import special_tokens
 from stickjax.system.lock import complete_folder
 
 _PARAMETERS = "*.safetensors"
 # The files of a model that are read and written. Other files, such as pickles and code, are never downloaded.
 FILES = (_PARAMETERS, "*.json", "*.txt", "*.jinja")
+# The files of an older version that a push deletes, if the new version does not have them.
+_REPLACED = ["model*.safetensors", "model.safetensors.index.json", "tokenizer.json", *special_tokens.FILES]
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def local_folder(run: str | os.PathLike) -> str | os.PathLike:
     """Return the folder of a model. The argument is a folder, or the name of a model on the hub, such as "org/name".
 
-    A folder is returned unchanged. A name is a name on the hub only if neither it nor "org" exists on this machine. A
-    model on the hub is downloaded into the cache first, unless the cache has its newest version.
+    A folder is returned unchanged, and a `pathlib.Path` is always a folder. The text "org/name" is the name of a model
+    on the hub only if there is no file or folder "org" in the current folder. The model is downloaded into the cache, unless the cache has its newest version. In the
+    same process, later calls return the same folder.
 
     Raises:
       ValueError: the hub has no such model; access to it must be granted first; the hub cannot be reached, and the
@@ -33,20 +37,22 @@ def local_folder(run: str | os.PathLike) -> str | os.PathLike:
     >>> local_folder("runs"), local_folder("../runs/tiny")
     ('runs', '../runs/tiny')
     """
-    name = os.fspath(run)
-    if not _NAME.fullmatch(name) or Path(name).parent.exists():
+    if not isinstance(run, str) or not _NAME.fullmatch(run) or Path(run).parent.exists():
         return run
-    return _downloaded(name)
+    return _downloaded(run)
 
 
 @functools.cache
 def _downloaded(name: str) -> str:
     hub = _package(f"{name} is not a folder; to load a model of this name from the Hugging Face hub")
     with _in_one_line(name, "cannot be downloaded from"):
-        # Subfolders have copies in other formats.
+        # "*/*": subfolders are left out, because they have copies in other formats.
         folder = hub.snapshot_download(name, allow_patterns=list(FILES), ignore_patterns=["*/*"])
     if not any(Path(folder).glob(_PARAMETERS)):
-        raise ValueError(f"{name} has no safetensors files on the Hugging Face hub; other formats are not downloaded")
+        raise ValueError(
+            f"{name} has no safetensors files on the Hugging Face hub, or, without a network, in the local cache; "
+            "other formats are not downloaded"
+        )
     return folder
 
 
@@ -56,7 +62,8 @@ def new_folder(path: str | os.PathLike, push: bool) -> Iterator[Path]:
 
     The context yields a temporary folder. If the block succeeds, this folder becomes `path` (see `complete_folder`).
     With `push`, it is uploaded in one commit instead, as the model with the name `path`. A model that does not exist
-    yet is created, and is private. If it exists, its files of the kinds `FILES` are replaced.
+    yet is created, and is private. If it exists, the parameters, the tokenizer and the config of its older version are
+    replaced, and its other files stay.
 
     Raises:
       ValueError: `path` exists; or, with `push`, it is not a name such as "org/name", nobody is logged in, the upload
@@ -77,7 +84,7 @@ def new_folder(path: str | os.PathLike, push: bool) -> Iterator[Path]:
         with _in_one_line(name, "cannot be pushed to"):
             hub.create_repo(name, private=True, exist_ok=True)
             hub.upload_folder(
-                repo_id=name, folder_path=temporary, delete_patterns=list(FILES), commit_message="Export from stickjax"
+                repo_id=name, folder_path=temporary, delete_patterns=_REPLACED, commit_message="Export from stickjax"
             )
 
 
@@ -109,7 +116,7 @@ def _in_one_line(name: str, fails: str) -> Iterator[None]:
             f"{name} is not a folder, the Hugging Face hub cannot be reached (no network, or HF_HUB_OFFLINE is set), "
             "and the local cache does not have the whole model"
         ) from error
-    except Exception as error:  # of the network, which has many classes of errors, or a full disk
+    except Exception as error:  # the network has many classes of errors, and the disk may be full
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{name} {fails} the Hugging Face hub: {type(error).__name__}{reason and f': {reason}'}"

@@ -13,6 +13,7 @@ All commands also take changes of config fields: --section.field=value.
 """
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from stickjax.config import DataConfig
 from stickjax.config.command import SEED_TYPE, Parser, command, number, step_or_best
 from stickjax.config.command_line import parse_changes
 from stickjax.evaluation import plots
+from stickjax.storage.hub import local_folder
 from stickjax.storage.run_folder import load, read_config, results_folder, save
 from stickjax.surgery.change import extend, prune
 from stickjax.surgery.kinds import KINDS, kinds_of
@@ -197,6 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     words, rest = _parser().parse_with_fields(argv)
     if "out" in words and words.function is not _concentrate and Path(words.out).exists():
         raise ValueError(f"{words.out} exists; choose another folder")
+    words.run = os.fspath(local_folder(words.run))
     result = words.function(words, parse_changes(read_config(words.run), rest))
     if isinstance(result, int):  # the exit code of a training that was stopped
         return result

@@ -62,8 +62,8 @@ class Vocabulary:
 def closing_brackets(text: str, T: int | None = None) -> Int[np.ndarray, "T"]:
     """Return how many brackets close after each word of a text, padded with zeros on the right.
 
-    The brackets "(" and ")" of the text show a binary tree over its words, of which there are at most T. If T is None,
-    it is the number of words.
+    The brackets "(" and ")" of the text show a binary tree over its words. The text has at most T words. If T is None,
+    T is the number of words.
 
     Raises ValueError if the brackets do not show a binary tree.
 

@@ -79,7 +79,7 @@ def type_of(tree: dict) -> str:
     In the type stickbreaking, the tensor mlp.c_fc.weight has the rows of the gate and the rows that the gate
     multiplies, called up. In files of 2024 they are two halves, [up; gate]. Later code stores gate and up rows in turn,
     under the same name. The entry `use_interleaved_weights` says which of the two the file has. If it is missing, the
-    user must add it, because nothing else in the folder tells.
+    user must add it, because nothing else in the folder shows the order.
 
     Raise ValueError if the model_type is unknown, or if this entry is missing.
 

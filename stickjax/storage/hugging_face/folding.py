@@ -19,11 +19,12 @@ from stickjax.storage.hugging_face.writers import logits_scaling_of
 def folded(c: ModelConfig) -> tuple[ModelConfig, dict[str, float]]:
     """Return the config of a model without multipliers, and {name of a parameter: its factor}.
 
-    A model with this config, and with the parameters of a model with the config `c` times their factors, computes the
-    logits of that model. Factors of 1 are left out.
+    If the parameters of a model with the config `c` are multiplied by their factors, the returned config computes the
+    logits of this model from them. Factors of 1 are left out.
 
     Raises:
-      ValueError: the parameters have a 16-bit type and a factor is no power of two, so the product would be rounded.
+      ValueError: a product could be rounded in the 16-bit type of the parameters. In bfloat16 only powers of two are
+        exact. In float16 they are not exact either, because small parameters are subnormal numbers.
 
     >>> folded(ModelConfig(V=8, m_emb=12.0, m_res=0.25, tied=False))[1]
     {'embed': 12.0, 'blocks/attention/output': 0.25, 'blocks/ffn/w_out': 0.25}
@@ -36,7 +37,8 @@ def folded(c: ModelConfig) -> tuple[ModelConfig, dict[str, float]]:
     factors |= {f"blocks/attention/{name}": query for name in queries}
     factors |= {"blocks/attention/output": c.m_res, "blocks/ffn/w_out": c.m_res}
     factors = {name: factor for name, factor in factors.items() if factor != 1}
-    rounded = [name for name, factor in factors.items() if factor and math.frexp(abs(factor))[0] != 0.5]
+    exact = (0.5,) if c.param_dtype == "bfloat16" else ()
+    rounded = [name for name, factor in factors.items() if factor and math.frexp(abs(factor))[0] not in exact]
     if c.param_dtype != "float32" and rounded:
         name = rounded[0]
         raise ValueError(

@@ -86,9 +86,9 @@ def switch_weight(get: Entries, name: str, k: int) -> float:
     """Return the weight of the load-balancing loss of each of L layers, for the coefficient in the entry `name`.
 
     transformers adds coefficient * loss, where the loss is computed once, from the mean loads and the mean
-    probabilities of all layers, and is k times as large as ours. stickjax adds weight * loss for every layer. With
-    weight = coefficient * k / L, the two are equal if all layers have the same means. Without the entry, the weight is
-    0.
+    probabilities of all layers. This loss is k times as large as the loss of stickjax. stickjax adds weight * loss for
+    every layer. With weight = coefficient * k / L, the two sums are equal if all layers have the same means. Without
+    the entry, the weight is 0.
     """
     L = get.either("num_hidden_layers", "num_layers", int)
     return get(name, float, 0.0) * k / max(L, 1)  # ModelConfig refuses L=0
@@ -200,11 +200,11 @@ def stickjax(get: Entries) -> dict:
     for name in model:
         if name not in known:
             raise ValueError(f"model.{name} is not a field of a decoder{nearest(name, known)}")
-    fields = Entries(model, "model.")
+    fields = Entries(model, "model: ")
     fields("V", int)
     one_of("model.attention", fields("attention", str), ("stick_breaking", "softmax"))
     for name in ("experts", "attention_experts"):
-        mixture = Entries(fields(name, dict, {}), f"{name}.")
+        mixture = Entries(fields(name, dict, {}), f"{name}: ")
         mixture.only({"added": 0, "pruned": 0, "pruning": "no"})
     return model
 

@@ -4,7 +4,7 @@
 
 It needs torch and transformers, not jax or stickjax. The entry `model` of config.json is the config of the decoder: the
 fields of `stickjax.ModelConfig`, and the docstring of a class here names the fields that it uses. Axes are written as
-letters: B sequences, T tokens of this call, S tokens with those of the cache, N query heads, K key/value heads,
+letters: B sequences, T tokens of this call, S tokens of this call and the cache, N query heads, K key/value heads,
 G = N / K, H width of a head, D width of the residual stream, F hidden width, E experts, k experts of a token, V
 vocabulary. Sums, normalisations, routers and attention weights are computed in float32.
 """
@@ -22,7 +22,7 @@ from .configuration_stickjax import StickjaxConfig
 
 # Newer versions of transformers call the keys and values of earlier tokens `cache`; older ones, `past_key_values`.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-TILE = 2**18  # the number of (query, key) pairs of a head whose weights are in memory together; 64 keys at least
+TILE = 2**18  # (query, key) pairs per head whose weights are in memory at a time; a block has at least 64 keys
 NOTHING = -1e30  # the logit of a key that a query does not see: its weight is 0
 ACTIVATIONS = {
     "swiglu": functional.silu, "geglu": nn.GELU("tanh"), "reglu": functional.relu, "gelu": functional.gelu,
@@ -68,8 +68,7 @@ class Norm(nn.Module):
 def rotary(x, positions, c):
     """Rotate the channels i and i + H/2 of x [B,T,heads,H] by the angle position * theta^(-2i/H).
 
-    theta is `rope_theta`. `rope_scaling` makes the frequencies smaller: of all pairs (linear), or of the slow ones
-    (llama3).
+    theta is `rope_theta`. `rope_scaling` reduces all frequencies (linear), or only the low frequencies (llama3).
     """
     half, s = x.shape[-1] // 2, c.rope_scaling
     frequency = c.rope_theta ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
@@ -85,10 +84,10 @@ def rotary(x, positions, c):
 
 
 def visible(c, token_mask, T: int, rows: slice, keys: slice):
-    """Return which of the queries `rows` see which of the keys `keys`, [B,1,rows,keys]. The T queries come last.
+    """Return a mask [B,1,rows,keys]: True where a query of the slice `rows` sees a key of the slice `keys`.
 
-    A query sees the keys to its left, at most `window` tokens away. It sees its own key in softmax attention and with
-    `attend_current`.
+    The T queries belong to the last T of the S tokens. A query sees the keys to its left, at most `window` tokens away.
+    It sees its own key in softmax attention and with `attend_current`.
     """
     S, device = token_mask.shape[1], token_mask.device
     distance = torch.arange(S - T, S, device=device)[rows, None] - torch.arange(S, device=device)[keys]
@@ -244,8 +243,8 @@ def mixed(y, gates):
 class MixtureOfHeads(nn.Module):
     """Attention whose query heads belong to experts, with `attention_experts`. Every expert has K query heads.
 
-    A token uses N / K experts. All experts share the keys and values. With key_value="input", these are x itself, and
-    with "biased", they have biases.
+    A token uses N / K experts. All experts share the keys and values. With key_value="input", the keys and the values
+    are x itself. With "biased", their projections have biases.
     """
 
     def __init__(self, c, layer: int):
@@ -295,7 +294,7 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """A feed-forward network of `experts.E` experts; a token uses `experts.k` of them, and the dense `shared` one."""
+    """A feed-forward network of `experts.E` experts; a token uses k of them, and the dense network `shared`."""
 
     def __init__(self, c):
         super().__init__()
@@ -367,7 +366,8 @@ class StickjaxForCausalLM(PreTrainedModel, GenerationMixin):
         """Compute the logits of the next token, [B,T,V] in float32, and with `labels` [B,T] the cross-entropy.
 
         `attention_mask` [B,S] is 0 for padding. `cache`, or `past_key_values`, has the keys and values of earlier
-        tokens. With `use_cache`, the output has a cache. `logits_to_keep`: how many of the last logits; 0: all.
+        tokens. With `use_cache`, the output has a cache. `logits_to_keep`: the number of last tokens whose logits
+        are returned; 0: all.
         """
         cache = past_key_values if cache is None else cache
         if use_cache and cache is None:
