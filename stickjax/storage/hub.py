@@ -27,8 +27,8 @@ def local_folder(run: str | os.PathLike) -> str | os.PathLike:
     """Return the folder of a model. The argument is a folder, or the name of a model on the hub, such as "org/name".
 
     A folder is returned unchanged, and a `pathlib.Path` is always a folder. The text "org/name" is the name of a model
-    on the hub only if there is no file or folder "org" in the current folder. The model is downloaded into the cache, unless the cache has its newest version. In the
-    same process, later calls return the same folder.
+    on the hub only if there is no file or folder "org" in the current folder. The model is downloaded into the cache,
+    unless the cache has its newest version. In the same process, later calls return the same folder.
 
     Raises:
       ValueError: the hub has no such model; access to it must be granted first; the hub cannot be reached, and the
