@@ -266,7 +266,7 @@ def test_the_options_are_those_of_the_functions_that_do_the_work():
 
     assert options(stickjax.export) == options(export)
     assert options(stickjax.fit, "run") == options(loop.fit, "run", "profile")
-    assert options(stickjax.load) == options(interactive.run_folder.load, "mesh")
+    assert options(stickjax.load) == options(interactive.run_folder.load)
 
 
 def test_dir_and_help_have_the_public_names():
