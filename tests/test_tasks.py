@@ -1,6 +1,6 @@
 """Test the generated tasks: their labels, sizes, splits, batches and texts.
 
-Other algorithms compute the expected labels, and the sizes are those of the published data.
+Other algorithms compute the expected labels. The expected sizes are the sizes of the published data.
 """
 
 import itertools

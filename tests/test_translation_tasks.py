@@ -1,6 +1,6 @@
 """Test the two generated translation tasks: targets, sizes, splits, brackets and texts.
 
-Other algorithms compute the expected targets, and the sizes are those of the published data.
+Other algorithms compute the expected targets. The expected sizes are the sizes of the published data.
 """
 
 import itertools

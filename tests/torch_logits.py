@@ -1,8 +1,10 @@
 """Open Hugging Face folders with transformers, without jax: python tests/torch_logits.py FOLDER...
 
-For each folder, the file inputs.npz in it has `tokens` [B,T], `mask` [B,T] (0 for padding on the left) and `steps`. The
-model's answers are written to outputs.npz: `logits` [B,T,V], and `greedy` [B,T+steps] by `generate` with the cache, in
-float32, and the logits `bfloat16`. The model is saved again, to the folder FOLDER-saved.
+Each folder must contain a model and a file inputs.npz with three arrays: `tokens` [B,T]; `mask` [B,T], which is 0 for
+padding on the left and 1 for tokens; and the number `steps` of new tokens. The program writes outputs.npz with three
+arrays: the logits `logits` [B,T,V] in float32; the tokens `greedy` [B,T+steps], which `generate` continues greedily
+with its cache; and `bfloat16`, the logits of the model in bfloat16. It also saves the model into the folder
+FOLDER-saved.
 """
 
 import sys

@@ -33,7 +33,7 @@ def arrow_texts(stream: BinaryIO, file: Path, text_field: str) -> Iterator[str]:
                 if (text := value.as_py()) is None:
                     raise ValueError(f"{where}: row {number} has no text in the column {text_field!r}")
                 yield text
-    # The name of a column may be damaged, too. A damaged size may need more than all memory.
+    # In a damaged file, a column name may not be valid UTF-8, and a size may ask for more memory than the machine has.
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
         reason = " ".join(str(error).split()) or "the memory is not enough"
         raise ValueError(f"cannot read {where}: its data are damaged or cut off: {reason:.200}") from error

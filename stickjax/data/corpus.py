@@ -162,10 +162,11 @@ def _joined(corpora: Sequence[Corpus]) -> Corpus:
 
 
 def load_corpora(config: DataConfig) -> tuple[list[Corpus], Corpus]:
-    """Load the text that `config` names. Return (the training stream of each source of a mixture, the held-out stream).
+    """Load the text that `config` names. Return (list of the training streams, the held-out stream).
 
-    Without a mixture, there is one training stream. The held-out stream of a mixture is the held-out parts of all
-    sources, one after the other. The function `load_corpus` explains what is held out, and the errors.
+    A mixture has one training stream for each source. Other data have one training stream. The held-out stream of a
+    mixture contains the held-out parts of all sources, one after the other. The function `load_corpus` explains what is
+    held out, and the errors.
 
     >>> streams, heldout = load_corpora(DataConfig(mixture="logic:2,listops:1", examples=1000))
     >>> [stream.source for stream in streams], heldout.source

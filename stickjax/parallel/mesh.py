@@ -145,7 +145,7 @@ def _check_batch(config: Config, sizes: dict[str, int]) -> None:
 
 
 def row_parts(mesh: Mesh | None) -> int:
-    """Return the number of parts into which a mesh divides the sequences of a batch. Without a mesh, return 1.
+    """Return into how many parts a mesh divides the B sequences of a batch. If `mesh` is None, return 1.
 
     >>> row_parts(None)
     1

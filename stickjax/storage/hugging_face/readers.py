@@ -12,7 +12,7 @@ from stickjax.config.rope import RopeScaling
 from stickjax.storage.hugging_face.entries import Entries
 
 # {entry of config.json: the only value that stickjax supports}. An entry that is absent or null means this value.
-# `_ONLY` is for all model types. `_ONLY_LLAMA` is for the types like Llama: all but the stick-breaking ones.
+# `_ONLY` is for all model types. `_ONLY_LLAMA` is for the model types without stick-breaking attention.
 _ONLY = {
     "quantization_config": None, "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {},
     "cross_attention_hidden_size": None, "per_layer_config": None,

@@ -3,10 +3,12 @@
     model = transformers.AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)
 
 It needs torch and transformers, not jax or stickjax. The entry `model` of config.json is the config of the decoder: the
-fields of `stickjax.ModelConfig`, and the docstring of a class here names the fields that it uses. Axes are written as
-letters: B sequences, T tokens of this call, S tokens of this call and the cache, N query heads, K key/value heads,
-G = N / K, H width of a head, D width of the residual stream, F hidden width, E experts, k experts of a token, V
-vocabulary. Sums, normalisations, routers and attention weights are computed in float32.
+fields of `stickjax.ModelConfig`. The docstring of each class names the fields that it uses. The sizes have letters: B
+is the number of sequences, T the number of tokens in this call, and S the number of tokens in this call and in the
+cache together. N is the number of query heads, K the number of key/value heads, G = N / K, and H the width of a head. D
+is the width of the residual stream, F the hidden width of a feed-forward network, E the number of experts, k the number
+of experts that each token uses, and V the size of the vocabulary. Sums, normalisations, routers and attention weights
+are computed in float32.
 """
 
 import math
@@ -241,10 +243,10 @@ def mixed(y, gates):
 
 
 class MixtureOfHeads(nn.Module):
-    """Attention whose query heads belong to experts, with `attention_experts`. Every expert has K query heads.
+    """Attention in which each query head belongs to an expert (the field `attention_experts`).
 
-    A token uses N / K experts. All experts share the keys and values. With key_value="input", the keys and the values
-    are x itself. With "biased", their projections have biases.
+    Every expert has K query heads. A token uses N / K experts. All experts share the keys and values. With
+    key_value="input", the keys and the values are x itself. With "biased", their projections have biases.
     """
 
     def __init__(self, c, layer: int):
