@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def cpu_rows(only: str | None = None, quick: bool = False) -> list[report.Row]:
-    """Measure the parts of the CPU benchmark, the modules in PARTS, and return the rows of the tables.
+    """Run the CPU benchmark: measure the modules in PARTS, and return the rows of their tables.
 
     The last row has the speed of the machine. `only`: the name of the one part to measure; None: all parts. `quick`:
     use tiny shapes, to test that the code runs.
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--only",
         metavar="NAME",
-        help=f"measure only this: one of {', '.join(PARTS)}; with --gpu: one of {on_gpu}, or a call or a shape",
+        help=f"measure only this: one of {', '.join(PARTS)}; with --gpu: one of {on_gpu}, or one call or shape",
     )
     parser.add_argument("--gpu", action="store_true", help="check and time the kernels on the GPU of this machine")
     parser.add_argument("--fresh", action="store_true", help="with --gpu: ignore the rows of earlier runs")

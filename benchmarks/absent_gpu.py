@@ -3,8 +3,9 @@
 The command prints two tables. The first has the registers, the spilled bytes and the shared memory of each kernel. The
 second has the main loops of each kernel, with the smallest number of clock cycles that one iteration can take. It also
 has a lower bound of the time of each call in milliseconds, computed from these cycles. With --json, the command also
-writes benchmarks/results/h200-static.json. The exit status is 1 if the column "atomics" lists an instruction: no kernel
-may have any of these. The command needs the CUDA wheels: pip install 'stickjax[cuda13]'.
+writes benchmarks/results/h200-static.json. The exit status is 1 if the column "atomics" lists an instruction, because
+the results of that kernel may then differ from run to run. The command needs the CUDA wheels: pip install
+'stickjax[cuda13]'.
 
 The machine code is read from the compiled program, which the linker of the CUDA libraries has produced. This linker
 ignores setmaxnreg, the instruction that gives some warps more registers than others. So in a block of 384 threads, no
@@ -47,7 +48,7 @@ from .sass import ATOMICS, Loop, find_loops, read
 
 HERE = Path(__file__).parent
 # PTX instructions with which thread blocks could add to each other's results or wait for each other: atomics,
-# reductions, semaphores. No kernel may have any, so that its results are deterministic.
+# reductions, semaphores. No kernel may have such an instruction, because its results must be deterministic.
 SHARING = r"(?:atom|red|multimem|membar|cp\.reduce|(?:ld|st)\.(?:acquire|release|relaxed|volatile))\.[\w.:]*"
 
 
@@ -74,7 +75,7 @@ class Machine:
 
     @property
     def main_loops(self) -> list[Loop]:
-        """The loops with matrix products on tensor cores. If there are none, the loop with most instructions."""
+        """The loops with matrix products on tensor cores. If there are none, the loop with the most instructions."""
         return [x for x in self.loops if x.products] or sorted(self.loops, key=lambda x: -x.instructions)[:1]
 
 
@@ -93,7 +94,7 @@ def _dumping() -> Iterator[Path]:
     Mosaic reads at every compilation. It also puts nvdisasm, the disassembler of the triton wheel, into a folder where
     Mosaic looks for its tools.
     """
-    import jax.experimental.mosaic.gpu  # noqa: F401  (the import sets MOSAIC_GPU_CUDA_ROOT, so it must precede ours)
+    import jax.experimental.mosaic.gpu  # noqa: F401  (sets MOSAIC_GPU_CUDA_ROOT, which is changed below)
 
     cuda, triton = _folder("nvidia.cu13"), _folder("triton")
     tools = [*(cuda / "bin").iterdir(), triton / "backends" / "nvidia" / "bin" / "nvdisasm"]

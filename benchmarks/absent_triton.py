@@ -2,8 +2,8 @@
 
 The kernels are compiled for several GPU models. The command prints a table of the registers, the spilled bytes and the
 shared memory of each kernel. With --json, it also writes benchmarks/results/triton-static.json. The exit status is 1
-if the column "atomics" lists an instruction: no kernel may have any of these. The command needs the CUDA wheels and
-jax-triton: pip install 'stickjax[cuda13]'.
+if the column "atomics" lists an instruction, because the results of that kernel may then differ from run to run. The
+command needs the CUDA wheels and jax-triton: pip install 'stickjax[cuda13]'.
 """
 
 import argparse
@@ -93,7 +93,8 @@ def experts(chip: str, make: Callable[..., absent_kernels.Kernel] = absent_kerne
 
 
 HEADS = dict(make=absent_kernels.expert_heads, T=8192, k=4, D=1024, F=256, E=16)
-# {architecture: a GPU model that has it}. CASES compiles one size for all of these, and every other size for one model.
+# {architecture: a GPU model that has it}. CASES has one size of each op for all of these models, and every other size
+# for one model only.
 CHIPS = {"sm_80": "a100-80", "sm_89": "l40s", "sm_90": "h200", "sm_100": "b200", "sm_120": "rtx-pro-6000"}
 CASES: dict[str, Callable[[], Case]] = {
     **{f"stick_breaking_{target}": partial(stick_breaking, chip, H=64) for target, chip in CHIPS.items()},
@@ -128,7 +129,7 @@ def compile_kernels(case: Case) -> list[Usage]:
             f"jax-triton is missing ({error}); install it with: pip install 'stickjax[cuda13]'"
         ) from None
     assembler = _folder("nvidia.cu13") / "bin"
-    path = {"PATH": f"{assembler}{os.pathsep}{os.environ.get('PATH', '')}"}  # XLA takes the first ptxas
+    path = {"PATH": f"{assembler}{os.pathsep}{os.environ.get('PATH', '')}"}  # XLA uses the first ptxas in PATH
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(triton_lib, "_JAX_TRITON_DUMP_DIR", folder),

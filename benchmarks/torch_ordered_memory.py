@@ -77,7 +77,9 @@ def main() -> None:
         prog="python -m benchmarks.torch_ordered_memory", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--serve", action="store_true", help="make one step for each line of standard input")
-    parser.add_argument("--shape", type=json.loads, required=True, help="sizes by letter, as JSON")
+    parser.add_argument(
+        "--shape", type=json.loads, required=True, help="B, T, V, D, H, N, classes and dropout, as JSON"
+    )
     arguments = parser.parse_args()
     before = peak_memory()
     step = stepper(**arguments.shape)

@@ -1,11 +1,12 @@
-"""Ordered Memory on propositional logic: it classifies how two sentences are related.
+"""Ordered Memory on propositional logic: the model classifies how two sentences are related.
 
 python -m stickjax.train configs/om_logic.py
 python -m stickjax.evaluate runs/om_logic
 
-The accuracy on up to 1024 test pairs each with 7, 8, 9, 10, 11 and 12 operators is 90, 89, 86, 84, 80 and 79 percent
-(benchmarks/results/om_logic.json). Training has at most 6 operators. The last 2500 steps took 37 minutes of one CPU
-core, and all 9000 took 137 minutes with other work beside them (2026-11-30).
+The accuracy on test pairs with 7, 8, 9, 10, 11, and 12 or more operators is 90, 89, 86, 84, 80 and 79 percent. At most
+1024 pairs were tested for each of these numbers (benchmarks/results/om_logic.json). The training pairs have at most 6
+operators. The last 2500 steps took 37 minutes on one CPU core. All 9000 steps took 137 minutes, while the machine also
+did other work (2026-11-30).
 """
 
 from stickjax import Config, DataConfig, OptimConfig, TrainConfig

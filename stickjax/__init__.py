@@ -7,9 +7,9 @@ In a notebook or a program, four lines train a model, read its loss, load it, an
     model = stickjax.load("runs/tiny")
     model.generate("def main(", max_new_tokens=40)
 
-`help(stickjax.fit)` and `help(stickjax.load)` say more. Each command is run as `python -m stickjax.NAME`, where NAME is
-train, evaluate, generate, convert, plan, surgery, sweeps, launch or data. The package `stickjax.models` contains the
-models, and the package `pallas_kernels` contains the GPU kernels.
+`help(stickjax.fit)` and `help(stickjax.load)` explain the arguments. Each command is run as `python -m stickjax.NAME`,
+where NAME is train, evaluate, generate, convert, plan, surgery, sweeps, launch or data. The package `stickjax.models`
+contains the models, and the package `pallas_kernels` contains the GPU kernels.
 """
 
 import sys
@@ -111,10 +111,10 @@ def load(
       step: the step of the checkpoint to load; "best": the checkpoint with the best score of the validations during
         the training (`train.eval_every`); None: the newest intact checkpoint.
       changes: config fields to change, such as {"model.window": 128}. The shapes of the parameters must stay the same.
-      mesh: the devices on which the parameters are sharded. Then `evaluate` and `generate` run on all of them. "run":
-        the mesh of the run, or the mesh in `changes`, such as {"mesh.fsdp": 8}; if the mesh of the run needs more
-        devices than there are, the first device. A `jax.sharding.Mesh`: a mesh of
-        `stickjax.parallel.mesh.make_mesh`. None: the first device.
+      mesh: the devices that hold the parameters, and on which `evaluate` and `generate` run. None: the first device. A
+        `jax.sharding.Mesh` that `stickjax.parallel.mesh.make_mesh` made: all devices of the mesh. "run": the mesh in
+        the config of the run, with the `changes`, such as {"mesh.fsdp": 8}. If `changes` has no field of the mesh, the
+        first device is used for a model that reads examples, or if this mesh cannot be made on this machine.
 
     Returns:
       `TrainedModel` with the fields `model` (the module with the parameters: for a decoder, `model(tokens)` returns an
@@ -147,21 +147,21 @@ def export(
     """Write a decoder as a Hugging Face folder: config.json, model.safetensors, and tokenizer.json if there is one.
 
     `stickjax.load(path)` returns the same parameters, bit for bit, except for a model with muP multipliers in the type
-    stickbreaking_attn (see `stickjax.convert.export`). The page docs/guides/hugging_face.md lists the model
-    types.
+    stickbreaking_attn (see `stickjax.convert.export`). The page docs/guides/hugging_face.md lists the model types.
 
     Args:
       model: the result of `stickjax.load`, or only the module with the parameters, which has no tokenizer.
       path: a folder that does not exist yet; it appears only when it is complete.
-      type: the model type in config.json, such as "llama". It may be None if only one type can hold the model.
+      type: the model type in config.json, such as "llama". It may be None if only one type can hold the model. The type
+        "stickjax" can hold any decoder; the folder then also has PyTorch code.
       shard_bytes: the largest size of a file with parameters, in bytes. A larger model is divided into several files,
         and an index file lists them.
       push: True to write the model to the Hugging Face hub instead. `path` is then its name, such as "org/name". A new
         model on the hub is private.
 
     Raises:
-      ValueError: the folder exists, the model type cannot express the model, it is not given although several types can
-        (the message names them), a parameter is not finite, or the upload fails.
+      ValueError: the folder exists; the model type cannot express the model; `type` is None, although several types can
+        express the model (the message names them); a parameter is not finite; or the upload fails.
 
     >>> import jax, stickjax, tempfile
     >>> from stickjax.models.transformer import init

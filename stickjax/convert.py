@@ -1,6 +1,6 @@
 """Convert models to and from the Hugging Face layout. The conversion does not need torch.
 
-python -m stickjax.convert FOLDER OUT [--step N] [--shard-bytes 5e9] [--eot TOKEN] [--type TYPE] [--push]
+python -m stickjax.convert FOLDER OUT [--step N] [--shard-bytes N] [--eot TOKEN] [--type TYPE] [--remote-code] [--push]
 
 If FOLDER is in the Hugging Face layout, OUT becomes a folder that `evaluate`, `generate` and `train --init-from` can
 read. If FOLDER is a run folder, OUT becomes a folder in the Hugging Face layout. FOLDER may also be a model on the
@@ -53,15 +53,16 @@ def export(
     Args:
       model: the result of `stickjax.load`, or only the module with the parameters, which has no tokenizer.
       path: a folder that does not exist yet; it appears only when it is complete.
-      type: the model type in config.json, such as "llama". It may be None if only one type can hold the model.
+      type: the model type in config.json, such as "llama". It may be None if only one type can hold the model. The type
+        "stickjax" can hold any decoder; the folder then also has PyTorch code.
       shard_bytes: the largest size of a file with parameters, in bytes. A larger model is divided into several files,
         and an index file lists them.
       push: True to write the model to the Hugging Face hub instead. `path` is then its name, such as "org/name".
 
     Raises:
-      ValueError: the folder exists, the model type cannot express the model (the message names the config fields), it
-        is not given although several types can (the message names them), a parameter is not finite, or the upload
-        fails (see `stickjax.storage.hub.new_folder`).
+      ValueError: the folder exists; the model type cannot express the model (the message names the config fields);
+        `type` is None, although several types can express the model (the message names them); a parameter is not
+        finite; or the upload fails (see `stickjax.storage.hub.new_folder`).
 
     >>> import jax, tempfile
     >>> from stickjax import ModelConfig, load
@@ -111,9 +112,9 @@ def convert(
     source = os.fspath(local_folder(source))
     to_run = hugging_face.is_folder(Path(source))
     if to_run and push:
-        raise ValueError(f"--push is for a run folder, but {source} is a Hugging Face folder already")
+        raise ValueError(f"--push needs a run folder, but {source} is a Hugging Face folder")
     if to_run and type is not None:
-        raise ValueError(f"--type={type} is for a run folder, but {source} is a Hugging Face folder already")
+        raise ValueError(f"--type={type} needs a run folder, but {source} is a Hugging Face folder")
     config = read_config(source)
     config = config if eot is None else config.replace({"data.eot": eot})
     leaves = None if step is not None else model_leaves(source, config.model)
@@ -137,8 +138,10 @@ def convert(
 @command
 def main(argv: list[str] | None = None) -> int:
     """Run `python -m stickjax.convert` with the arguments `argv`; None: `sys.argv[1:]`. Return the exit code."""
-    parser = Parser(prog="python -m stickjax.convert", description="Convert to or from Hugging Face folders.")
-    parser.add_argument("folder", help="a folder in the Hugging Face layout, or a run folder")
+    parser = Parser(
+        prog="python -m stickjax.convert", description="Convert a model to or from the Hugging Face layout."
+    )
+    parser.add_argument("folder", help="a run folder, a folder in the Hugging Face layout, or a model on the hub")
     parser.add_argument("out", help="the folder to write, in the other layout; it must not exist")
     parser.add_argument("--step", type=step_or_best, help="step of a run's checkpoint, or best (default: the newest)")
     parser.add_argument(

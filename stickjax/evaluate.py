@@ -6,7 +6,8 @@ For a model that reads examples, such as a classifier, the command computes the 
 `stickjax.evaluation.examples`). For a Universal Transformer on the test part of logic, it computes the accuracy at
 several halting thresholds (see `stickjax.evaluation.pairs`).
 
-A language model is evaluated on the mesh of its run, or on the mesh that the fields --mesh.* describe.
+A language model is evaluated on the mesh of its run, or on the mesh that the options --mesh.* describe. Without these
+options, one device is used if the mesh of the run cannot be made here, for example because it needs more devices.
 
 The command writes numbers and pictures into the run folders. It writes nothing into a folder that is read-only or in
 the Hugging Face layout.
@@ -69,8 +70,8 @@ def evaluate(
       lengths: the values of m. Each must divide the largest one. If no document has m * T tokens, m is left out. The
         smallest m is never left out.
       max_tokens: the largest number of tokens to predict. At least one window is used, even if it has more tokens.
-      batch_tokens: the largest number of tokens in one call of the model. At least one piece is used, and on a mesh at
-        least one piece for every device that takes whole sequences.
+      batch_tokens: the largest number of tokens in one call of the model. At least one piece is used. On a mesh, it is
+        at least one piece for every part into which the mesh divides the sequences of a batch.
       say: a function that is called with a line of progress before each length is evaluated.
 
     Returns:
@@ -177,14 +178,17 @@ def _lengths(text: str) -> tuple[int, ...]:
 def _parser() -> Parser:
     parser = Parser(prog="python -m stickjax.evaluate")
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run folder or org/name on the hub; several: in one picture"
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="run folder, Hugging Face folder, or org/name on the hub; several: one table",
     )
-    parser.add_argument("--step", type=step_or_best, help="evaluate the checkpoint of this step, or the best one: best")
+    parser.add_argument("--step", type=step_or_best, help="step of the checkpoint, or best; by default the newest")
     parser.add_argument("--lengths", default="1,2,4,8", help="contexts, in multiples of T (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=2**17, help="largest number of tokens to score")
     parser.add_argument("--max-pairs", type=int, default=1024, help="largest number of examples to score per bucket")
     parser.add_argument("--part", default="test", help="examples to score: test, or valid to choose hyperparameters")
-    parser.add_argument("--filtered", metavar="FILE", help="write the held-out rows that the first run labels wrongly")
+    parser.add_argument("--filtered", metavar="FILE", help="write to FILE the rows that the first run labels wrongly")
     parser.add_argument("--plot", metavar="PNG", help="path of the picture; by default in the first run's folder")
     parser.add_process_options()
     return parser

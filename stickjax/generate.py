@@ -44,8 +44,9 @@ def generate(
 ) -> list[list[int]]:
     """Return the token ids that follow each of B prompts, drawn from softmax(logits / temperature).
 
-    A row is a prompt with its new tokens. The new tokens depend on the prompt, the row's index and the seed only. If
-    the model is sharded on a mesh, the mesh computes all rows together, and every process must make the same call.
+    A row is a prompt with its new tokens. With the same options, the new tokens of a row depend only on its prompt, its
+    index and the seed. If the model is sharded on a mesh, all its devices compute the rows together, and every process
+    must make the same call.
 
     Args:
       model: the module with the parameters, such as `stickjax.load(run).model`.
@@ -53,7 +54,8 @@ def generate(
       max_new_tokens: the largest number of new tokens in a row.
       temperature: 0 always takes the most likely token.
       top_k: draw only from the k most likely tokens.
-      top_p: draw only from the most likely tokens, as few as have a total probability >= top_p; top_k comes first.
+      top_p: draw only from the fewest most likely tokens whose total probability is at least top_p. If top_k is given
+        too, it is applied first.
       seed: the seed of the random draws.
       eot: the end-of-text id, which ends a row; None: no id ends a row.
       vocab_size: only ids below this are drawn, because the model's V may include unused ids; None: all V ids.
@@ -92,10 +94,11 @@ def generate(
 
 
 def _with_whole_sequences(model: nnx.Module) -> tuple[nnx.Module, Mesh | None]:
-    """Return a model and its mesh, in which the axis "data" has also taken the devices of the axis "context".
+    """Return (model, mesh). In this mesh, the axis "context" has size 1, and its devices belong to the axis "data".
 
-    Generation does not divide sequences. The parameters stay where they are, because none is divided by these two axes.
-    On a single device, the mesh is None.
+    Generation does not divide sequences over "context". The parameters stay on their devices, because no parameter is
+    divided over these two axes. On a single device, the mesh is None.
+
     Raises ValueError for a model that generates no text.
     """
     jax.eval_shape(lambda: family_of(model.config).empty_cache(model.config, 1, 1))
@@ -123,7 +126,10 @@ def _padded(rows: list[np.ndarray], config, max_new_tokens: int, mesh: Mesh | No
 
 
 def _decode_step(mesh: Mesh | None, model, tokens, segment_ids, cache):
-    """Run the decode step of the model's family on a mesh. Every device gets the logits [B,V] of all rows."""
+    """Run `Family.decode_step` of the model's family, and return (logits [B,V], the new cache).
+
+    On a mesh, every device computes a part of the rows, and gets the logits of all rows.
+    """
     family = family_of(model.config)
 
     def step(model, tokens, segment_ids, cache):
@@ -281,7 +287,8 @@ def generate_text(
       on_text: `on_text(row, piece)` is called with each new piece of text that follows the prompt with index `row`.
       **sampling: `temperature`, `top_k`, `top_p` and `seed` of `generate`.
 
-    Raises ValueError as `generate` does, for a string instead of a list, an empty stop string, or no tokenizer.
+    Raises ValueError as `generate` does. Also raises it if `prompts` or `stop` is a string instead of a list, if a stop
+    string is empty, or if the model has no tokenizer.
 
     >>> from stickjax import Config, ModelConfig
     >>> from stickjax.models.transformer import init

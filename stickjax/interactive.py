@@ -62,7 +62,7 @@ class TrainedModel(Loaded):
     `config`: the config of the experiment.
     `tokenizer`: the tokenizer; None if the model was converted from a folder without a tokenizer.
     `step`: the training step of the checkpoint; 0 if the folder has one model without checkpoints.
-    `run`: the path of the folder.
+    `run`: the path of the folder, or the name of the model on the Hugging Face hub.
     """
 
     run: str = ""

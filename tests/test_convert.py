@@ -142,7 +142,7 @@ def test_a_type_that_cannot_hold_the_model_is_refused(kind, changes, said):
 
 def test_a_type_is_only_for_what_is_written(tmp_path, capsys):
     assert main([str(FOLDERS[0]), str(tmp_path / "out"), "--type=llama"]) == 1
-    assert "--type=llama is for a run folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "--type=llama needs a run folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_fields_that_change_no_logits_do_not_hinder(tmp_path):

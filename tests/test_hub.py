@@ -236,7 +236,7 @@ def test_a_push_that_cannot_work_uploads_nothing(chat_model, monkeypatch, capsys
             ["run", "chat", "--type=llama"],
             "'chat' is not the name of a model on the Hugging Face hub, such as org/name",
         ),
-        ([str(chat_model), "me/chat"], "--push is for a run folder"),
+        ([str(chat_model), "me/chat"], "--push needs a run folder"),
     ):
         assert convert.main([*words, "--push"]) == 1
         assert said in capsys.readouterr().err

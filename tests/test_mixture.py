@@ -193,7 +193,7 @@ BAD = [
     ("labelled:a.tsv:2", "mixture: source='labelled' is not one of"),
     ("text:2", "mixture: the row 'text:2' needs a path: SOURCE:PATH:WEIGHT"),
     ("logic:books:2", "mixture: the row 'logic:books:2' has a path, but this source reads no file"),
-    ("logic:1,logic:2", "two rows have the source 'logic' and the path None; add up the weights"),
+    ("logic:1,logic:2", "two rows have the source 'logic' and the path None; use one row with the sum of the weights"),
     ("text:nowhere:1,logic:2", "mixture: path='nowhere' does not exist"),
     ("tokens:nowhere:1,logic:2", "mixture: path='nowhere': there is no nowhere.bin"),
     ("text:short:1,logic:2", "T=32 needs at least 33 tokens, but the training part of short has"),
@@ -216,7 +216,10 @@ def test_bad_tables_are_one_line(texts, table, message, monkeypatch, capsys):
     [
         ({"model.V": 200}, "V=200 is smaller than the 257 ids of tokenizer='byte'"),
         ({"data.tokenizer": "bpe"}, "mixture: path='{packed}' was made by tokenizer 'byte' with vocab_size=257"),
-        ({"data.path": "books"}, "path='books' is not used with a mixture, whose rows have the paths"),
+        (
+            {"data.path": "books"},
+            "path='books' is not used with a mixture, because the rows of data.mixture have the paths",
+        ),
         ({"data.heldout_path": "books"}, "heldout_path='books' is not used with a mixture"),
         (
             {"data.mixture": "logic:2", "data.source": "tokens"},

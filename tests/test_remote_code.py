@@ -179,7 +179,7 @@ def test_the_files_of_a_folder(tmp_path, capsys):
     tree = json.loads((out / "config.json").read_text())
     assert (tree["model_type"], tree["torch_dtype"], tree["model"]["experts"]["E"]) == ("stickjax", "bfloat16", 6)
     assert main([str(out), str(tmp_path / "again"), "--remote-code"]) == 1
-    assert "--type=stickjax is for a run folder" in capsys.readouterr().err
+    assert "--type=stickjax needs a run folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_the_end_of_text_is_what_the_folder_says(folder, files, eot, ends):
         (dict(generation_config={"eos_token_id": [True]}), None, "eos_token_id=True is not a token id"),
         (dict(generation_config="{"), None, "generation_config.json is not JSON"),
         (dict(special_tokens_map=[1]), None, "special_tokens_map.json must be a JSON object, not a list"),
-        (dict(), "<|end|>", r"data\.eot='<\|end\|>' is no added token .*'<\|im_end\|>'"),
+        (dict(), "<|end|>", r"data\.eot='<\|end\|>' is not an added token .*'<\|im_end\|>'"),
     ],
     ids=str,
 )

@@ -155,7 +155,7 @@ def test_the_best_checkpoint_is_loaded(tmp_path, monkeypatch, capsys):
     assert evaluate.main([*words, "--step=best"]) == 0
     assert json.loads((tmp_path / "run/evaluation.json").read_text())["step"] == 6
     assert evaluate.main([*words, "--step", "bset"]) == 2
-    assert "'bset' is neither the number of a step nor best" in capsys.readouterr().err
+    assert "'bset' is neither the number of a step nor the word best" in capsys.readouterr().err
 
 
 def test_without_validation_there_is_no_best(tmp_path, capsys):

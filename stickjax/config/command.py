@@ -107,7 +107,7 @@ def step_or_best(text: str) -> int | str:
     try:
         return text if text == "best" else int(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a step nor best") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a step nor the word best") from error
 
 
 SEED_TYPE = number(int, at_least=0, at_most=SEED)

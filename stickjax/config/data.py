@@ -29,8 +29,9 @@ class DataConfig:
     path: str | None = field(None, "file or folder that the sources text, tokens and labelled read")
     mixture: tuple | None = field(
         None,
-        "rows of source, path and weight: sources whose sequences are mixed in the proportions of the weights, such as "
-        "text:books:5,text:code:3,stdlib:2; a source that ends starts over; it replaces source and path",
+        "table of rows SOURCE:PATH:WEIGHT or SOURCE:WEIGHT, such as text:books:5,text:code:3,stdlib:2; the sequences "
+        "of the sources are mixed in the proportions of the weights; a source that ends starts over; the table "
+        "replaces source and path",
     )
     heldout_path: str | None = field(
         None, "held-out file or folder; None: a part of the data is held out (heldout_every)"
@@ -129,8 +130,8 @@ class DataConfig:
         for name in ("path", "heldout_path"):
             if (path := getattr(self, name)) is not None:
                 raise ValueError(
-                    f"{name}={path!r} is not used with a mixture, whose rows have the paths; leave it out, or set "
-                    "data.mixture=none"
+                    f"{name}={path!r} is not used with a mixture, because the rows of data.mixture have the paths; "
+                    f"leave data.{name} out, or set data.mixture=none"
                 )
         for row in self.mixture:
             one_of("mixture: source", row.source, [x for x in SOURCES if x not in ("labelled", "mixture")])
@@ -169,7 +170,7 @@ class DataConfig:
 
     @property
     def parts(self) -> "tuple[DataConfig, ...]":
-        """The config of each source of a mixture, in the order of the rows; without a mixture, the config itself."""
+        """One config for each source of the mixture, in the order of the rows; without a mixture, only this config."""
         if self.mixture is None:
             return (self,)
         rows = self.mixture
@@ -177,7 +178,7 @@ class DataConfig:
 
     @property
     def mixture_text(self) -> str:
-        """The table of the mixture as on the command line: "text:books:5,stdlib:2"."""
+        """The table of the mixture as a text, such as "text:books:5,stdlib:2"; "" without a mixture."""
         return ",".join(map(str, self.mixture or ()))
 
     @property

@@ -245,7 +245,11 @@ class Config:
 
 
 def _with_one_source(changes: dict[str, Any]) -> dict[str, Any]:
-    """Add the changes that follow from a new mixture (another source and no path) or a new source (no mixture)."""
+    """Return `changes`, {"section.field": value}, with further changes if they have a mixture or another source.
+
+    A mixture also sets data.source to "mixture" and data.path to None. Another source also sets data.mixture to None. A
+    field that `changes` already has keeps its value.
+    """
     if changes.get("data.mixture") is not None:
         return {"data.source": "mixture", "data.path": None} | changes
     return ({"data.mixture": None} if changes.get("data.source", "mixture") != "mixture" else {}) | changes

@@ -42,7 +42,7 @@ class TreeConfig(FamilyConfig):
     depth: int = field(8, "depth of the complete tree: a target has at most 2^depth words", at_least=1, at_most=12)
     encoder: Literal["ordered_memory", "tree", "gru"] = field(
         "ordered_memory",
-        "ordered_memory: induces a tree over the source; tree: is given the tree of the source by the data; gru: "
+        "ordered_memory: induces a tree over the source; tree: reads the tree of the source from the data; gru: "
         "bidirectional GRU without a tree",
     )
     early_root: bool = field(

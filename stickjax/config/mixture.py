@@ -1,4 +1,4 @@
-"""The table of a mixture: the sources of text, and the weight of each source."""
+"""The value of the config field `data.mixture`: a table with a row (source, path, weight) for each source of text."""
 
 from collections.abc import Sequence
 from pathlib import PurePath
@@ -10,7 +10,11 @@ _ROW = "SOURCE:PATH:WEIGHT or SOURCE:WEIGHT"
 
 
 class Part(NamedTuple):
-    """A row of the table: a source, as in `data.source`, its path or None, and its weight, which is above 0."""
+    """A row of the table of a mixture.
+
+    `source`: the name of a source, as in the config field `data.source`. `path`: the file or folder that the source
+    reads, or None. `weight`: a number above 0.
+    """
 
     source: str
     path: str | None
@@ -24,8 +28,9 @@ class Part(NamedTuple):
 def mixture_of(value: Any) -> tuple[Part, ...] | None:
     """Convert a value of the config field `data.mixture` to the table of a mixture, and check it. None stays None.
 
-    `value` is a sequence of rows (source, path, weight), or a text as on the command line: rows SOURCE:PATH:WEIGHT or
-    SOURCE:WEIGHT between commas. A path with a comma needs the first form.
+    `value` is a list or tuple of rows (source, path, weight), or a text as on the command line. In a text, a row is
+    SOURCE:PATH:WEIGHT or SOURCE:WEIGHT, and commas separate the rows. So a path that contains a comma must be given in
+    a list.
 
     Raises ValueError if `value` has another form or no rows, if a weight is not a number above 0, or if two rows have
     the same source and path.
@@ -46,7 +51,8 @@ def mixture_of(value: Any) -> tuple[Part, ...] | None:
         for i, part in enumerate(parts):
             if part[:2] in [other[:2] for other in parts[:i]]:
                 raise ValueError(
-                    f"two rows have the source {part.source!r} and the path {part.path!r}; add up the weights"
+                    f"two rows have the source {part.source!r} and the path {part.path!r}; "
+                    "use one row with the sum of the weights"
                 )
     except ValueError as error:
         raise ValueError(f"mixture={shown(value)}: {error}") from error
@@ -54,9 +60,10 @@ def mixture_of(value: Any) -> tuple[Part, ...] | None:
 
 
 def names_of(table: Sequence[Part]) -> list[str]:
-    """Return a short name for each row, for metrics: the name of its file or folder, or its source.
+    """Return a short name for each row of a mixture, for the names of metrics.
 
-    If several rows would have the same name, the number of the row follows it.
+    The name is the name of the file or folder of the row, without endings such as .txt; for a row without a path, it is
+    the source. If several rows would have the same name, the number of the row is added to each of these names.
 
     >>> names_of(mixture_of("text:data/books.txt:5,text:more/books:3,stdlib:2"))
     ['books.1', 'books.2', 'stdlib']
@@ -66,7 +73,10 @@ def names_of(table: Sequence[Part]) -> list[str]:
 
 
 def _row(text: str) -> tuple[str, str | None, float]:
-    """Split "SOURCE:PATH:WEIGHT" or "SOURCE:WEIGHT". The path may contain colons."""
+    """Split the text "SOURCE:PATH:WEIGHT" or "SOURCE:WEIGHT" of a row, and return (source, path or None, weight).
+
+    The path may contain colons.
+    """
     head, _, weight = text.strip().rpartition(":")
     source, _, path = head.partition(":")
     try:

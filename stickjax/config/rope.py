@@ -17,19 +17,23 @@ class RopeScaling:
     "none": s_i = 1, no scaling.
     "linear": s_i = 0. All frequencies are divided by `factor`.
     "llama3": s_i = clip((n_i - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1), where
-      n_i = original_T * f_i / (2 pi) is the number of turns of pair i in `original_T` tokens. Fast pairs stay as they
-      are, and slow pairs are divided by `factor`.
+      n_i = original_T * f_i / (2 pi) is the number of turns of pair i in `original_T` tokens. The frequencies of fast
+      pairs do not change, and the frequencies of slow pairs are divided by `factor`.
 
     >>> RopeScaling("linear", factor=2.0).factor
     2.0
     """
 
-    kind: Literal["none", "linear", "llama3"] = field("none", "none, linear (all frequencies), or llama3 (slow ones)")
+    kind: Literal["none", "linear", "llama3"] = field(
+        "none", "none; linear: scales all frequencies; llama3: scales low frequencies"
+    )
     factor: float = field(1.0, "divisor of the scaled frequencies", at_least=1)
     low_freq_factor: float = field(
-        1.0, "a pair with fewer turns in original_T tokens is fully scaled (llama3)", above=0
+        1.0, "a pair with fewer turns than this in original_T tokens is fully scaled (llama3)", above=0
     )
-    high_freq_factor: float = field(4.0, "a pair with more turns in original_T tokens is not scaled (llama3)", above=0)
+    high_freq_factor: float = field(
+        4.0, "a pair with more turns than this in original_T tokens is not scaled (llama3)", above=0
+    )
     original_T: int = field(8192, "number of tokens of the sequences before the scaling (llama3)", at_least=1)
 
     def __post_init__(self):

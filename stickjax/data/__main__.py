@@ -17,21 +17,23 @@ def _parser() -> Parser:
     parser = Parser(prog="python -m stickjax.data")
     commands = parser.add_subparsers(required=True, dest="command")
     one = commands.add_parser("tokenizer", help="train a byte-level BPE tokenizer and write a tokenizer.json")
-    one.add_argument("source", metavar="PATH", help="text file, .jsonl file or folder")
+    one.add_argument("source", metavar="PATH", help="text, .jsonl, .parquet or .arrow file, or folder")
     one.add_argument("--vocab", type=int, default=8192, help="number of tokens, at least 257 (default: 8192)")
     one.add_argument(
-        "--out", dest="folder", metavar="FOLDER", default=".", help="folder of the tokenizer.json (default: here)"
+        "--out", dest="folder", metavar="FOLDER", default=".", help="folder of tokenizer.json (default: current folder)"
     )
     _add_text_field(one)
     one = commands.add_parser("tokenize", help="write the tokens of a text to a token file")
-    one.add_argument("source", metavar="SOURCE", help="text file, .jsonl file or folder")
+    one.add_argument("source", metavar="SOURCE", help="text, .jsonl, .parquet or .arrow file, or folder")
     one.add_argument("out", metavar="OUT", help="name of the token file; writes OUT.bin and OUT.json")
     one.add_argument("--tokenizer", default="byte", help="byte, or the path of a tokenizer.json")
     one.add_argument(
         "--eot", help="added token that ends a text (default: the token that the tokenizer's folder names)"
     )
     _add_text_field(one)
-    one = commands.add_parser("verify", help="read a token file and compare it with its sha256")
+    one = commands.add_parser(
+        "verify", help="compare the sha256 of a token file with the sha256 that tokenize recorded"
+    )
     one.add_argument("out", metavar="OUT", help="the token file OUT.bin with its OUT.json")
     return parser
 

@@ -40,7 +40,11 @@ def arrow_texts(stream: BinaryIO, file: Path, text_field: str) -> Iterator[str]:
 
 
 def _columns(stream: BinaryIO, file: Path, text_field: str) -> Iterator:
-    """Yield the column `text_field` of an open file in parts, as pyarrow arrays. Raise ValueError if it is not text."""
+    """Yield the column `text_field` of the open file `stream` in parts, as pyarrow arrays.
+
+    `file` is the path of the file: its ending decides the format. Raise ValueError if the column is missing or is not
+    text.
+    """
     import pyarrow
 
     if file.suffix.lower() == ".parquet":
@@ -79,10 +83,10 @@ def _check_column(schema, text_field: str, file: Path) -> None:
 
 
 def without_dataset_descriptions(files: list[Path]) -> list[Path]:
-    """Leave out the files of saved Hugging Face datasets that are not data, such as state.json. Keep all other files.
+    """Return `files` without the files of saved Hugging Face datasets that are not data, such as state.json.
 
     `Dataset.save_to_disk` writes a state.json with the names of the data files. If a folder has such a state.json, only
-    these files of the folder are kept.
+    the data files of this folder are kept. All files of other folders are kept.
 
     Raises ValueError if a data file is missing, or if a folder is a `DatasetDict`: its splits, such as training and
     test parts, must not be mixed.
@@ -102,7 +106,7 @@ def without_dataset_descriptions(files: list[Path]) -> list[Path]:
 
 
 def _entry(file: Path, name: str) -> list | None:
-    """Return the list `name` in the JSON object of a file; None if the file has no such list."""
+    """Return the list that the JSON object in a file has under the key `name`; None if the file has no such list."""
     try:
         value = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):

@@ -89,7 +89,7 @@ def batches(
     same examples as without the interruption, even if process_count has changed.
 
     Args:
-      source: the examples, with random access; or a `Mixture` of several sources, which has no epochs of its own.
+      source: the examples, with random access; or a `Mixture` of several sources, each with its own epochs.
       B: the number of examples in a batch, over all processes.
       seed: the seed of the order of the examples.
       process_index: the index of this process, from 0.
@@ -123,7 +123,7 @@ def batches(
 
 
 def _in_epochs(source: Sequence, seed: int, first: Sequence) -> grain.MapDataset:
-    """Return the endless sequence of the examples in `source`, epoch after epoch. The examples in `first` are first."""
+    """Return an endless sequence: the examples in `first`, then the examples in `source`, epoch after epoch."""
     # Grain shuffles epoch e with the seed `seed` + e. Without this hash of `seed`, epoch 1 of a run with seed 0 would
     # have the same order as epoch 0 of a run with seed 1.
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -247,7 +247,9 @@ def text_data(config: Config) -> TrainingData:
             f"valid_every={d.valid_every} divides examples; this model reads a text, so set data.valid_every=0"
         )
     if d.source == "labelled":
-        raise ValueError("source='labelled' needs a classifier; this model reads a text")
+        raise ValueError(
+            "source='labelled' needs a classifier; this model reads a text: set data.source=text, for example"
+        )
     corpora, heldout = load_corpora(d)
     loader = lambda index, count: train_loader(corpora, d, process_index=index, process_count=count)  # noqa: E731
     about = dict(hash=corpora[0].hash, source=corpora[0].source, summary=corpora[0].summary())

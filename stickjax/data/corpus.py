@@ -33,7 +33,8 @@ class Corpus:
     documents: int  # number of documents
     # number of bytes of the UTF-8 text; for a part of a stream (`_cut`), an estimate from the number of tokens
     bytes: int
-    # 16 hex digits of the sha256 of all tokens; for a part of a stream, of the hash of the stream and the positions
+    # 16 hex digits of the sha256 of all tokens. For a part of a stream (`_cut`), it is the sha256 of the hash of the
+    # stream and the positions. For concatenated streams of a mixture (`_joined`), it is the sha256 of their hashes.
     hash: str
 
     def summary(self) -> str:
@@ -141,7 +142,7 @@ def _mix(corpora: Iterable[Corpus]) -> Corpus:
     corpora = list(corpora)
     tokenizer = corpora[0].tokenizer
     tokens = np.stack([corpus.tokens[: min(len(c.tokens) for c in corpora)] for corpus in corpora])
-    tokens[:, -1] = tokenizer.eot  # ends the document that was cut
+    tokens[:, -1] = tokenizer.eot  # the end of the document that was cut
     tokens = tokens.ravel()
     documents, num_bytes = int((tokens == tokenizer.eot).sum()), tokenizer.count_bytes(tokens)
     source, digest = ",".join(corpus.source for corpus in corpora), hashlib.sha256(tokens).hexdigest()
@@ -149,7 +150,7 @@ def _mix(corpora: Iterable[Corpus]) -> Corpus:
 
 
 def _joined(corpora: Sequence[Corpus]) -> Corpus:
-    """Concatenate several token streams. A document that is cut at the end of its stream gets an end-of-text token."""
+    """Concatenate several token streams. If a stream does not end with an end-of-text token, one is added after it."""
     if len(corpora) == 1:
         return corpora[0]
     tokenizer, end = corpora[0].tokenizer, np.full(1, corpora[0].tokenizer.eot, corpora[0].tokens.dtype)
@@ -194,8 +195,8 @@ def load_corpus(config: DataConfig) -> tuple[Corpus, Corpus]:
     streams are treated in the same way. The source may also be the name of a task, such as "logic". Then the text is
     `config.examples` generated lines, which are the same in every run and are joined into documents of about 4 KB.
 
-    The streams of a mixture (`config.mixture`) are not cut, but concatenated as a whole. Training reads them one by one
-    instead, by `load_corpora`.
+    The streams of a mixture (`config.mixture`) are concatenated without a cut. Training does not use this concatenated
+    stream: it calls `load_corpora`, which returns the streams separately.
 
     Raises ValueError, naming the field or the file, if a file is missing or empty, cannot be read or decoded, or is a
     token file that was made with another tokenizer than `config.tokenizer`.

@@ -1,4 +1,4 @@
-"""Convert many documents to token ids, several at a time, and show how far the work is."""
+"""Convert many documents to token ids, several at a time, and show the progress."""
 
 import sys
 import time
@@ -9,13 +9,13 @@ import numpy as np
 from stickjax.data.token_cache import TokenCache
 from stickjax.data.tokenizer import Tokenizer
 
-_BATCH_CHARACTERS, _BATCH_DOCUMENTS = 2**21, 4096  # a batch of documents ends when it has one of these sizes
+_BATCH_CHARACTERS, _BATCH_DOCUMENTS = 2**21, 4096  # a batch of documents ends when it reaches one of the two
 
 
 def encode_documents(
     texts: Iterable[str], tokenizer: Tokenizer, cache: str | None = None
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield (its token ids [n], the number of bytes of its text) for every document, in the order of `texts`.
+    """For every document in `texts`, in order, yield (token ids [n], number of bytes of the text).
 
     The ids are the same as from `tokenizer.document(text)`. Documents are encoded in batches, because a tokenizer.json
     encodes the documents of a batch in parallel, on all CPU cores. A batch ends as soon as it has about two million

@@ -46,7 +46,7 @@ def _listops(d: DataConfig) -> Task:
 
 def _scan(d: DataConfig) -> Task:
     def examples(part: str, T: int | None = None, **options) -> Examples:
-        # The longest command has 9 words, far fewer than the longest sequence of actions.
+        # T limits only the actions: commands are much shorter, with at most 9 words.
         return scan.examples(part, T=None, S=T, split=d.split or "simple", valid_every=d.valid_every, **options)
 
     ids = {"V": len(scan.COMMANDS), "V_target": len(scan.ACTIONS)}

@@ -17,8 +17,8 @@ class Mixture(grain.transforms.DatasetSelectionMap):
 
         r_{i+1} = floor(r_i * (W_i - w_i) / W_i),    c_i = r_i - r_{i+1}.
 
-    So c_i differs from n * w_i / W_1 by less than i, for every n. The numbers c_i depend on n only. So a position in
-    the mixture is one number. `grain.MapDataset.mix` uses the same formula, but rounds the weights.
+    So c_i differs from n * w_i / W_1 by less than i, for every n. The numbers c_i depend only on n. So the number n
+    alone describes a position in the mixture. `grain.MapDataset.mix` uses the same formula, but rounds the weights.
 
     Every source is read in epochs: when all its examples are used, it starts over in a new order. No source is cut.
 
@@ -53,7 +53,7 @@ class Mixture(grain.transforms.DatasetSelectionMap):
         return sys.maxsize
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        """Return (the source of example `index` of the mixture, the number of examples of this source before it)."""
+        """Return (index of the source of example `index`, number of earlier examples from the same source)."""
         before, after = self.counts(index), self.counts(index + 1)
         source = next(i for i in range(len(before)) if before[i] != after[i])
         return source, before[source]

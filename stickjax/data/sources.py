@@ -43,8 +43,8 @@ def files_below(folder: Path, skip: re.Pattern | None = None) -> list[Path]:
     """Return the paths of all files in a folder and its subfolders, sorted by the path relative to the folder.
 
     Hidden files and folders are left out. Folders whose name matches `skip` are left out too. Symbolic links are
-    followed. A file that can be reached by several paths is returned once. If one of these paths contains no link, it
-    is this path; otherwise it is the path of a link.
+    followed. A file that can be reached by several paths is returned once: by a path without a link if there is one,
+    otherwise by a path with a link.
 
     Raises ValueError if a folder cannot be read.
     """
@@ -249,13 +249,13 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
     A document is a text. Most files are one document. A .jsonl or .ndjson file has one document per line: the field
     `text_field` of the JSON object on the line. A .json file may contain such objects too: a single object, one object
     on every line, or an array of objects. Then each object is a document. Any other .json file is one document, and a
-    log message says so. A .parquet or .arrow file has one document per row, in the column `text_field`. In the folder
+    warning is logged. A .parquet or .arrow file has one document per row, in the column `text_field`. In the folder
     of a saved Hugging Face dataset, only the files with rows are read. Empty documents are left out. A byte order mark
     is removed. A file that is compressed by gzip or zstd, such as a.jsonl.gz, is read like the file that it contains.
 
     In a folder, hidden files are left out. Files that are not text are left out too, and a log message gives their
-    number: files that are not UTF-8 or have NUL bytes, token files, pipes, sockets, devices and broken links. Links to
-    folders are followed. No file is read twice.
+    number. They are files that are not UTF-8 or have NUL bytes, token files, pipes, sockets, devices and broken links.
+    Links to folders are followed. No file is read twice.
 
     Args:
       path: the file or folder.
@@ -263,9 +263,10 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
       name: the name of the config field or argument that has the path, for messages.
 
     Raises ValueError if the path does not exist, cannot be read, has no text, or is a file that is not text; if a
-    compressed file or a table is damaged; or if the package `zstandard` or `pyarrow` is missing for it. Also raises it,
-    with the file and the line, if a line of a .jsonl or .ndjson file, or a row of a table, has no text in the field
-    `text_field`. In a .json file whose first object has such a text, the other objects must have one too.
+    compressed file or a table is damaged; or if a file needs the package `zstandard` or `pyarrow`, and the package is
+    missing. Also raises ValueError, with the file and the number of the line or row, if a line of a .jsonl or .ndjson
+    file, or a row of a table, has no text in `text_field`. In a .json file whose first object has such a text, the
+    other objects must have one too.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

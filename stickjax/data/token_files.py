@@ -43,12 +43,12 @@ def token_paths(path: str) -> tuple[Path, Path]:
 def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "text", eot: str | None = None) -> dict:
     """Convert a text to a token file, which consists of out.bin and out.json. Return the content of out.json.
 
-    Only a batch of documents is in memory, about two million characters or one longer document. The function
-    `with_progress` shows how far the work is. Both files are written under temporary names and renamed when they are
-    complete, the .json last.
+    Only one batch of documents is in memory: about two million characters, or one longer document. The function
+    `with_progress` shows the progress. Both files are written under temporary names, and are renamed when they are
+    complete. The .json file is renamed last.
 
     Args:
-      source: a text file, a .jsonl or .parquet file, or a folder of such files.
+      source: a text file, a .jsonl, .parquet or .arrow file, or a folder of such files.
       out: the path of the token file, without an ending.
       tokenizer: "byte" or the path of a tokenizer.json.
       text_field: the name of the field in which a JSON object has its text, or of the column of a table.

@@ -39,8 +39,8 @@ class Tokenizer(abc.ABC):
     it as the special token.
 
     Attributes:
-      name: 'byte', 'hf:HASH' or 'words:HASH'. HASH is the first 16 hex digits of the sha256 of the tokenizer's file.
-        The name is stored with a trained model.
+      name: 'byte', 'words:HASH', 'hf:HASH' or 'hf:HASH+PREFIX' (see `HuggingFaceTokenizer`). HASH is the first 16 hex
+        digits of the sha256 of the tokenizer's file. The name is stored with a trained model.
       vocab_size: the largest token id plus one; some smaller ids may be unused.
       eot: the id of the end of text, which ends a document in training.
       ends: the ids that end a generated text, including `eot`.
@@ -97,7 +97,7 @@ class Tokenizer(abc.ABC):
         return self.documents([text])[0]
 
     def documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the token ids [n] of each document. A tokenizer.json encodes the documents in parallel."""
+        """Return the token ids [n] of each document. A `HuggingFaceTokenizer` encodes them in parallel."""
         dtype = token_dtype(self.vocab_size)
         begin, end = np.array([i for i in self.prefix if i != self.eot], dtype), np.array([self.eot], dtype)
         return [np.concatenate([begin, ids, end], dtype=dtype) for ids in self._encode_all(texts)]
@@ -216,8 +216,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     The end of text is `eot`, the text of an added token of the file. If `eot` is None, `special_tokens.named` finds the
     end of text in other files of the same folder. If these files name no end of text, it is the first token of
-    `END_OF_TEXT` that is an added token. `special_tokens.prefix_of` decides the `prefix`; if it is not the one of the
-    tokenizer.json, the name of the tokenizer ends in "+" and the prefix.
+    `END_OF_TEXT` that is an added token. `special_tokens.prefix_of` decides the `prefix`. If the tokenizer.json
+    has another prefix, the name of the tokenizer ends in "+" and the prefix that was decided.
 
     Raises ValueError if the package is missing, if a file cannot be read, or if no end of text is found.
     """
@@ -240,7 +240,7 @@ class HuggingFaceTokenizer(Tokenizer):
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{where} is not a tokenizer.json: {type(error).__name__}: {error}") from error
         if eot is not None and eot not in added:
-            raise ValueError(f"data.eot={eot!r} is no added token of {where}; its added tokens are: {_listed(added)}")
+            raise ValueError(f"data.eot={eot!r} is not an added token of {where}; its added tokens: {_listed(added)}")
         ends, special, problem = special_tokens.named(files, added, path.parent)
         is_named = eot is not None or ends or problem
         first = eot if is_named else next((token for token in END_OF_TEXT if token in added), None)

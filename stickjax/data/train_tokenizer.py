@@ -24,7 +24,7 @@ def train_tokenizer(
     of a word. Words are split as in GPT-2. The same text and `vocab` give the same file.
 
     Args:
-      source: a text file, a .jsonl or .parquet file, or a folder of such files.
+      source: a text file, a .jsonl, .parquet or .arrow file, or a folder of such files.
       folder: the folder of the new tokenizer.json, which must exist.
       vocab: the number of tokens, from 257 to 1048576.
       text_field: the name of the field in which a JSON object has its text, or of the column of a table.

@@ -27,8 +27,8 @@ def predict(model, config: Config, texts: Sequence[Text]) -> list[str]:
       texts: the texts, in the form of the training data. For a model that reads pairs, a text is a tuple (left, right).
 
     Raises:
-      ValueError: the model is a language model; a text contains no tokens; a word is unknown to the task; or the model
-        reads pairs and a text is not a tuple of two texts, or the reverse.
+      ValueError: the model is a language model; a text contains no tokens; a word is unknown to the task; or a text has
+        the wrong form: it must be a tuple of two texts for a model that reads pairs, and a string for other models.
     """
     task, family = task_of(config), family_of(config.model)
     run = jax.jit(family.predict)
@@ -55,7 +55,10 @@ def induced_trees(model, config: Config, texts: Sequence[Text]) -> list[Tree] | 
 
 
 def _answers(config: Config, texts: Sequence[Text], answer: Callable[[dict], list]) -> list:
-    """Return the answer for each text, in order. `answer(batch)` returns the answers for the rows of a batch."""
+    """Return the answer for each text, in the order of `texts`.
+
+    `answer(batch)` returns the list of the answers for the examples of a batch, a dictionary of arrays.
+    """
     task = task_of(config)
     names, encoders = task.inputs, [task.encode]
     if "brackets" in family_of(config.model).example_batch(config):
@@ -69,12 +72,15 @@ def _answers(config: Config, texts: Sequence[Text], answer: Callable[[dict], lis
     examples = Examples(rows, arrays, (names,), lambda row: (max(map(len, row[1:])),))
     found = {}
     for batch, own in batches_of(examples, min(B, max(1, len(rows)))):
-        found |= {row[0]: value for row, value in zip(own, answer(batch), strict=False)}  # the batch may be longer
+        found |= {row[0]: value for row, value in zip(own, answer(batch), strict=False)}  # a batch may repeat a row
     return [found[i] for i in range(len(rows))]
 
 
 def _encoded(task: Task, encoders: Sequence[Callable], index: int, text: Text) -> list[np.ndarray]:
-    """Return the arrays of a text, or of both texts of a pair. Each encoder converts a text to one array."""
+    """Return the arrays of a text, or of both texts of a pair. Each function in `encoders` makes one array from a text.
+
+    `index` is the index of the text, for messages. Raise ValueError if the text has the wrong form or no tokens.
+    """
     parts, count = (text,) if isinstance(text, str) else tuple(text), len(task.inputs)
     if len(parts) != count:
         form = "a tuple of two texts (left, right)" if count == 2 else "a string"

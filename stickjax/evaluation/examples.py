@@ -1,4 +1,4 @@
-"""Compute the accuracy of a model that reads examples: the fraction of right labels, or of right whole translations.
+"""Compute the accuracy of a model that reads examples: the fraction of labels or whole translations that are right.
 
 `python -m stickjax.evaluate RUN` calls `report` for such a model, with one exception. On the part "test", a model for
 which `stickjax.evaluation.pairs.scores_halting` is True is evaluated by `stickjax.evaluation.pairs.report` instead.
@@ -201,7 +201,7 @@ def table(runs: dict[str, Records], bucket_name: str) -> Table:
 
 
 def report(model, config: Config, folder: Path | None, part: str, max_examples: int, say: Say) -> Records:
-    """Compute the accuracy of a model, and return the records of `accuracy`. Its docstring explains the arguments.
+    """Compute the accuracy of a model, and return the records of `accuracy`. Most arguments are as in `accuracy`.
 
     If `folder` is not None, the records are written into this folder as accuracy.json. If the model induces trees and
     the source has true trees, the picture trees.png is added: the induced and the true trees of three examples.

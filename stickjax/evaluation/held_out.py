@@ -18,13 +18,15 @@ from stickjax.parallel.mesh import batch_spec, mesh_of, row_parts, rows_of_proce
 def total_sums(model: nnx.Module, windows: np.ndarray, target_mask: np.ndarray, B: int) -> dict[str, float]:
     """Predict each token of n texts from the previous tokens, and return sums over all texts.
 
-    If the model is sharded on a mesh, the mesh evaluates each batch together. Every process must make the same call.
+    If the model is sharded on a mesh, all its devices compute each batch together. Every process must make the same
+    call.
 
     Args:
       model: the module with the parameters.
       windows: token ids [n,T+1]. In each row, the first T tokens are inputs, and the last T tokens are targets.
       target_mask: [n,T], True for the targets that count, and False for padding.
-      B: the number of texts in one call of the model. On a mesh, it is rounded up to a number that the mesh can divide.
+      B: the number of texts in one call of the model. On a mesh, it is rounded up to a multiple of the number
+        of parts into which the mesh divides the texts of a batch.
 
     Returns:
       The sums of `target_sums` over all batches.

@@ -1,4 +1,4 @@
-"""Validation: how good a model is on data that it is not trained on, measured again and again while it is trained.
+"""Validation: during a training, measure repeatedly how good the model is on data that it is not trained on.
 
 A language model is scored by its loss on held-out text. A model that reads examples, such as a classifier, is scored by
 its accuracy on the part "valid" of the examples. The data are chosen once, and are the same in every validation.
@@ -24,7 +24,7 @@ from stickjax.parallel.mesh import on_one_device
 
 
 class Validation(NamedTuple):
-    """A validation, ready to be run on the parameters of a training.
+    """How a training measures its model on data that the model is not trained on.
 
     `measure`: a function from the model to its scores, {name of a metric: number}. On a mesh, the model is sharded, and
       every process must call the function.
@@ -40,14 +40,14 @@ class Validation(NamedTuple):
 
 
 def validation_of(config: Config, data: TrainingData) -> Validation | str:
-    """Return the validation of a training. If the data have no part for it, return a line that says so.
+    """Return the validation of a training. If the data have no part for it, return a line that gives the reason.
 
     Args:
       config: the config of the training. At most `train.eval_tokens` tokens are scored, but always at least one window
         of text, or one example.
       data: the training data of this config.
 
-    Raises ValueError if the data have a part "valid", but it has no examples.
+    Raises ValueError if `data.valid_every` asks for a part "valid", but the part has no examples or cannot be made.
 
     >>> from stickjax.config import SutConfig
     >>> from stickjax.data.readers import training_data

@@ -128,7 +128,7 @@ class Family(ABC):
         )
 
     def cache_specs(self, cache):
-        """Return the `PartitionSpec` of every array of a cache on a mesh. The default divides the first axis, B."""
+        """Return the `PartitionSpec` of every array of a cache on a mesh. The default shards the first axis, B."""
         return jax.tree.map(lambda x: PartitionSpec(ROW_AXES) if x.ndim else PartitionSpec(), cache)
 
     def decode_step(self, model, tokens, segment_ids, cache):

@@ -198,7 +198,7 @@ class AllQueryNorm(QueryKeyNorm):
         return (heads, config.H)
 
     def mean_square(self, x: Float[Array, "B T X H"]):
-        # The sum goes over the heads of all devices; each of them then uses it for its own heads.
+        # The sum is over the heads of all devices. Then each device uses the sum for the heads that it has.
         total = jnp.square(x).sum((-2, -1), keepdims=True)
         return copy_to_tensor_parallel(reduce_from_tensor_parallel(total)) / (self.heads * x.shape[-1])
 
@@ -209,12 +209,12 @@ class AllQueryNorm(QueryKeyNorm):
 class AllKeyNorm(AllQueryNorm):
     """The `QueryKeyNorm` of the keys for `config.query_key_norm="all"`.
 
-    It is a class of its own because the table of parameters has one row of axes for each class: here "K H".
+    It is a separate class, because the table of parameters has the axes of `scale` for each class: here "K H".
     """
 
 
 def query_key_norms(config: ModelConfig) -> tuple[QueryKeyNorm | None, QueryKeyNorm | None]:
-    """Return the normalisations of the queries and of the keys that `config.query_key_norm` names; None: none."""
+    """Return (normalisation of the queries, normalisation of the keys), or (None, None) if query_key_norm is "none"."""
     if config.query_key_norm == "none":
         return None, None
     query, key = (QueryKeyNorm, QueryKeyNorm) if config.query_key_norm == "head" else (AllQueryNorm, AllKeyNorm)
@@ -273,7 +273,7 @@ class FeedForward(nnx.Module):
 
 
 class SharedExpert(FeedForward):
-    """A `FeedForward` with `config.experts.shared` hidden units, which every token uses beside its k experts."""
+    """A `FeedForward` with `config.experts.shared` hidden units. Every token uses it in addition to k experts."""
 
     def __init__(self, config: ModelConfig, key):
         super().__init__(config, key, config.experts.shared)

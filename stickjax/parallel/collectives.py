@@ -76,7 +76,7 @@ _sum_gradients.defvjp(lambda tree, axes: (tree, None), lambda axes, _, gradients
 
 
 def rows_of_device(x):
-    """Return the rows that this device computes of x, an array that every device has as a whole.
+    """Return the rows of x that this device works on. Every device must have the complete array x.
 
     The rows are divided over the mesh axes that shard the sequences of a batch. `all_rows` is the reverse.
     """
@@ -88,7 +88,7 @@ def rows_of_device(x):
 
 
 def all_rows(logits):
-    """All-gather logits, of which every device has some rows and a part of V. Return the whole logits [B,V]."""
+    """All-gather the logits, and return them as [B,V]. Before, every device has a part of the rows and of V."""
     if size("tensor") > 1:
         logits = lax.all_gather(logits, "tensor", axis=1, tiled=True)
     axes = several(ROW_AXES)

@@ -63,9 +63,9 @@ def make_mesh(config: Config, devices=None, *, training: bool = True) -> Mesh | 
 def mesh_for_evaluation(config: Config, changed: Iterable[str] = ()) -> Mesh | None:
     """Make the mesh on which a trained model is evaluated or generates text: the mesh of its config.
 
-    None means one device. It is returned for a model that reads examples, such as a classifier. It is also returned,
-    and the reason is printed on stderr, if the mesh of a run cannot be made here, for example because it needs more
-    devices.
+    The result is None, which means one device, in three cases: all axes of the mesh have size 1; the model reads
+    examples, such as a classifier; or the mesh of the run cannot be made here, for example because it needs more
+    devices. In the last case, the reason is printed on stderr.
 
     Args:
       config: the config of the run, with the changes of the user.
@@ -83,7 +83,9 @@ def mesh_for_evaluation(config: Config, changed: Iterable[str] = ()) -> Mesh | N
         if config.model.reads == "text":
             return make_mesh(config, training=False)
         if required:
-            raise ValueError("a model that reads examples is evaluated on one device; leave out --mesh and --processes")
+            raise ValueError(
+                "a model that reads examples is evaluated on one device; leave out --mesh.* and --processes"
+            )
     except ValueError as error:
         if required:
             raise

@@ -1,7 +1,7 @@
 """Models on the Hugging Face hub: download the folder of a model, or upload a folder.
 
-The optional package huggingface_hub does both. It keeps what it has downloaded in a cache on this machine. It reads the
-cache alone if there is no network, or if HF_HUB_OFFLINE=1 is set. No code from the hub is downloaded or run.
+The optional package huggingface_hub does both. It keeps downloaded files in a cache on this machine. It reads only this
+cache if there is no network, or if HF_HUB_OFFLINE=1 is set. No code from the hub is downloaded or run.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def local_folder(run: str | os.PathLike) -> str | os.PathLike:
 
     Raises:
       ValueError: the hub has no such model; access to it must be granted first; the hub cannot be reached, and the
-        cache does not have the model; it has no safetensors files; or the package huggingface_hub is missing.
+        cache does not have the model; the model has no safetensors files; or the package huggingface_hub is missing.
 
     >>> local_folder("runs"), local_folder("../runs/tiny")
     ('runs', '../runs/tiny')
@@ -50,7 +50,7 @@ def _downloaded(name: str) -> str:
         folder = hub.snapshot_download(name, allow_patterns=list(FILES), ignore_patterns=["*/*"])
     if not any(Path(folder).glob(_PARAMETERS)):
         raise ValueError(
-            f"{name} has no safetensors files on the Hugging Face hub, or, without a network, in the local cache; "
+            f"{name} has no safetensors files on the Hugging Face hub (or in the local cache, if there is no network); "
             "other formats are not downloaded"
         )
     return folder
@@ -98,7 +98,10 @@ def _package(purpose: str):
 
 @contextlib.contextmanager
 def _in_one_line(name: str, fails: str) -> Iterator[None]:
-    """A context in which every error of huggingface_hub becomes a ValueError of one line about the model `name`."""
+    """A context in which every error of huggingface_hub becomes a ValueError of one line about the model `name`.
+
+    `fails` is a part of the message, such as "cannot be pushed to".
+    """
     from huggingface_hub import errors
 
     try:

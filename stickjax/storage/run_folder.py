@@ -57,8 +57,8 @@ _FREE = (
 class Loaded(NamedTuple):
     """A trained model with its config and tokenizer: the result of `load`.
 
-    `model`: the trained model. Call a decoder as `model(tokens).logits`. Call a Universal Transformer as
-      `model(batch).logits`, with a dictionary of arrays, such as {"tokens": tokens}.
+    `model`: the trained model. Call a decoder as `model(tokens).logits`. Call a model of another family
+      as `model(batch).logits`, with a dictionary of arrays, such as {"tokens": tokens}.
     `config`: the config in the folder, with the `changes` that were passed to `load`.
     `tokenizer`: the tokenizer of the model; None if the model was converted from a folder without a tokenizer.
     `step`: the training step of the checkpoint; 0 if the folder has one model without checkpoints.
@@ -210,7 +210,7 @@ def write_config(
 
 
 def _absolute(value: str | tuple[Part, ...] | None) -> str | tuple[Part, ...] | None:
-    """Return the value of a field in PATH_FIELDS with absolute paths. The value of `data.mixture` is a table."""
+    """Return the value of a field in PATH_FIELDS with absolute paths, also in the rows of a mixture."""
     if isinstance(value, tuple):
         return tuple(part._replace(path=_absolute(part.path)) for part in value)
     return value if value in _NO_PATHS else str(Path(value).absolute())

@@ -188,7 +188,10 @@ def _parser() -> Parser:
     added.add_argument("--step", type=step_or_best, help="report on the checkpoint of this step, or best")
     share = number(float, at_least=0, at_most=1)
     added.add_argument(
-        "--below", type=share, default=0.01, help="a module is unused if its share of its layer's pairs is smaller"
+        "--below",
+        type=share,
+        default=0.01,
+        help="a module with a smaller share of its layer's (token, choice) pairs is unused",
     )
     added.add_argument("--plot", metavar="PNG", help="path of the picture; RUN/modules.png by default")
     return parser

@@ -54,8 +54,8 @@ class Run:
     `asked`: a function that returns the number of the signal that asks for a stop, or 0.
     `log`: the writer of metrics.jsonl; None in a process that writes no files.
     `trace`: the writer of a profiler trace of a few steps.
-    `validation`: what measures the model on held-out data, or None.
-    `listeners`: functions that are called with every row of metrics; None stands for no function.
+    `validation`: how the model is measured on held-out data; None: it is not measured.
+    `listeners`: functions that are called with every row of metrics. An element None is skipped.
     """
 
     folder: str
@@ -87,7 +87,7 @@ class Run:
             listener(dict(row))
 
     def prepare_validation(self) -> str:
-        """Set `validation` if the config asks for it. Return a line for the banner, after a line break, or ""."""
+        """Set `validation` if the config asks for it. Return the end of the banner: a line break and a line, or ""."""
         if not self.config.train.eval_every:
             return ""
         found = validation_of(self.config, self.data)
@@ -99,8 +99,8 @@ class Run:
     def validate(self, step: int, state: TrainState) -> tuple[dict[str, float], float | None]:
         """Measure the model on held-out data if a validation is due after step `step`.
 
-        Return (its scores {name of a metric: value}, the score that decides which checkpoint is the best one: the
-        lowest). Return ({}, None) if no validation is due.
+        Return (scores, score). `scores` is {name of a metric: value}. The checkpoint with the lowest `score` is the
+        best one. Return ({}, None) if no validation is due.
         """
         train = self.config.train
         if self.validation is None or (step % train.eval_every and step != train.steps):
@@ -112,7 +112,7 @@ class Run:
         """Save a checkpoint: the training state, the position in the data, the config, and hashes of the texts.
 
         `data_state` is the state of the data iterator after the last batch on which `state` was trained. `score` is
-        the result of `validate`. Raise FloatingPointError if a parameter is not finite.
+        the second result of `validate`. Raise FloatingPointError if a parameter is not finite.
         """
         step, data = int(state.step), self.data
         if not all_finite(state.params):

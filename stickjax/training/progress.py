@@ -51,9 +51,8 @@ class Progress:
     def words(self, row: dict) -> str:
         """Return a row of metrics, {name: value}, as one line: loss, learning rate, speed, validation, time left.
 
-        The line also has the MFU, and the epoch of each source of a mixture, if the row has them.
-
-        If the row has no `tokens_per_second`, the speed and the remaining time are "-".
+        The line also has the model FLOPs utilisation (mfu), and the epoch of each source of a mixture, if the row has
+        them. If the row has no `tokens_per_second`, the speed and the remaining time are "-".
         """
         share = f"{row['accuracy']:.1%} right" if "accuracy" in row else f"{row['loss'] / math.log(2):.3f} bits/token"
         rate = row.get("tokens_per_second")

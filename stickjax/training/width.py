@@ -132,7 +132,7 @@ def training(config: Config) -> Callable[[float], np.ndarray]:
     config's warmup; the config's schedule and peak_lr are not used. No file is written.
     """
     changes = {"optim.schedule": "constant", "optim.peak_lr": 1.0, "optim.decay_tokens": 0}
-    # Parameters are float32, because with masters the update at rate 1 would be rounded before it is scaled below.
+    # Parameters are float32. In a 16-bit type, an update for learning rate 1 would be rounded, and only then be scaled.
     config = config.replace(changes | {"model.param_dtype": "float32"})
     batches = _batches(config)
     start = _start(config)

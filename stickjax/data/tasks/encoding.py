@@ -62,8 +62,8 @@ class Vocabulary:
 def closing_brackets(text: str, T: int | None = None) -> Int[np.ndarray, "T"]:
     """Return how many brackets close after each word of a text, padded with zeros on the right.
 
-    The brackets "(" and ")" of the text show a binary tree over its words. The text has at most T words. If T is None,
-    T is the number of words.
+    The brackets "(" and ")" of the text show a binary tree over its words. The text must have at most T words. If T is
+    None, T is the number of words.
 
     Raises ValueError if the brackets do not show a binary tree.
 
@@ -86,7 +86,9 @@ def closing_brackets(text: str, T: int | None = None) -> Int[np.ndarray, "T"]:
     else:
         if parts == [1]:
             return np.array(closed + [0] * ((T or 0) - len(closed)), np.int32)
-    raise ValueError(f"every pair of brackets must have two parts, and one pair must have all words: {text!r:.80}")
+    raise ValueError(
+        f"every pair of brackets must have two parts, and the first pair must enclose all words: {text!r:.80}"
+    )
 
 
 class Examples:

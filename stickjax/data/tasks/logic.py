@@ -132,7 +132,7 @@ def generate(seed: int = 0, draws: int = 500_000) -> tuple[Parts, ...]:
 
 
 def matches(example: Example, split: str) -> bool:
-    """Return whether one of the two sentences of a pair has a pattern that `split` keeps out of training.
+    """Return whether at least one sentence of a pair has a pattern that `split` keeps out of training.
 
     The pairs with the pattern test whether a model generalises. The splits and their patterns are:
 

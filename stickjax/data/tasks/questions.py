@@ -64,13 +64,18 @@ class QuestionParts(NamedTuple):
 
 
 def _noun(pick: Pick, number: int | None = None) -> list:
-    """Draw a determiner and a noun. `number` is 0 for singular and 1 for plural; None: singular or plural at random."""
+    """Draw a determiner and a noun, and return the two words as a list.
+
+    `number` is 0 for a singular noun and 1 for a plural noun; None: singular or plural at random.
+    """
     number = pick((0, 1)) if number is None else number
     return [pick(DETERMINERS), pick((SINGULAR, PLURAL)[number])]
 
 
 def _clause(pick: Pick, number: int) -> list:
-    """Draw the words of a relative clause for a noun. `number` is 0 for a singular noun and 1 for a plural noun.
+    """Draw a relative clause for a noun, and return the list of its words.
+
+    `number` is 0 for a singular noun and 1 for a plural noun.
 
     For a singular noun, the clause is like `who does sleep` with probability 1/3, like `who does admire the newt` with
     probability 1/3, and like `who the newt does admire` or `who the newts do admire` with probability 1/6 each.
@@ -85,10 +90,10 @@ def _clause(pick: Pick, number: int) -> list:
 
 
 def _phrase(pick: Pick, kind: str, number: int) -> list:
-    """Draw the words of a subject or an object. `number` is 0 for a singular noun and 1 for a plural noun.
+    """Draw a subject or an object, and return the list of its words.
 
-    `kind` is "noun" (a determiner and a noun), "preposition" (also a preposition and a second noun) or "clause" (also a
-    relative clause).
+    `number` is 0 for a singular noun and 1 for a plural noun. `kind` is "noun" (a determiner and a noun), "preposition"
+    (also a preposition and a second noun) or "clause" (also a relative clause).
     """
     words = _noun(pick, number)
     if kind == "preposition":
@@ -156,7 +161,7 @@ def brackets(source: str) -> str:
     preposition or a relative pronoun with the words that belong to it. Each of the last two words is joined with all
     words before it.
 
-    Raises ValueError if the source is not a statement of the grammar.
+    Raises ValueError if the source is not a statement of the grammar, followed by `decl` or `quest`.
 
     >>> brackets("our newt who does sleep does admire the yak . quest")
     '( ( ( ( ( our newt ) ( who ( does sleep ) ) ) ( does ( admire ( the yak ) ) ) ) . ) quest )'
@@ -165,7 +170,7 @@ def brackets(source: str) -> str:
 
     def take(*allowed: Sequence) -> str:
         if not words or not any(words[-1] in group for group in allowed):
-            found = f"{words[-1]!r} is wrong there" if words else "it ends too early"
+            found = f"the word {words[-1]!r} is not expected" if words else "it ends too early"
             raise ValueError(f"{source!r:.200} is not a statement of the grammar: {found}")
         return words.pop()
 

@@ -59,8 +59,8 @@ def pairs() -> tuple[Example, ...]:
 def brackets(command: str) -> str:
     """Return a command with brackets "(" and ")" that show its binary tree.
 
-    A conjunction (`and` or `after`) joins the two phrases beside it. Then `twice` or `thrice` joins the whole phrase
-    before it, and each other word joins all words after it.
+    A conjunction (`and` or `after`) is joined with the phrase after it, and the result with the phrase before it. In a
+    phrase, `twice` or `thrice` is joined with all words before it, and every other word with all words after it.
 
     Raises ValueError if a phrase has no word.
 
@@ -81,7 +81,7 @@ def brackets(command: str) -> str:
 
 
 def generate(split: str = "simple", seed: int = 0) -> Parts:
-    """Divide all commands into a training part and a test part. `split` is one of SPLITS:
+    """Divide the commands into a training part and a test part. `split` is one of SPLITS:
 
     `simple`: four fifths of the commands are for training, and the others are for tests. `seed` decides which ones.
     `length`: commands of at most 22 actions are for training, and longer commands are for tests.

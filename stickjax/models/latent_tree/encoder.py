@@ -41,7 +41,7 @@ class Encoding(NamedTuple):
 
 
 def _at(x, index: Int[Array, " B"]):
-    """Return x[b, index[b]] for every sentence b. A negative index counts as 0."""
+    """Return the vectors x[b, index[b]] of all sentences b, as [B,H], for x [B,S,H]. A negative index counts as 0."""
     return jnp.take_along_axis(x, jnp.maximum(index, 0)[:, None, None], axis=1)[:, 0]
 
 
@@ -70,7 +70,7 @@ class OrderedMemoryEncoder(nnx.Module):
         hidden, _ = self.gru(cast(self.embed, c)[source], lengths)
         x, candidates, slots = self.memory(hidden, key)
         root = _at(candidates[:, :, -1], lengths - 1 - int(c.early_root))
-        if c.early_root:  # the original's memory is empty before the first word
+        if c.early_root:  # as in the original code: its memory is empty before the first word
             root = jnp.where((lengths > 1)[:, None], root, 0)
         bank = candidates.reshape(len(source), -1, c.H)
         return Encoding(root, bank, jnp.repeat(mask, c.N, 1), x, cast(self.values, c)[source], mask, slots)

@@ -1,6 +1,7 @@
 """Read and write Hugging Face folders. Such a folder has a config.json and files with the parameters of a model.
 
-The parameters are tensors with the names that the package transformers uses. `configs` has the supported model types.
+The parameters are tensors with the names that the package transformers uses. The module `configs` has the supported
+model types.
 """
 
 import difflib
@@ -99,7 +100,8 @@ def write(
 ) -> None:  # fmt: skip
     """Write a model as a Hugging Face folder. `read` returns the same parameters from the folder, bit for bit.
 
-    If the model_type has no multipliers and the model has some, the written parameters contain the multipliers.
+    There is one exception: if the model has muP multipliers and the model_type has none, the written parameters contain
+    the multipliers (see `folding`).
 
     Args:
       path: the folder; it is created if it does not exist.

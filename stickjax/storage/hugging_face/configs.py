@@ -18,7 +18,7 @@ from stickjax.storage.hugging_face.folding import folded
 # Fields of ModelConfig that do not change the logits, or only change how the logits are computed.
 _FREE = ("m_width", "init_std", "dtype", "param_dtype", "remat", "implementation", "skip_below")
 _FREE_OF_EXPERTS = (*ROUTER_LOSSES.values(), "sample_topk", "token_rounding")
-OWN = "stickjax"  # the type of folders that have their own code; it is written only if the user asks for it
+OWN = "stickjax"  # the type of folders that also have the PyTorch code of the model; only written on request
 
 
 class Type(NamedTuple):
@@ -81,7 +81,7 @@ def type_of(tree: dict) -> str:
     under the same name. The entry `use_interleaved_weights` says which of the two the file has. If it is missing, the
     user must add it, because nothing else in the folder shows the order.
 
-    Raise ValueError if the model_type is unknown, or if this entry is missing.
+    Raise ValueError if the model_type is unknown, or if it is "stickbreaking" and this entry is missing.
 
     >>> type_of({"model_type": "stickbreaking", "use_interleaved_weights": True})
     'stickbreaking_interleaved'
@@ -101,7 +101,8 @@ def type_of(tree: dict) -> str:
 def model_type_for(c: FamilyConfig, wanted: str | None = None) -> str:
     """Return the model_type for a model with the config `c`: `wanted`, or the only one that can hold the model.
 
-    A model_type can hold the model if its config.json can express all fields of `c` that change the logits.
+    A model_type can hold the model if its config.json can express all fields of `c` that change the logits. The type
+    "stickjax" is returned only if it is `wanted`.
 
     Raises:
       ValueError: `wanted` is unknown or cannot hold the model, or `wanted` is None and no type or several types can
@@ -111,7 +112,7 @@ def model_type_for(c: FamilyConfig, wanted: str | None = None) -> str:
     'granite'
     """
     if not isinstance(c, ModelConfig):
-        raise ValueError(f"no Hugging Face model_type fits a model of family={c.family!r}")
+        raise ValueError(f"no Hugging Face model_type fits a model of family={c.family!r}; only decoders have one")
     if wanted is not None:
         one_of("type", wanted, tuple(_TYPES))
         if lost := _lost(wanted, c):
@@ -138,7 +139,11 @@ def _most_similar(c: ModelConfig) -> str:
 
 
 def _lost(kind: str, c: ModelConfig) -> str:
-    """Return the fields of `c` that a config.json of the model_type `kind` cannot express, or '' if there are none."""
+    """Return the fields of `c` that a config.json of the model_type `kind` cannot express, as a text for messages.
+
+    The text is like "m_res=0.5, norm='layer'". It is '' if there are no such fields. If no config.json can be made or
+    read back, the text is "this model: " and the reason.
+    """
     read, write = _TYPES[kind].read, _TYPES[kind].write
     try:
         c, _ = stored(c, kind)
@@ -163,10 +168,10 @@ def to_config_json(c: ModelConfig, T: int, kind: str | None = None) -> dict:
 
 
 def stored(c: ModelConfig, kind: str) -> tuple[ModelConfig, dict[str, float]]:
-    """Return the config that a folder of the model_type `kind` has for a model with the config `c`.
+    """Return (config, factors): how a folder of the model_type `kind` stores a model with the config `c`.
 
-    The second result is {name of a parameter: factor}. The parameters of the model are multiplied by these factors in
-    the folder (`folding.folded`).
+    `config` is the config that the folder has. `factors` is {name of a parameter: factor}. The folder has the
+    parameters of the model, multiplied by these factors (see `folding.folded`).
     """
     return folded(c) if _TYPES[kind].folds else (c, {})
 

@@ -129,11 +129,11 @@ class Entries:
         return theta, scaling
 
     def layer_types(self) -> None:
-        """Raise ValueError if a layer is no full attention. Each layer has an entry in the list `layer_types`."""
+        """Raise ValueError if `layer_types`, the list of the types of the layers, has a type that is not supported."""
         types = self("layer_types", list, [])
         if wrong := [kind for kind in types if kind not in ("full_attention", "attention")]:
             raise ValueError(f"layer_types has {wrong[0]!r}, which is not supported; all must be 'full_attention'")
 
     def unused(self, names: str) -> None:
-        """Accept the entries `names`, separated by spaces: this model type has them, but they change no logits."""
+        """Accept entries that this model type has, but that do not change the logits. Spaces separate their `names`."""
         self._known |= set(names.split())

@@ -17,10 +17,10 @@ from stickjax.storage.hugging_face.writers import logits_scaling_of
 
 
 def folded(c: ModelConfig) -> tuple[ModelConfig, dict[str, float]]:
-    """Return the config of a model without multipliers, and {name of a parameter: its factor}.
+    """Return (config without multipliers, {name of a parameter: factor}) for a model with the config `c`.
 
-    If the parameters of a model with the config `c` are multiplied by their factors, the returned config computes the
-    logits of this model from them. Factors of 1 are left out.
+    If the parameters of this model are multiplied by their factors, a model with the returned config and these
+    parameters has the same logits. Factors of 1 are left out.
 
     Raises:
       ValueError: a product could be rounded in the 16-bit type of the parameters. In bfloat16 only powers of two are

@@ -1,6 +1,6 @@
 """Read a config.json: one function per model_type returns {field of ModelConfig: value}. `get` reads its entries.
 
-The entries that a function does not read are errors, unless `entries` lists them as ignored.
+The entries that a function does not read are errors, unless they are in the set `entries.IGNORED`.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from stickjax.config.rope import RopeScaling
 from stickjax.storage.hugging_face.entries import Entries
 
 # {entry of config.json: the only value that stickjax supports}. An entry that is absent or null means this value.
-# `_ONLY` is for all model types. `_ONLY_LLAMA` is for the model types without stick-breaking attention.
+# `_ONLY` is for the published model types with stick-breaking attention. `_ONLY_LLAMA` is for the types like Llama.
 _ONLY = {
     "quantization_config": None, "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {},
     "cross_attention_hidden_size": None, "per_layer_config": None,
@@ -26,7 +26,7 @@ _ONLY_LLAMA = _ONLY | {
 
 
 def like_llama(get: Entries, tied: bool = False, eps: float = 1e-6, theta: float = 1e4, own: tuple = ()) -> dict:
-    """Return {field of ModelConfig: value} for the entries that all types like Llama have.
+    """Return {field of ModelConfig: value} for the entries that all model types like Llama have.
 
     `tied`, `eps` and `theta` are the defaults of the model type. `own` are the entries of `_ONLY_LLAMA` that the caller
     reads itself.
@@ -72,9 +72,10 @@ def qwen3(get: Entries) -> dict:
 
 
 def experts_of(get: Entries, *names: str, order: str = "topk_softmax", shared: int = 0) -> ExpertsConfig:
-    """Return the experts of a model type that has them in every layer.
+    """Return the config of the feed-forward experts, for a model type that has experts in every layer.
 
-    `names` are the one or two names that the entry with the number of experts can have.
+    `names` are the one or two names that the entry with the number of experts can have. `order` and `shared` are fields
+    of the result.
     """
     if (E := get.either(names[0], names[-1], int)) < 1:
         raise ValueError(f"{names[0]}={E} must be at least 1")
@@ -101,7 +102,7 @@ def mixtral(get: Entries) -> dict:
 
 
 def routed(get: Entries) -> ExpertsConfig:
-    """Return the experts of qwen3_moe and olmoe. norm_topk_prob=true: the gates of the k chosen experts sum to 1."""
+    """Return the config of the experts of qwen3_moe or olmoe. With norm_topk_prob, the k gates of a token sum to 1."""
     order = "topk_softmax" if get("norm_topk_prob", bool, False) else "softmax_topk"
     return experts_of(get, "num_experts", "num_local_experts", order=order)
 

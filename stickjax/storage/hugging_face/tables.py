@@ -75,10 +75,11 @@ def _qwen3(c: ModelConfig) -> list[Row]:
 
 
 def _each_expert(c: ModelConfig, moe: str, names: tuple[str, str, str]) -> list[Row]:
-    """Return the rows of a mixture that has its own tensors for each expert, named `names`: (gate, up, down).
+    """Return the rows of the router and of the experts, for a model type that has separate tensors for each expert.
 
-    The rows of one leaf come one after the other, because `names.tensors_from_leaves` keeps only the newest layer of a
-    leaf in memory. In this order, it reads each layer once.
+    `moe` is the name of the module with the router and the experts. `names` are the names of the matrices of an expert:
+    (gate, up, down). The rows of one leaf come one after the other, because `names.tensors_from_leaves` keeps only the
+    layer of a leaf that it read last. In this order, it reads each layer once.
     """
     gate, up, down = (f"{moe}.experts.%d.{name}.weight" for name in names)
     w_in = [("blocks/ffn/w_in", name, "F D", part) for part, name in enumerate((gate, up))]
@@ -107,7 +108,7 @@ def _olmoe(c: ModelConfig) -> list[Row]:
 
 
 def _granitemoeshared(c: ModelConfig) -> list[Row]:
-    """The table of granitemoeshared and granitemoehybrid. Without experts, the shared network is the only one."""
+    """Return the table of granitemoeshared and granitemoehybrid. Without experts, there is only the shared network."""
     shared, width = "model.layers.{}.shared_mlp", "W" if c.experts.E else "F"
     ours = "blocks/ffn/shared" if c.experts.E else "blocks/ffn"
     rows = [
@@ -135,7 +136,10 @@ def _stickbreaking_attn(c: ModelConfig) -> list[Row]:
 
 
 def _stickbreaking(c: ModelConfig, interleaved: bool = False) -> list[Row]:
-    """The table of stickbreaking. `interleaved`: whether the rows of c_fc are gate, up, gate, ...; else [up; gate]."""
+    """Return the table of stickbreaking.
+
+    `interleaved`: True if the rows of the tensor c_fc are gate, up, gate, up, ...; False if all rows of up come first.
+    """
     layer, c_attn = "transformer.h.{}", "transformer.h.{}.attn.c_attn"
     rows = [
         Row("embed", "transformer.wte.weight", "V D"),
@@ -157,7 +161,8 @@ def _stickbreaking(c: ModelConfig, interleaved: bool = False) -> list[Row]:
 def _grouped(c: ModelConfig, end: str, theirs: str, axes: str) -> list[Row]:
     """Return the rows of a tensor that has, for each key head, its N / K query heads, the key head and the value head.
 
-    In each row, one of these N / K + 2 heads is mapped, for all key heads.
+    Each row of the table maps one of these N / K + 2 heads, for all key heads. `theirs` is the name of the tensor, and
+    `axes` are its axes. `end` is the end of the names of the parameters: "" for the matrices, "_bias" for the biases.
     """
     parts = [*(("query", q) for q in range(c.N // c.K)), ("key", -2), ("value", -1)]
     return [Row(f"blocks/attention/{name}{end}", theirs, axes, part) for name, part in parts]
@@ -236,7 +241,7 @@ def _router(mixture: ExpertsConfig, ours: str, theirs: str, count: str) -> list[
 
 
 def _stickjax(c: ModelConfig) -> list[Row]:
-    """The table of the type that is written with its own code. The modules in `remote_code` have these names."""
+    """Return the table of the type `stickjax`. The names of the tensors come from the modules in `remote_code`."""
     layer = "model.layers.{}"
     norms = {
         "blocks/attention_norm": f"{layer}.input_layernorm",
@@ -290,7 +295,11 @@ def _feed_forward(c: ModelConfig, theirs: str) -> list[Row]:
 
 
 def _routed(mixture: ExpertsConfig, ours: str, theirs: str, count: str) -> list[Row]:
-    """Return the rows of the router of a mixture and of its output bias, for the type `stickjax`."""
+    """Return the rows of the router of a mixture and of its output bias, for the type `stickjax`.
+
+    `ours` and `theirs` are the names of the mixture in stickjax and in the folder. `count` is the letter of the number
+    of experts: "A" in attention, "E" in a feed-forward network.
+    """
     linear, hidden = mixture.network == "linear", "S" if count == "A" else "R"
     rows = [Row("router/weight", "router.weight", f"{count} {'D' if linear else hidden}")]
     rows += [] if linear else [Row("router/hidden", "router.hidden.weight", f"{hidden} D")]
@@ -301,14 +310,14 @@ def _routed(mixture: ExpertsConfig, ours: str, theirs: str, count: str) -> list[
     return [row._replace(ours=f"{ours}/{row.ours}", theirs=f"{theirs}.{row.theirs}") for row in rows]
 
 
-# {type: function}, with the types of `configs`.
+# {type: function that returns its table}. The types are the types in `configs`.
 TABLES: dict[str, Callable[[ModelConfig], list[Row]]] = {
     "granite": _granite,
     "granitemoe": _granitemoe,
     "granitemoeshared": _granitemoeshared,
     "granitemoehybrid": _granitemoeshared,
     "jetmoe": _jetmoe,
-    "llama": _granite,  # the same tensors
+    "llama": _granite,  # the same tensors as granite
     "mixtral": _mixtral,
     "moduleformer": _moduleformer,
     "olmoe": _olmoe,

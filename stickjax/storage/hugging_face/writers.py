@@ -135,7 +135,7 @@ def jetmoe(c: ModelConfig) -> dict:
 
 
 def stickjax(c: ModelConfig) -> dict:
-    """The type that is written with its own code. The entry `model` has the fields of `c` that the code uses."""
+    """Return the entries for the type `stickjax`. The entry `model` has the fields of `c` that `remote_code` uses."""
     fields = dataclasses.asdict(explicit(c))
     elsewhere = ("family", "dtype", "param_dtype", "remat", "implementation")  # the tensors and PyTorch decide these
     return dict(
@@ -149,7 +149,7 @@ def stickjax(c: ModelConfig) -> dict:
 
 
 def explicit(c: ModelConfig) -> ModelConfig:
-    """Return `c` with values in place of None, where None stands for a value, such as 1 / sqrt(H)."""
+    """Return a copy of `c`. Fields that are None, but stand for a value such as 1 / sqrt(H), get this value."""
     return dataclasses.replace(
         c, V=c.vocabulary, attention_scale=c.scale, logits_scaling=logits_scaling_of(c),
         final_norm_eps=final_norm_eps(c),

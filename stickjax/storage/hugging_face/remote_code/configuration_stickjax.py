@@ -19,7 +19,7 @@ class StickjaxConfig(PretrainedConfig):
         """The entry `model`, with its fields as attributes, such as `fields.experts.E`."""
         return SimpleNamespace(**{n: SimpleNamespace(**x) if isinstance(x, dict) else x for n, x in self.model.items()})
 
-    # The names that transformers uses.
+    # The sizes of the model, under the names that transformers uses.
     vocab_size = property(lambda self: self.model["V"])
     hidden_size = property(lambda self: self.model["D"])
     num_hidden_layers = property(lambda self: self.model["L"])

@@ -1,14 +1,14 @@
-"""A decoder of stickjax in PyTorch. `stickjax convert RUN OUT --remote-code` copies it into the folder OUT.
+"""A decoder of stickjax in PyTorch. `stickjax convert RUN OUT --remote-code` copies this file into the folder OUT.
 
     model = transformers.AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)
 
-It needs torch and transformers, not jax or stickjax. The entry `model` of config.json is the config of the decoder: the
-fields of `stickjax.ModelConfig`. The docstring of each class names the fields that it uses. The sizes have letters: B
-is the number of sequences, T the number of tokens in this call, and S the number of tokens in this call and in the
-cache together. N is the number of query heads, K the number of key/value heads, G = N / K, and H the width of a head. D
-is the width of the residual stream, F the hidden width of a feed-forward network, E the number of experts, k the number
-of experts that each token uses, and V the size of the vocabulary. Sums, normalisations, routers and attention weights
-are computed in float32.
+This file needs torch and transformers, not jax or stickjax. The entry `model` of config.json is the config of the
+decoder: the fields of `stickjax.ModelConfig`, such as `rope_theta`. In this file, `c` is this config. The sizes have
+letters: B is the number of sequences, T the number of tokens in this call, and S the number of tokens in this call and
+in the cache together. N is the number of query heads, K the number of key/value heads, G = N / K, and H the width of a
+head. D is the width of the residual stream, F the hidden width of a feed-forward network, E the number of experts, k
+the number of experts that each token uses, and V the size of the vocabulary. Normalisations, rotary positions, routers,
+weighted sums over experts, and stick-breaking attention are computed in float32.
 """
 
 import math
@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_stickjax import StickjaxConfig
 
-# Newer versions of transformers call the keys and values of earlier tokens `cache`; older ones, `past_key_values`.
+# The keys and values of earlier tokens: `cache` in newer versions of transformers, `past_key_values` in older versions.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 TILE = 2**18  # (query, key) pairs per head whose weights are in memory at a time; a block has at least 64 keys
 NOTHING = -1e30  # the logit of a key that a query does not see: its weight is 0
@@ -35,7 +35,7 @@ GATED = ("swiglu", "geglu", "reglu")
 
 
 class Context(NamedTuple):
-    """What all layers share.
+    """What all layers share in one call of the model.
 
     `token_mask` [B,S]: False for padding. `positions` [B,T]: the rotary positions of the tokens of this call, counted
     from the first token that is not padding. `cache`: the keys and values of earlier tokens, or None.
@@ -104,7 +104,7 @@ def softmax_attention(c, q, k, v, token_mask):
     N, T, S = q.shape[1], q.shape[2], k.shape[2]
     k, v = (x.repeat_interleave(N // x.shape[1], 1) for x in (k, v))
     mask = visible(c, token_mask, T, slice(0, T), slice(0, S))
-    mask = mask | torch.eye(S, dtype=torch.bool, device=q.device)[S - T :]  # so that padding gives no 0 / 0
+    mask = mask | torch.eye(S, dtype=torch.bool, device=q.device)[S - T :]  # without it, padding would give 0 / 0
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=c.attention_scale)
 
 
@@ -296,7 +296,7 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """A feed-forward network of `experts.E` experts; a token uses k of them, and the dense network `shared`."""
+    """A mixture of `experts.E` feed-forward networks. A token uses k of them, and also the network `shared`, if any."""
 
     def __init__(self, c):
         super().__init__()
