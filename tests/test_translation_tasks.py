@@ -185,11 +185,11 @@ def test_text_is_true():
         (lambda: scan.brackets(""), "the command is empty, or a word"),
         (lambda: questions.brackets("my newt does"), "'my newt does' is not a statement .*: it ends too early"),
         (lambda: questions.brackets("my newt newt"), "not a statement of the grammar: the word 'newt' is not expected"),
-        (lambda: questions.brackets("my yak does eat . decl ."), "not a statement of the grammar: the word '.' is not expected"),
+        (lambda: questions.brackets("my yak does eat . decl ."), "of the grammar: the word '.' is not expected"),
         (lambda: closing_brackets("( a b c )"), r"every pair of brackets must have two parts, .*: '\( a b c \)'"),
         (lambda: closing_brackets("( a b"), "every pair of brackets must have two parts"),
         (lambda: closing_brackets("a b )"), "every pair of brackets must have two parts"),
-        (lambda: closing_brackets("a ( b c )"), "one pair must have all words"),
+        (lambda: closing_brackets("a ( b c )"), "the first pair must enclose all words"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line(make, message):
