@@ -53,7 +53,7 @@ def model():
 @pytest.mark.parametrize(
     "changes, lengths",
     [
-        (dict(), (1, 17, 70)),  # rows of one or two buckets, with 127 or 58 places of padding
+        (dict(), (1, 17, 70)),  # padded to 128 tokens: by 127 to 58 tokens
         (dict(experts=ExpertsConfig(4, 2), remainder="value", attend_current=True, tied=False, remat="full"), (3, 9)),
         (dict(attention="softmax", K=2), (1, 17, 5)),
         (dict(attention="softmax", experts=ExpertsConfig(4, 2), window=6), (3, 9)),

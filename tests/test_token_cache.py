@@ -1,4 +1,4 @@
-"""Test the cache of tokenized text: what is read from it, what is tokenized again, and damaged entries."""
+"""Test the cache of tokenized text: what is read from it, what is tokenized again, and damaged files."""
 
 import subprocess
 import sys

@@ -184,7 +184,7 @@ def stable(tmp_path_factory):
 
 @pytest.mark.parametrize(("B", "T"), [(4, 32), (8, 32), (2, 32), (2, 64), (1, 32)])
 def test_a_branch_decays_over_its_own_tokens_whatever_their_batch(stable, tmp_path, B, T):
-    """A branch with another batch size decays over exactly its own tokens.
+    """A branch with another batch size decays over exactly the tokens that it trains.
 
     The schedule uses the tokens that were counted: for B=1, T=32 the run has 1024 + 8 * 32. The formula steps * B * T
     would give 512.
