@@ -64,7 +64,7 @@ STICK = {
 }
 
 
-# The cases that "xla-skip" runs. It differs from "xla-loop" in how heads and rows leave the loop, not in the masks.
+# The cases that "xla-skip" runs. It differs from "xla-loop" in when heads and rows stop, not in the masks.
 SKIP_CASES = "plain", "grouped-heads", "offsets", "no-keys", "padded", "everything", "saturated", "very-saturated"
 
 EXPERTS = {

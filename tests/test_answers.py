@@ -1,4 +1,4 @@
-"""A trained classifier or translation model answers new texts."""
+"""A classifier or a translation model answers new texts."""
 
 import jax
 import numpy as np
@@ -28,7 +28,10 @@ def made(source: str):
 
 @pytest.mark.parametrize("source", MODELS)
 def test_the_answers_are_those_of_the_batches_of_the_task(source):
-    """In any order and padding, the answer for a text is what the model predicts for the arrays of the task."""
+    """The answer for a text equals the prediction for the arrays that the task has for this text.
+
+    It does not depend on the order of the texts or on their padding.
+    """
     model, config = made(source)
     task, examples = task_of(config), examples_of(config, "test", T=None)
     rows = np.random.default_rng(1).permutation(len(examples))[:5]
@@ -49,7 +52,7 @@ def test_the_answers_are_those_of_the_batches_of_the_task(source):
 
 
 def test_a_text_gets_the_brackets_of_its_grammar():
-    """For encoder="tree", an answer for a text is what the model predicts for its words and its brackets."""
+    """With encoder="tree", the answer for a text equals the prediction for its words and their brackets."""
     _, config = made("scan")
     config = config.replace({"model.encoder": "tree"})
     model, examples = family_of(config.model).init(config.model, jax.random.key(1)), examples_of(config, "test", T=None)

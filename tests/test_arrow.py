@@ -23,7 +23,10 @@ def pyarrow():
 
 
 def write(path, pyarrow, columns: dict, kind=None) -> None:
-    """Write a table into a .parquet file, or in two batches into an .arrow file. `kind` is the type of all columns."""
+    """Write the table `columns`, {name: values}, in batches of at most 25 rows. `kind` is the type of all columns.
+
+    The format is parquet for a .parquet file, the Arrow file format for file.arrow, else the Arrow stream format.
+    """
     table = pyarrow.table({name: pyarrow.array(values, kind) for name, values in columns.items()})
     if path.suffix.lower() == ".parquet":
         pytest.importorskip("pyarrow.parquet").write_table(table, path, row_group_size=25)
@@ -91,7 +94,7 @@ def test_two_columns_of_one_name_are_an_error(tmp_path, pyarrow):
 
 @pytest.mark.parametrize("name", KINDS[1:])
 def test_damaged_files_are_one_line(tmp_path, pyarrow, name):
-    """A file that is cut off is an error. If some bytes are wrong, the result is texts or one line, never a crash."""
+    """A file that is cut off is refused. A file with wrong bytes is read or refused in one line, without a crash."""
     path, rng = tmp_path / name, random.Random(0)
     write(path, pyarrow, {"text": TEXTS})
     good, refused = path.read_bytes(), 0
@@ -123,7 +126,7 @@ def test_without_the_package_its_extra_is_named(tmp_path, monkeypatch, name):
 
 
 def saved(folder, pyarrow, shards: int = 2) -> None:
-    """Write the files that `Dataset.save_to_disk` writes, and a file of the cache of `Dataset.map`."""
+    """Write the files that `Dataset.save_to_disk` writes for TEXTS, and a cache file as `Dataset.map` writes it."""
     folder.mkdir(parents=True)
     names = [f"data-{i:05}-of-{shards:05}.arrow" for i in range(shards)]
     for name, part in zip(names, np.array_split(TEXTS, shards), strict=True):

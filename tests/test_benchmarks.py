@@ -38,10 +38,10 @@ def test_matmul_cost():
 
 
 def test_stick_breaking_cost_is_that_of_the_specification():
-    """The counted cost of attention equals the specification, and a count by hand at a tiny size.
+    """The computed cost of attention equals the cost in the specification and, at a tiny size, a count by hand.
 
-    Specification, for B=4, N=12, H=128, T=4096 in bfloat16: the forward pass needs 0.206 TFLOP and 203 MB; forward and
-    backward pass together need 3.5 times the operations.
+    The specification says, for B=4, N=12, H=128, T=4096 in bfloat16: the forward pass needs 0.206 TFLOP and 203 MB;
+    forward and backward pass together need 3.5 times the operations.
     """
     shape = dict(B=4, T=4096, N=12, H=128, itemsize=2)
     forward, both = cost.stick_breaking(**shape), cost.stick_breaking(**shape, backward=True)
@@ -55,10 +55,10 @@ def test_stick_breaking_cost_is_that_of_the_specification():
 
 
 def test_experts_cost_is_that_of_the_specification():
-    """The counted cost of the experts equals the specification, and a count by hand at a tiny size.
+    """The computed cost of the experts equals the cost in the specification and, at a tiny size, a count by hand.
 
-    Specification, for PowerMoE-3B with T=8192 on a GPU of 790 TFLOP/s: 0.391 ms forward, and 1.174 ms with the backward
-    pass.
+    The specification says, for PowerMoE-3B with T=8192 on a GPU of 790 TFLOP/s: 0.391 ms for the forward pass, and
+    1.174 ms for the forward and backward pass together.
     """
     shape = dict(T=8192, k=8, D=1536, F=512, E=40, itemsize=2)
     ceilings = cost.Ceilings(790e12, 4.3e12)
@@ -169,7 +169,7 @@ def test_gpu_check_of_the_last_queries():
 
 
 def test_trained_logits_keep_what_a_trained_model_keeps():
-    """The drawn benchmark inputs keep the same share of the attention tiles as a trained model, under early exit.
+    """With early exit, the benchmark inputs keep the same share of the attention tiles as a trained model.
 
     The share of 64 x 64 tiles is 34% at T=1024 and 21% at T=2048. At T=2048, single heads keep from 12% to 65%.
     """
@@ -202,9 +202,9 @@ def test_heads_of_a_model_are_those_it_attends_with():
 
 
 def test_inputs_keep_the_logits_of_the_heads():
-    """Benchmark inputs made from a trained model's heads have the logits of these heads.
+    """Benchmark inputs that are made from given attention heads have the logits of these heads.
 
-    This holds for a larger H, more heads or a longer text than the model's, and for grouped key heads.
+    This also holds if the inputs have a larger H, more heads, a longer text, or several query heads for each key head.
     """
     rng = np.random.default_rng(0)
     heads = trained.Heads(*rng.normal(size=(2, 3, 20, 8)).astype(np.float32))
@@ -220,7 +220,8 @@ def test_inputs_keep_the_logits_of_the_heads():
                 if np.allclose(entry, every[m][(i + np.arange(7)) % 20][:, (j + np.arange(33)) % 20], atol=1e-4)
             ]
             assert len(found) == 1, found
-            # The last query is at the position of the last key, or up to N // K - 1 tokens before it, by its group.
+            # The last query is at the position of the last key or up to N // K - 1 tokens before it. This distance is
+            # different for the query heads of a group.
             assert (found[0][2] + 32 - found[0][1] - 6) % 20 < N // K
     with pytest.raises(ValueError, match="H=4 is below 8, the width of the trained heads"):
         trained.inputs(jax.random.key(0), B=1, T=4, N=1, H=4, heads=heads)

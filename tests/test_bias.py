@@ -16,7 +16,7 @@ PLANTED = {"no": "nobody", "yes": "outdoors"}
 
 
 def row(random: Random) -> dict:
-    """A pair in which three of four hypotheses have the word that is planted for their label."""
+    """Return a random labelled pair. In three of four pairs, the hypothesis has the word planted for its label."""
     label = random.choice(list(PLANTED))
     words = random.choices(NEUTRAL, k=4)
     if random.random() < 0.75:
@@ -48,7 +48,7 @@ def test_the_hypothesis_alone_gives_the_label_away(run, capsys):
     assert record["majority"] < 0.6 and record["accuracy"] > 0.75
     rows = [json.loads(line) for line in hard.read_text().splitlines()]
     assert len(rows) == round((1 - record["accuracy"]) * 200)
-    # Rows with a planted word are easy: nearly all rows that are left have none.
+    # Rows with a planted word are easy, so nearly all rows that the model gets wrong have none.
     planted = sum(PLANTED[r["gold_label"]] in r["sentence2"].split() for r in rows)
     assert planted <= len(rows) / 4
     text = capsys.readouterr().out

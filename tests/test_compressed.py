@@ -157,7 +157,7 @@ def test_the_module_of_python_3_14_is_used_first(tmp_path, monkeypatch):
 
 
 def test_only_a_part_is_in_memory(tmp_path, monkeypatch):
-    """The first documents are there before most of a file has been read."""
+    """The first document is returned when only a small part of the file has been read."""
     file, taken = tmp_path / "x.jsonl.gz", []
     file.write_bytes(gzip.compress(b'{"text": "abcdefgh"}\n' * 500_000))
     original = compressed._Checked.readinto

@@ -1,6 +1,6 @@
 """Test the conversion between run folders and Hugging Face folders.
 
-It is bitwise exact and needs little memory. A bad folder gives a clear error.
+The conversion is bitwise exact and needs little memory. A bad folder gives a clear error.
 """
 
 import json
@@ -378,7 +378,7 @@ def molm_700m_8b():
 def sparse_folder(folder, tree, shapes, shards):
     """Write a Hugging Face folder of a large model that takes almost no disk space.
 
-    The tensors are holes in sparse files; most are bfloat16.
+    The tensors are holes in sparse files, so they are read as zeros. Most are bfloat16.
 
     Args:
       tree: the content of config.json.

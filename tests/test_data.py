@@ -193,7 +193,7 @@ def test_token_file_of_a_huggingface_tokenizer(bpe, folder, tmp_path):
 def test_a_full_disk_leaves_nothing_behind(tmp_path):
     (tmp_path / "long.txt").write_text("x" * 100_000)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # writing beyond fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # a larger file fails as on a full disk
     try:
         with pytest.raises(ValueError, match="cannot write .*t.bin: the file exceeds the size limit"):
             tokenize(str(tmp_path / "long.txt"), str(tmp_path / "t"))
@@ -308,7 +308,7 @@ def test_a_batch_of_documents_with_a_beginning_of_their_own(documents):
     number = np.cumsum(stream == BOS)[:-1] - 1
     assert np.array_equal(batch["segment_ids"], number), "every document is one segment"
     assert np.array_equal(batch["loss_mask"], batch["targets"] != BOS)
-    plain = np.array([token for d in documents for token in [*d, EOT]])  # tokens of a file without begin tokens
+    plain = np.array([token for d in documents for token in [*d, EOT]])  # a stream without begin tokens
     same, without = (make_batch(plain[None], EOT, bos) for bos in (BOS, None))
     assert all(np.array_equal(same[name], without[name]) for name in same)
 
@@ -341,7 +341,7 @@ def test_every_epoch_is_a_new_order_of_all_windows():
 
 
 def test_an_epoch_need_not_be_a_multiple_of_the_batch():
-    drawn = starts(take(train_loader(counting(8 * 7 + 1), CONFIG), 7))  # 28 = 4 epochs of 7
+    drawn = starts(take(train_loader(counting(8 * 7 + 1), CONFIG), 7))  # 28 windows: 4 epochs of 7
     assert all(sorted(epoch) == list(range(1000, 1056, 8)) for epoch in np.split(drawn, 4))
 
 

@@ -37,7 +37,7 @@ def blocks(name: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(python|text)\n(.*?)^```", PAGES[name], re.DOTALL | re.MULTILINE)
 
 
-# A page whose Python begins with a file name, "# bigram.py", is a set of files, which a test of its own runs.
+# The Python blocks of these pages are files: they begin with a file name such as "# bigram.py". Other tests run them.
 FILES = [name for name in PAGES if any(re.match(r"# [\w/]+\.py\n", text) for _, text in blocks(name))]
 NEW_FILES = {match for name in FILES for _, text in blocks(name) for match in re.findall(r"\A# ([\w/]+\.py)\n", text)}
 RUN = [name for name in PAGES if name not in FILES and any(kind == "python" for kind, _ in blocks(name))]
@@ -128,7 +128,7 @@ def texts_of_the_code() -> list[str]:
 
 
 def test_the_errors_of_the_page_are_in_the_code():
-    """Every error message in docs/reference/errors.md stands in a string of the code.
+    """Every error message in docs/reference/errors.md occurs in a string of the code.
 
     In a message, "…" stands for any text. One string of the code must contain the words between them, in the same
     order.

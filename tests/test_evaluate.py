@@ -1,6 +1,6 @@
 """Test the evaluation on held-out text: how the text is cut into windows, and how several runs are compared.
 
-The runs may have the same name, different T, or lie in other folders.
+The compared runs may have the same name, different T, or different folders.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ EOT = 256
 
 
 def corpus_of(*lengths: int) -> Corpus:
-    """Return a corpus with one document for each length, which includes the end-of-text token.
+    """Return a corpus with one document for each of `lengths`, numbers of tokens with the end of text.
 
     All other tokens of document i are the byte i % 256.
     """
@@ -118,7 +118,7 @@ def test_bad_windows():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Return a folder with three runs on documents of 9 to 40 bytes.
+    """Return a folder with three runs on documents of 9 to 39 bytes.
 
     `x/run` and `y/run` have the same name and T=8; `half` has T=4.
     """

@@ -1,4 +1,4 @@
-"""Evaluation and generation on a mesh: the same results as on one device, and no device has more than its share."""
+"""Evaluation and generation on a mesh: the same results as on one device, and each device has only its part."""
 
 import json
 import os
@@ -23,10 +23,10 @@ from stickjax.storage.run_folder import load, save, with_shardings
 from stickjax.system.memory import local_bytes
 
 MESHES = [{"mesh.data": 2, "mesh.expert": 4}, {"mesh.fsdp": 2, "mesh.context": 2, "mesh.tensor": 2}]
-# About the proportions of PowerMoE-3B: V = 32 D, F = D / 3, and a fifth of the experts are chosen.
+# Similar to PowerMoE-3B: V = 32 D, F = D / 3, and a token uses a quarter of the experts (there a fifth).
 SMALL = Config(
     ModelConfig(V=768, D=24, L=2, N=4, K=2, H=6, F=8, experts=ExpertsConfig(E=8, k=2), init_std=0.5)
-).replace({"data.source": "recall", "data.examples": 200, "data.T": 32, "mesh.fsdp": 16})  # a mesh that is not here
+).replace({"data.source": "recall", "data.examples": 200, "data.T": 32, "mesh.fsdp": 16})  # more devices than there are
 PROMPTS = ["a", "once more", "b"]
 TEXT = ["--lengths=2", "--max-tokens=300"]
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Return the path of a folder with a random model, whose config has a mesh of 16 devices."""
+    """Save a random model in a run folder, and return its path. The config of the run has a mesh of 16 devices."""
     path = tmp_path_factory.mktemp("mesh") / "run"
     save(path, init(SMALL.model, jax.random.key(0)), SMALL)
     return str(path)
@@ -42,7 +42,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(run):
-    """Return (evaluation records, generated text) of the model on one device."""
+    """Return (evaluation table, list of generated texts) of the model on one device."""
     model = stickjax.load(run)
     assert mesh_of(model.model) is None
     text = model.generate(PROMPTS, 6, temperature=1.0)
@@ -73,15 +73,15 @@ def test_every_device_reads_only_its_share(run, monkeypatch):
     for leaf in jax.tree.leaves(model):
         for shard in leaf.addressable_shards:
             held[shard.device] += shard.data.nbytes
-    # The routers and the norms are small; most parameters are divided by 8, the router matrices by 4.
+    # Most parameters are divided by 8, and the router matrices by 4. The routers and the norms are small.
     assert max(held.values()) == local_bytes(model) < 1.2 * total / 8
-    assert sum(sent) == sum(held.values())  # no parameter was anywhere else on the way
+    assert sum(sent) == sum(held.values())  # only these parts were sent to devices
     alone = named_leaves(load(run).model)
     assert all((np.asarray(x) == np.asarray(alone[name])).all() for name, x in named_leaves(model).items())
 
 
 def test_a_3b_model_is_evaluated_in_eight_parts():
-    """The full shape of PowerMoE-3B: its parameters on a device, and the memory of the compiled evaluation."""
+    """PowerMoE-3B in full size: a device has an eighth of the parameters, and evaluation takes little more memory."""
     config = Config(ModelConfig.powermoe_3b(V=49152, implementation="xla")).replace(
         {"mesh.fsdp": 4, "mesh.tensor": 2, "data.T": 256}
     )

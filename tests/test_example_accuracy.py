@@ -51,7 +51,7 @@ def test_batches_have_all_examples_once_and_are_padded():
 
 
 class Copies:
-    """A stand-in for a family of translations: it repeats the source, and misses the last word of long ones."""
+    """A stand-in for a family of translations: it repeats the source, but leaves out a word of a long source."""
 
     @staticmethod
     def predict(model, batch):

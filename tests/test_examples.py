@@ -18,7 +18,10 @@ from stickjax.models.vocabulary_size import with_sizes_of, with_vocabulary
 
 @pytest.fixture(scope="module")
 def families():
-    """Configs of a classifier of sentences and of a model of translations, without their models."""
+    """Return {what a model reads: its config}.
+
+    The configs for sentences and translations belong to families that exist only in these tests and have no model.
+    """
 
     @dataclasses.dataclass(frozen=True)
     class Sentences(FamilyConfig):
@@ -56,7 +59,7 @@ def digest(loader, count: int) -> str:
 
 @pytest.mark.slow
 def test_the_batches_of_the_logic_config_are_those_of_earlier_versions():
-    """The numbers were computed before batches by length became general: runs from then resume bit for bit."""
+    """The hashes are from an earlier version. They must not change, so that its runs resume bit for bit."""
     data = training_data(load_config("sut_logic"))
     assert (data.hash, data.source) == ("e9d31994f6ec197e", "pairs of logic")
     assert digest(data.loader(0, 1), 20) == "67cec7b523a391bbae4c63b24805fe21757aad3ddd8f61e92b4a2e6711c7bd77"

@@ -60,7 +60,7 @@ def edit_header(change):
         size = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + size])
         change(header)
-        text = json.dumps(header).replace(' ":', '":').encode()  # a space at the end of a name makes a second name
+        text = json.dumps(header).replace(' ":', '":').encode()  # two names become equal if one ended in a space
         (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
 
     return changed
@@ -164,11 +164,11 @@ def test_tensors_of_several_types_become_float32(tmp_path):
     assert (half.embed[...] == model.embed[...].astype(jnp.bfloat16)).all()
 
 
-# torch's .bin
+# PyTorch's .bin files
 
 
 class Stored:
-    """A stand-in for the reference by which a torch pickle names the bytes of a tensor in another file."""
+    """A stand-in for a storage of torch. A pickle has only a reference to it; its bytes are in another file."""
 
     def __init__(self, kind, entry, count):
         self.pid = ("storage", kind, entry, "cpu", count)
@@ -181,9 +181,11 @@ class Pickler(pickle.Pickler):
 
 @pytest.fixture
 def torch_save(monkeypatch):
-    """Return a function like torch.save for a dict of arrays, made without torch.
+    """Return `save(path, arrays)`, which writes a dict of arrays as torch.save does, but without torch.
 
-    It works because the pickle contains only the names of torch's classes, which this fixture defines.
+    This works because the pickle contains only the names of torch's classes. The fixture defines empty classes with
+    these names. Further arguments of `save`: `more`, other entries of the dict; `compression` of the zip archive; and
+    `changes` of the offset, shape or stride of every tensor.
     """
     torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
     for name in ("FloatStorage", "BFloat16Storage", "CharStorage"):

@@ -1,4 +1,4 @@
-"""A run with muP multipliers is exported as a type without multipliers: its parameters contain them."""
+"""A model with muP multipliers is exported as a type without multipliers: they are folded into its parameters."""
 
 import math
 
@@ -23,7 +23,10 @@ TOKENS = np.random.default_rng(0).integers(0, 37, (2, 11))
 
 
 def random_model(**changes):
-    """Return a model in which every parameter is random, so that every factor changes the logits."""
+    """Return a model of SIZES with `changes`, which are fields of ModelConfig.
+
+    Every parameter is random, so that every multiplier changes the logits.
+    """
     model = init(ModelConfig(**SIZES | changes), jax.random.key(0))
     leaves, structure = jax.tree.flatten(model)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -73,7 +76,7 @@ def test_in_16_bits_only_powers_of_two_are_exact(tmp_path, capsys):
 
 
 def test_in_float16_no_multiplier_is_exact():
-    """A quarter of the small parameter 2^-24, the smallest subnormal number, is 0 in float16."""
+    """Not even a power of two: a quarter of 2^-24, the smallest positive float16 number, is rounded to 0."""
     with pytest.raises(ValueError, match="blocks/attention/output times 0.25 is rounded in float16"):
         folded(ModelConfig(**SIZES | dict(m_res=0.25, param_dtype="float16")))
 

@@ -31,9 +31,9 @@ TINY = dict(V=24, D=16, L=1, N=2, K=2, H=4, F=16)
 
 
 def random_model(std=0.5, **changes):
-    """Return a tiny model with random parameters of deviation `std`, also where training would start from 0 or 1.
+    """Return a tiny model whose parameters are all random, also the ones that training starts from 0 or 1.
 
-    NumPy draws the parameters. `changes` are fields of ModelConfig.
+    NumPy draws them from a normal distribution with standard deviation `std`. `changes` are fields of ModelConfig.
     """
     abstract = jax.eval_shape(lambda: init(ModelConfig(**SMALL | changes), jax.random.key(0)))
     rng = np.random.default_rng(1)
@@ -53,7 +53,7 @@ def model():
 @pytest.mark.parametrize(
     "changes, lengths",
     [
-        (dict(), (1, 17, 70)),  # rows of one or two buckets, with 127 or 58 places of padding
+        (dict(), (1, 17, 70)),  # padded to 128 tokens: by 127 to 58 tokens
         (dict(experts=ExpertsConfig(4, 2), remainder="value", attend_current=True, tied=False, remat="full"), (3, 9)),
         (dict(attention="softmax", K=2), (1, 17, 5)),
         (dict(attention="softmax", experts=ExpertsConfig(4, 2), window=6), (3, 9)),
@@ -287,7 +287,7 @@ def test_an_empty_text_begins_with_the_end_of_text(reciter):
             generate_text(reciter, **wrong)
 
 
-# Other tokenizers than bytes.
+# Tokenizers other than `byte`.
 
 
 def of_letters(tmp_path, end="</s>", **files):

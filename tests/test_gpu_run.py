@@ -21,7 +21,7 @@ from benchmarks import gpu, gpu_cases, gpu_check, gpu_record, gpu_run, gpu_stage
 from pallas_kernels import explain, platform, triton_call
 
 INFO = {"code": "abc", "device": "cpu", "jax": "1", "quick": True}
-# The CPU takes the place of the GPU, with two calls in the stages and one timed row.
+# A program that benchmarks the CPU as if it were a GPU, with two calls in the stages and one timed row.
 STAND_IN = """
 import sys, time
 from benchmarks import __main__ as cli, gpu, gpu_cases, gpu_stages
@@ -103,7 +103,7 @@ def test_a_row_that_hangs_is_recorded_and_not_tried_again(record, monkeypatch, c
     def hangs():
         while not left:
             time.sleep(0.01)
-        raise KeyboardInterrupt  # takes the place of the end of the process
+        raise KeyboardInterrupt  # in place of the end of the process
 
     run = gpu_run.Run(record())
     with pytest.raises(KeyboardInterrupt):

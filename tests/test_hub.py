@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub, without a network: a cache in its real layout, and a hub that a fake replaces."""
+"""Models on the Hugging Face hub, without a network: a cache as huggingface_hub makes it, and fake transfers."""
 
 import functools
 import json
@@ -39,9 +39,9 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-    """Make an empty cache of the hub, whose network is switched off. Return the folder of the cache.
+    """Give huggingface_hub a new, empty cache and no network. Return the folder of the cache.
 
-    HF_HUB_OFFLINE=1 sets the same constant when the package is imported.
+    The environment variable HF_HUB_OFFLINE=1 sets the same constant, but only when the package is imported.
     """
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -50,7 +50,7 @@ def offline(tmp_path, monkeypatch):
 
 @pytest.fixture
 def chat_model(tmp_path, bpe):
-    """Return a Hugging Face folder with a model of 300 ids, a tokenizer, and the files that say how to use it."""
+    """Return a Hugging Face folder: a model with V=304, a tokenizer, its special tokens and a chat template."""
     folder = tmp_path / "chat"
     export(init(MODEL(V=304), jax.random.key(0)), str(folder), type="llama")
     tree = json.loads(Path(bpe).read_text())
@@ -67,7 +67,10 @@ def chat_model(tmp_path, bpe):
 
 
 def put_in_cache(cache: Path, name: str, source: Path, without: str = "") -> Path:
-    """Put a model into a cache of the hub: blobs, and a snapshot of links to them. Return the snapshot."""
+    """Put the model in the folder `source`, except the file `without`, into a cache of the hub, as the model `name`.
+
+    The cache gets the files as blobs, and a snapshot folder with links to them. Return the snapshot folder.
+    """
     repo = cache / f"models--{name.replace('/', '--')}"
     snapshot = repo / "snapshots" / SHA
     for folder in (repo / "refs", repo / "blobs", snapshot):
@@ -98,9 +101,9 @@ def test_a_model_in_the_cache_is_loaded_without_a_network(offline, capsys):
 def test_a_folder_comes_before_the_hub(offline, tmp_path):
     shutil.copytree(ORACLE, tmp_path / NAME)
     assert local_folder(NAME) == NAME
-    for name in ("org/other", "./a/b", "a", "/a/b", "a/b/c"):  # the folder org exists, so a mistake is more likely
+    for name in ("org/other", "./a/b", "a", "/a/b", "a/b/c"):  # the folder org exists; the others are not org/name
         assert local_folder(name) == name
-    assert local_folder(Path("other/model")) == Path("other/model")  # a Path is never a name
+    assert local_folder(Path("other/model")) == Path("other/model")  # a Path is never the name of a model
     with pytest.raises(ValueError, match="org/other is not a run folder: it has no config.json"):
         stickjax.load("org/other")
 
@@ -121,7 +124,7 @@ def test_what_is_not_there_gives_one_line(offline, monkeypatch, capsys):
 
 
 def failure(kind: str) -> Exception:
-    """Return an error as huggingface_hub raises it."""
+    """Return an error of the class `kind` of huggingface_hub, with a message of several lines, as it raises it."""
     error = getattr(errors, kind)
     if not issubclass(error, errors.HfHubHTTPError):
         return error("line one\nline two")
@@ -176,7 +179,7 @@ def test_special_tokens_are_used_as_the_model_says_and_travel_along(chat_model, 
     assert convert.main(["run", "me/chat", "--type=llama", "--push"]) == 0
     assert pushed["new me/chat"] == {"private": True, "exist_ok": True}
     files, options = pushed["me/chat"]
-    # Parameters and special tokens of an older version must not stay, but files that an export does not write must.
+    # A push deletes parameters and special tokens of an older version, and keeps files that no export writes.
     old = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "chat_template.json"]
     others = ["LICENSE.txt", "evaluation/results.json", "adapter/adapter_model.safetensors"]
     deleted = huggingface_hub.utils.filter_repo_objects(old + others, allow_patterns=options["delete_patterns"])
@@ -202,7 +205,7 @@ def test_add_bos_token_decides(chat_model, bpe):
     (chat_model / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False, "bos_token": "<s>"}))
     assert HuggingFaceTokenizer(name).prefix == () == plain.prefix and "+" not in HuggingFaceTokenizer(name).name
     (chat_model / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True}))
-    assert HuggingFaceTokenizer(name).prefix == ()  # no file says which token it is
+    assert HuggingFaceTokenizer(name).prefix == ()  # no file names the bos token
 
 
 def test_a_tokenizer_with_more_ids_than_the_model(chat_model, capsys):

@@ -96,9 +96,9 @@ def of_all_routers(*repeats):
 
 
 def each_expert(model_type, arrays):
-    """Split the arrays of all experts into one array per expert, in the types that are published like this.
+    """Return `arrays`, {name in transformers 5: array}, in the published layout of `model_type`.
 
-    `arrays` is {name in transformers 5: array}.
+    transformers 5 has one array for all experts. mixtral, qwen3_moe and olmoe are published with one array per expert.
     """
     if model_type not in ("mixtral", "qwen3_moe", "olmoe"):
         return arrays
@@ -121,7 +121,7 @@ def test_losses_and_gradients_are_the_originals(loaded, folder, monkeypatch):
     expected = np.load(folder / "expected.npz")
     tree, tokens = json.loads((folder / "config.json").read_text()), expected["input_ids"]
     if folder.parent.name == "hf":
-        # The coefficient in transformers. The stored gradients of some folders leave out the router loss.
+        # The weight of the router loss in transformers. The stored gradients of some folders do not have this loss.
         weight = sum(x.switch_weight for x in config.model.mixtures().values()) * config.model.L
         weight = 0.0 if "cross_entropy" in expected or not weight else weight / config.model.experts.k
         config = config.replace({f"model.{name}.switch_weight": weight for name in config.model.mixtures()})

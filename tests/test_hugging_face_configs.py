@@ -330,7 +330,7 @@ def test_a_jetmoe_that_is_another_is_refused(changes, said):
 
 
 def test_what_is_ignored_changes_no_logits():
-    """The entries of config.json that are listed as ignored are read for no model type.
+    """No model type reads an entry of config.json that is in the set IGNORED.
 
     An entry that is neither read nor ignored gives an error.
     """

@@ -135,7 +135,10 @@ def test_what_ours_does_not_have_is_refused_by_name(kind, changes, said):
 
 @pytest.mark.parametrize("kind", ["linear", "llama3"])
 def test_scaled_frequencies_are_those_of_transformers(kind):
-    """The frequencies follow the three cases of transformers: a pair is kept, divided, or between the two."""
+    """With `linear`, every frequency is divided by the factor.
+
+    With `llama3` there are three cases, as in transformers: a frequency is kept, divided, or between the two.
+    """
     theta, H, scaling = 500.0, 16, RopeScaling(kind, 8.0, 1.0, 4.0, 64)
     frequency = theta ** -(np.arange(H // 2) / (H // 2))
     scaled = frequency / 8

@@ -60,7 +60,7 @@ def displays(monkeypatch):
         return Handle(number)
 
     fake = types.ModuleType("IPython")
-    fake.version_info = (9, 0)  # matplotlib asks for it
+    fake.version_info = (9, 0)  # matplotlib reads it
     fake.get_ipython = lambda: types.SimpleNamespace(kernel="a kernel")
     fake.display = types.ModuleType("IPython.display")
     fake.display.display = display
@@ -127,7 +127,7 @@ def test_a_notebook(displays, tmp_path, monkeypatch, capsys):
     bars = [content["text/plain"] for number, _, content in displays if number == 0]
     assert bars[-1].startswith("━" * 40 + " 8/8  loss ")
     pictures = [content for number, _, content in displays if number == 1]
-    assert len(pictures) <= 3 < 8 <= len(metrics["step"])  # one every few seconds at most, and the last one
+    assert len(pictures) <= 3 < 8 <= len(metrics["step"])  # at most one every few seconds, and the last one
 
 
 def test_without_matplotlib_there_is_a_bar(displays, tmp_path, monkeypatch):

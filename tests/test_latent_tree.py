@@ -1,4 +1,4 @@
-"""The latent-tree model, compared with the original, and the properties of its likelihood and of its parts."""
+"""The latent-tree model: its numbers are those of the original code, and its parts have the right properties."""
 
 import dataclasses
 from functools import cache, partial
@@ -35,7 +35,10 @@ run = jax.jit(apply)
 
 
 def drawn(config, scale=0.3):
-    """Return a model with random parameters, also those that start at zero; NumPy draws them, nothing is compiled."""
+    """Return a model whose parameters are all random, also the ones that training starts at zero.
+
+    NumPy draws them with standard deviation `scale`, so that nothing is compiled. Scales of norms have the mean 1.
+    """
     rng = np.random.default_rng(0)
 
     def draw(leaf):
@@ -45,7 +48,7 @@ def drawn(config, scale=0.3):
 
 
 def in_float64(config):
-    """Return a config whose computation and parameters are in float64, which users cannot choose."""
+    """Set the computation and the parameters of a config to float64, which users cannot choose. Return the config."""
     for name in ("dtype", "param_dtype"):
         object.__setattr__(config, name, "float64")
     return config
@@ -53,7 +56,10 @@ def in_float64(config):
 
 @cache
 def original(early_root):
-    """Return the model with the original's weights, and the arrays of the original."""
+    """Return (model with the weights of the original code, the stored arrays of the original code).
+
+    `early_root` is a field of TreeConfig.
+    """
     with np.load(HERE / "oracles" / "latent_tree" / "scan_model.npz", allow_pickle=False) as arrays:
         a = dict(arrays)
     p = {key.removeprefix("param/"): a[key] for key in a if key.startswith("param/")}
@@ -111,9 +117,10 @@ def original(early_root):
 
 
 def test_the_numbers_of_the_original(x64):
-    """In float64. Its source and target ids begin at 4; it reads the root of the tree before the last word.
+    """In float64, the scores of nodes and sentences equal the stored scores of the original code.
 
-    The sentences were scored one by one. Here they are one batch, because padding has no effect.
+    The original code reads the root of the source tree before the last word, so early_root is True. It scored the
+    sentences one by one. Here they are one batch, because padding has no effect.
     """
     model, a = original(early_root=True)
     source, target = (
@@ -135,7 +142,10 @@ ENCODERS = ("ordered_memory", "tree", "gru")
 
 
 def sentences(B=4, S=6, T=7, seed=0):
-    """Return sources with brackets, and targets. The first sentences are the longest, and the last have one word."""
+    """Return a random batch with the arrays `source`, `brackets` and `target`.
+
+    The first source has S words, and the first target T words. The last source and target have one word.
+    """
     rng = np.random.default_rng(seed)
     batch = {name: np.zeros((B, size), np.int32) for name, size in (("source", S), ("target", T), ("brackets", S))}
     for b in range(B):
@@ -155,7 +165,7 @@ def sentences(B=4, S=6, T=7, seed=0):
 
 
 def exact(encoder="ordered_memory"):
-    """Return a model in float64."""
+    """Return a random model in float64."""
     return drawn(in_float64(TreeConfig(**SIZES, encoder=encoder)))
 
 
@@ -175,7 +185,7 @@ training_gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))  # with dro
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_a_sentence_does_not_depend_on_its_batch(encoder, x64):
-    """Neither its score nor the scores of its nodes depend on other sentences or on padding."""
+    """Other sentences and padding change neither the score of a sentence nor the scores of its nodes."""
     model, batch = exact(encoder), sentences()
     logits, values = values_of(model, batch)
     others = values_of(model, {name: x.at[0].set(jnp.roll(x[0], 1)) for name, x in batch.items()})
@@ -191,10 +201,10 @@ def test_a_sentence_does_not_depend_on_its_batch(encoder, x64):
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_gradients_are_those_of_finite_differences(encoder, x64):
-    """Of each array of parameters by itself, and without optimisation by XLA (see tests/conftest.py).
+    """The gradient of each array of parameters agrees with finite differences, without optimisation by XLA.
 
-    Every parameter has a gradient, a label and a partition. Only the embeddings of ids that are not in the batch, and a
-    number that is added to all scores of a softmax, have the gradient 0.
+    tests/conftest.py explains why XLA does not optimise. Each array also has a label, a partition, and a gradient other
+    than 0. Only a number that is added to all scores of a softmax, and the embedding of padding, have the gradient 0.
     """
     model, batch, rng, step = exact(encoder), sentences(), np.random.default_rng(1), 1e-5
     gradient, metrics = mean_gradients(model, batch)
@@ -222,7 +232,7 @@ def test_dropout_follows_the_key():
 
 
 def test_the_nodes_share_one_formula(x64):
-    """The scores of a node are those that the formulas of the docstrings give, one node at a time."""
+    """The scores of every node equal the formulas in the docstrings of the model, computed for one node at a time."""
     model, batch = exact(), sentences()
     e, d = jax.jit(lambda m: m.encoder(batch))(model), model.decoder
     logits, _ = values_of(model, batch)
@@ -270,7 +280,7 @@ def test_the_nodes_share_one_formula(x64):
 
 
 def test_the_tree_of_an_encoder_with_brackets():
-    """joins_of gives the joins of every tree, and the root is the last join."""
+    """From the closing brackets of a text, `joins_of` gives the joins that build its tree; the last one is the root."""
     for text in ("a", "(a b)", "((a b) (c d))", "(a (b (c d)))", "(((a b) c) (d e))"):
         spaced = text.replace("(", "( ").replace(")", " )")
         tree, words = from_brackets(spaced.split())
@@ -291,7 +301,7 @@ def is_binary(tree) -> bool:
 
 
 def test_the_trees_of_a_batch(x64):
-    """The tree of a derivation has its words as leaves; those of the memory have the words of the sources."""
+    """The leaves of a derivation tree are its words. The leaves of an induced tree are the words of its source."""
     model, batch = exact(), sentences()
     found, family = decode(model, batch), family_of(model.config)
     np.testing.assert_array_equal(family.predict(model, batch), found.words)
@@ -327,7 +337,7 @@ def test_a_target_that_does_not_fit():
 
 
 def test_sentences_without_words_do_not_count(x64):
-    """Without target words, or without any words."""
+    """Sentences without target words, or without any words, change no loss and make no gradient infinite."""
     model, batch = exact(), sentences()
     batch = {name: x.at[3].set(0) for name, x in batch.items()} | {"target": batch["target"].at[2:].set(0)}
     gradient, metrics = mean_gradients(model, batch)
@@ -394,7 +404,7 @@ def test_the_size_of_the_original():
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_the_counted_operations(encoder):
-    """They are within a tenth of what XLA counts in the products of a step, where loops count once for each step."""
+    """A third of `flops_per_token` is within a tenth of the matrix products of a forward pass, counted by `flops`."""
     config = TreeConfig(V=9, V_target=6, H=64, N=3, depth=5, encoder=encoder)
     T, B = 8, 2
     batch = {name: jnp.ones((B, T), int) for name in ("source", "target", "brackets")}
@@ -404,7 +414,7 @@ def test_the_counted_operations(encoder):
 
 
 def flops(jaxpr) -> float:
-    """Return the operations of all products of matrices in a jaxpr; scans count for each step."""
+    """Return the number of operations of all matrix products in a jaxpr. A scan counts once for each of its steps."""
     total = 0.0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":

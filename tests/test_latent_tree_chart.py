@@ -29,7 +29,7 @@ def drawn(*shape, scale=3.0, seed=0):
 
 
 def test_the_trees_with_four_leaves():
-    """They are the five of the original's test, where nodes are numbered from left to right."""
+    """They are the five trees of the test of the original code, which numbers the nodes from left to right."""
     number = np.argsort(in_order(3))
     found = [tuple(number[list(tree)].tolist()) for tree in trees(3, 4)]
     assert sorted(found) == [(0, 2, 5, 11), (1, 4, 6, 11), (1, 5, 9, 13), (3, 8, 10, 13), (3, 9, 12, 14)]
@@ -37,7 +37,10 @@ def test_the_trees_with_four_leaves():
 
 @pytest.mark.parametrize("depth, count", [(1, 1), (3, 21), (8, 1434)])
 def test_the_edges(depth, count):
-    """A node is followed by the nodes that start where it ends: from the spines of the two subtrees of one node."""
+    """`edges` returns all pairs of nodes in which the second node starts where the first one ends.
+
+    For each inner node, these are the pairs from the right edge of its left subtree and the left edge of its right one.
+    """
 
     def spine(node, child):
         while node < 2 ** (depth + 1) - 1:
@@ -78,7 +81,7 @@ def test_the_gradient_is_that_of_finite_differences(x64):
 
 @pytest.mark.parametrize("T", [48, 256])
 def test_extreme_scores_stay_finite(T):
-    """In float32 at depth 8, with scores of +-50. With 256 words there is one tree, whose leaves are the last level."""
+    """In float32 at depth 8, with scores of +-50. With 256 words there is one tree: its leaves are the last level."""
     scores = 50 * jnp.sign(drawn(3, 511, T))
     lengths = jnp.array([T, T - 1, 1])
     values, gradient = jax.value_and_grad(lambda s: log_likelihood(s, lengths).sum())(scores)
@@ -102,8 +105,9 @@ def grammar(depth, V, seed):
     """Return random scores [n,V] of a tree-shaped grammar, and the probability that a derivation fits in the depth.
 
     A node becomes a leaf with its own probability, or splits. A derivation that would split a node of the last level
-    does not fit. The log-probability that a node splits is divided between its two children, half and half, and theirs
-    between their children. So it counts once in the sum over the leaves below the node.
+    does not fit. The log-probability that a node splits must count once in the sum over the leaves below the node. So
+    each of the two children gets half of it, together with half of what the node got from its own parent. The scores of
+    a leaf include what it got.
     """
     n = 2 ** (depth + 1) - 1
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""A latent-tree model on SCAN and on questions, from its config to the accuracy that the command prints."""
+"""The configs of the latent-tree model: a small run on SCAN and its evaluation, and the sizes of the questions."""
 
 import pytest
 
@@ -17,7 +17,7 @@ SMALL = {
 @pytest.mark.slow
 @pytest.mark.parametrize("encoder", ["gru", "tree"])
 def test_a_run_on_scan(encoder, tmp_path, capsys):
-    """The tests of the split are longer than all training examples. They are scored by their number of actions."""
+    """`evaluate` scores the test examples by their number of actions, which is larger than in all training examples."""
     run = str(tmp_path / "run")
     fit(load_config("tree_scan").replace(SMALL | {"model.encoder": encoder}), run, quiet=True)
     assert all(row["loss"] < row["sentence_nll"] for row in read_metrics(run))
@@ -28,7 +28,7 @@ def test_a_run_on_scan(encoder, tmp_path, capsys):
 
 
 def test_the_parts_of_questions():
-    """The targets have as many words as the sources, and fit in the tree of the config."""
+    """Sources and targets have the same number of ids. In every part, both fit in `data.T` and in the tree."""
     config = load_config("tree_questions").replace({"data.examples": 100})
     assert task_of(config).ids["V"] == task_of(config).ids["V_target"]
     for part in ("train", "valid", "test", "gen"):

@@ -23,11 +23,11 @@ from stickjax.training.metrics import read_metrics
 
 WEIGHTS = (5, 3, 2)
 CONFIG = DataConfig(mixture=[("text", "a", 5), ("text", "b", 3), ("stdlib", None, 2)], T=8, B=4, seed=3)
-SIZES = (4000, 100, 300)  # windows of each source: the second one starts over again and again
+SIZES = (4000, 100, 300)  # windows of each source; the second source is read more than twice
 
 
 def corpora() -> list[Corpus]:
-    """Return three corpora. Token i of corpus c is 100,000 * c + i, so that a token shows its source and position."""
+    """Return corpora 1 to 3. Token i of corpus c is 100,000 * c + i, so that a token shows its corpus and position."""
     return [
         Corpus(np.arange(8 * n + 1, dtype=np.uint32) + 100_000 * c, ByteTokenizer(), "memory", 1, n, f"{c}" * 16)
         for c, n in enumerate(SIZES, 1)
@@ -48,7 +48,7 @@ def test_the_shares_are_the_weights():
 
 
 def test_the_sources_alternate_as_in_grain():
-    """For weights that grain does not round, the mixture draws the same examples as grain's own `mix`."""
+    """For weights that grain does not round, `Mixture` draws the same examples as `grain.MapDataset.mix`."""
     sources = [range(10**c, 10**c + 5) for c in (1, 2, 3)]
     ours = Mixture(sources, WEIGHTS)
     unshuffled = [grain.MapDataset.source(source).repeat() for source in sources]
@@ -101,7 +101,7 @@ def test_resume_is_exact_in_any_number_of_processes(batches):
 
 @pytest.fixture
 def texts(tmp_path):
-    """Write a folder of 20 documents, a jsonl with 40 records and a token file, and return their folder."""
+    """Write a folder of 20 documents, a .jsonl file of 40 records, and a token file. Return the folder of all three."""
     (tmp_path / "books").mkdir()
     for n in range(20):
         (tmp_path / "books" / f"{n:02}.txt").write_text(f"This is book number {n}. " * 20)
@@ -145,7 +145,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(texts, tmp_path, capsys):
 
 
 def test_a_run_knows_its_mixture(texts, tmp_path, monkeypatch):
-    """The paths in a run folder are absolute, and may change. The weights may not change."""
+    """A run folder has the mixture with absolute paths. A resumed run may change the paths, but not the weights."""
     run = str(tmp_path / "run")
     monkeypatch.chdir(texts)
     argv = ["--data.mixture=text:books:5,text:code.jsonl:3,logic:2", "--train.steps=2", "--train.eval_every=0"]
@@ -166,7 +166,7 @@ def test_a_run_knows_its_mixture(texts, tmp_path, monkeypatch):
 
 
 def test_what_is_trained_and_held_out(texts):
-    config = small(texts).replace({"data.examples": 20})  # one document of logic, which is cut
+    config = small(texts).replace({"data.examples": 20})  # one document of logic: it is cut in two
     data = config.data
     trained, heldout = load_corpora(data)
     alone = [load_corpus(part) for part in data.parts]
@@ -176,7 +176,9 @@ def test_what_is_trained_and_held_out(texts):
     assert heldout.documents == sum(held.documents for _, held in alone)
     assert sum(heldout.tokens == 256) == heldout.documents
     joined, _ = load_corpus(data)
-    assert len(joined.tokens) == sum(len(corpus.tokens) for corpus in trained) + 1, "a document that is cut gets an end"
+    assert len(joined.tokens) == sum(len(corpus.tokens) for corpus in trained) + 1, (
+        "a document that is cut gets an end of text"
+    )
     found = training_data(config)
     assert found.summary.count("\n") == 2 and found.summary.endswith(f"({len(heldout.tokens):,} tokens) are held out")
     assert found.hash != training_data(config.replace({"data.mixture": data.mixture[::-1]})).hash

@@ -73,7 +73,10 @@ def test_the_formula_and_its_bounds():
 
 
 def test_the_filtered_rows_are_those_that_the_words_do_not_give_away(data, tmp_path):
-    """A rule that adds up the values of the words stands for a model of the hypothesis alone."""
+    """`filtered_rows` keeps the rows that a model of the hypothesis alone gets wrong.
+
+    Here the model is a rule that adds up the pointwise mutual information of the words with each label.
+    """
     rows = LabelledRows(data, ("left", "right"))
     train, test = rows.records("train"), rows.records("test")
     found = word_associations((row.texts[1], row.label) for row in train)
@@ -87,7 +90,7 @@ def test_the_filtered_rows_are_those_that_the_words_do_not_give_away(data, tmp_p
     assert right / len(test) > majority_share([row.label for row in test]) + 0.15
     kept = filtered_rows(test, chosen)
     assert len(kept) == len(test) - right and all(choose(row.texts[1]) != row.label for row in kept)
-    # The rows become a file of their own, with all their fields.
+    # `lines_of` writes these rows, with all their fields, for a new file.
     (tmp_path / "kept.jsonl").write_bytes(lines_of(data.path, (row.line for row in kept)))
     again = read_records(str(tmp_path / "kept.jsonl"), data)
     assert [row[:2] for row in again] == [row[:2] for row in kept]

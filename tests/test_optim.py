@@ -183,7 +183,7 @@ def test_trap_6_the_batch_size_changes_on_the_way():
         np.testing.assert_allclose(state.learning_rate, rate(n, beta), rtol=1e-7)
         n += beta * 4096
     assert int(state.tokens) == n
-    # A schedule by steps needs start_tokens for the same: the second phase starts where the first ended.
+    # With a schedule by steps, start_tokens has the same effect: the second phase starts where the first ended.
     resumed = power_schedule(tokens_per_step=64 * 4096, warmup_tokens=10**6, start_tokens=3 * 256 * 4096)
     np.testing.assert_allclose(resumed(2), state.learning_rate, rtol=1e-7)
 

@@ -26,7 +26,10 @@ SMALL = OrderedMemoryConfig(V=12, D=6, H=5, N=3, classes=7)
 
 @cache
 def original():
-    """Return the encoder with the original's weights, its input [B,T,D], token mask [B,T], outputs and p [B,T,N]."""
+    """Return our encoder with the weights of the original code, and four stored arrays of the original code.
+
+    They are the input x [B,T,D], the token mask [B,T], the outputs, and p [B,T,N].
+    """
     with np.load(ORACLE, allow_pickle=False) as arrays:
         a = dict(arrays)
     p = {name.removeprefix("param/OM_forward."): a[name] for name in a if name.startswith("param/")}
@@ -50,7 +53,7 @@ def original():
 
 
 def test_the_numbers_of_the_original():
-    """Rows of the batch: without padding, padded on the right, padded on the left."""
+    """The batch has three rows: one without padding, one padded on the right, and one padded on the left."""
     encoder, x, mask, out, p = original()
     found = encoder(jnp.asarray(x), jnp.asarray(mask), 4)
     assert_close(found.p, p, 1e-5, "p")
@@ -68,7 +71,7 @@ def test_padding_on_the_right_changes_nothing_and_later_tokens_change_no_earlier
 
 
 def test_rows_do_not_depend_on_their_batch():
-    """A slot that only another row uses is computed for all rows, and must change none."""
+    """A slot that one row uses is computed for all rows, but must not change the rows that do not use it."""
     encoder, x, mask, *_ = original()
     together = encoder(jnp.asarray(x), jnp.asarray(mask), 4)
     for b in range(len(x)):
@@ -79,7 +82,7 @@ def test_rows_do_not_depend_on_their_batch():
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("lowest", [0, 2, 4])
 def test_the_derivative_of_compose(dropout, lowest):
-    """The derivative by hand agrees with finite differences in float64, also if the lowest slots have no share."""
+    """The handwritten derivative agrees with finite differences in float64, also if the lowest slots have share 0."""
     N, B, H = 4, 3, 2
     with jax.enable_x64(True):
         rng = np.random.default_rng(lowest)
@@ -111,7 +114,7 @@ def test_the_derivative_of_compose(dropout, lowest):
 
 
 def test_the_derivative_of_the_encoder_in_float64():
-    """A directional derivative of the loss over whole sentences of different lengths, by finite differences."""
+    """For sentences of different lengths, a directional derivative of a loss agrees with finite differences."""
     with jax.enable_x64(True):
         config = dataclasses.replace(SMALL, evaluation_N=4)
         family = family_of(config)

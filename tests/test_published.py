@@ -1,8 +1,8 @@
-"""The config.json files of published models load as they are, and the model has the published number of parameters.
+"""The config.json of each published model loads unchanged, and the model has the published number of parameters.
 
-Entries that change nothing are kept, because the file must load as it is. A source of the form owner/name is a model
-repository on the Hugging Face hub. "safetensors" means the number of parameters that its files have; other totals are
-from a model card or a paper, which round or cut off.
+Entries without an effect are kept here, because users load the whole file. In PUBLISHED, a source of the form
+owner/name is a model repository on the Hugging Face hub, and "safetensors" means that the number of parameters is the
+number in its files. A number that is a text, such as "3.51B", is from a model card or a paper, and rounded or cut off.
 """
 
 from pathlib import Path
@@ -111,7 +111,7 @@ _OLMOE = dict(
     torch_dtype="bfloat16", use_cache=True, vocab_size=50304,
 )  # fmt: skip
 
-# The user adds use_interleaved_weights, because the file does not tell the order of the rows of mlp.c_fc.
+# The published file lacks use_interleaved_weights, the order of the rows of mlp.c_fc. Users must add this entry.
 _STICKBREAKING = dict(
     activation_function="swiglu", add_bias=False, add_qkv_bias=False, attention_head_type="mha",
     attention_multiplier=1 / 64, attention_softmax_in_fp32=True, attn_pdrop=0, bos_token_id=0, embd_pdrop=0,
@@ -177,8 +177,8 @@ PUBLISHED = {
     "Qwen3 30B-A3B": (_QWEN3_MOE, 30_532_122_624, "Qwen/Qwen3-30B-A3B: config.json, safetensors"),
     "OLMoE-1B-7B": (_OLMOE, 6_919_161_856, "allenai/OLMoE-1B-7B-0924: config.json, safetensors"),
 }  # fmt: skip
-# The config.json of these models was not found. Their entries are the sizes and multipliers of the paper under the
-# names of their model_type; docs/guides/hugging_face.md lists them.
+# The config.json of these models was not found. Their entries above have the sizes and multipliers of the papers, under
+# the names that the model_type uses. docs/guides/hugging_face.md lists these models as unverified.
 UNVERIFIED = ("PowerLM-3b", "PowerMoE-3b", "MoLM-350M-4B")
 
 
@@ -190,7 +190,7 @@ def test_a_published_config_loads_and_has_the_published_number_of_parameters(nam
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     if isinstance(total, int):
         assert count == total, source
-    else:  # cards round or cut off, so the difference is less than one unit of the last digit
+    else:  # a rounded or cut-off number differs by less than one unit of its last digit
         unit = 10.0 ** (9 - len(total[:-1].partition(".")[2]))
         assert abs(count - float(total[:-1]) * 1e9) < unit, (count, source)
     assert T == next(tree[n] for n in ("max_position_embeddings", "block_size", "n_positions") if n in tree)

@@ -1,7 +1,7 @@
-"""Folders for PyTorch: `convert --remote-code`, and folders that the classes of transformers open.
+"""Exported folders in PyTorch: folders of `convert --remote-code`, and folders that classes of transformers open.
 
-The tests of numbers need torch and transformers. They run the script torch_logits.py with another Python, which
-`torch_python` finds.
+The tests that compare numbers need torch and transformers. They run PyTorch in another Python, which `torch_python`
+finds.
 """
 
 import json
@@ -57,7 +57,7 @@ MASK[0, :5] = 0
 
 
 def noisy(config: ModelConfig):
-    """Return a new model in which no parameter, such as a bias, has its simple first value."""
+    """Return a new model with a random number added to every parameter, so that no bias is 0 and no scale is 1."""
     leaves, tree = jax.tree.flatten(jax.jit(lambda: init(config, jax.random.key(1)))())
     random = np.random.default_rng(2)
     return jax.tree.unflatten(tree, [(x + 0.1 * random.standard_normal(x.shape)).astype(x.dtype) for x in leaves])
@@ -87,9 +87,9 @@ def python() -> str:
 
 @pytest.fixture(scope="module")
 def answers(models, python, tmp_path_factory):
-    """Return {name: (model, the answers of PyTorch, the folder that transformers saved)}.
+    """Return {name: (model, the arrays that torch_logits.py writes for it, the folder that transformers saved)}.
 
-    The models are all of `models`, and some models that classes of transformers open.
+    The models are all models of the fixture `models`, and three models that classes of transformers open.
     """
     root, models = tmp_path_factory.mktemp("transformers"), dict(models)
     for kind in ("llama3_rope_tied", "mixtral", "granitemoe"):
@@ -108,7 +108,7 @@ def answers(models, python, tmp_path_factory):
 
 @pytest.mark.parametrize("name", [*MODELS, "llama3_rope_tied", "mixtral", "granitemoe"])
 def test_pytorch_computes_the_same(answers, name):
-    """PyTorch computes our logits of left-padded rows, and `generate` with the cache adds our tokens."""
+    """PyTorch and stickjax have equal logits for left-padded rows, and `generate` of PyTorch takes their argmax."""
     model, found, saved = answers[name]
     greedy, T = found["greedy"], TOKENS.shape[1]
     np.testing.assert_array_equal(greedy[:, :T], TOKENS)
@@ -118,7 +118,7 @@ def test_pytorch_computes_the_same(answers, name):
     np.testing.assert_array_equal(logits[:, T - 1 : -1].argmax(-1), greedy[:, T:])
     if not model.config.mixtures():  # a router may choose other experts after rounding
         assert_close(found["bfloat16"][MASK > 0], logits[:, :T][MASK > 0], 3e-2)
-    # What transformers saves has the same parameters.
+    # The folder that transformers saved has the same parameters.
     assert bits(stickjax.load(saved).model) == bits(model)
 
 
@@ -147,7 +147,7 @@ for T, S in (150, 150), (30, 150), (1, 150):
 
 
 def test_blocks_of_keys_do_not_change_the_result(python):
-    """The texts of the other tests are shorter than a block of keys. Here there are three blocks."""
+    """The texts of the other tests fit in one block of keys. Here 150 keys are divided into three blocks."""
     folder = Path(stickjax.storage.hugging_face.__file__).parent
     done = subprocess.run([python, "-c", BLOCKS, str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

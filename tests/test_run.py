@@ -58,9 +58,9 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def project(trained, tmp_path, monkeypatch):
-    """Return a copy of the project folder `trained`, which is the current folder during the test.
+    """Copy the project folder `trained`, make the copy the current folder of the test, and return it.
 
-    The config of its run does not name the path of the original.
+    In the copy, the config of the run has paths in the copy.
     """
     folder = shutil.copytree(trained, tmp_path / "project")
     tree = json.loads((folder / "run/config.json").read_text().replace(str(trained), str(folder)))
@@ -136,7 +136,7 @@ def test_a_run_goes_on_where_its_text_lies_now(project, tmp_path, monkeypatch, c
 def test_a_run_of_before_is_read(project, capsys):
     """A run of an earlier version can be used and trained further.
 
-    It has neither its own tokenizer.json nor the hash of its text. The training adds the tokenizer.json.
+    Its folder has no tokenizer.json, and its checkpoint has no hash of the tokenizer. Training adds the tokenizer.json.
     """
     abstract = jax.eval_shape(lambda: init_state(SMALL, jax.random.key(0)))
     _, state, extra = Checkpoints("run").restore(abstract)

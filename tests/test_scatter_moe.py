@@ -340,7 +340,7 @@ TRANSFORMATIONS = {
 @pytest.mark.parametrize("T", [5, 60])
 @every_implementation
 def test_transformations(implementation, T):
-    """Values and gradients under vmap, scan and checkpoint equal those of separate calls.
+    """Values and gradients under vmap, scan and checkpoint equal the results of separate calls.
 
     All arguments are mapped at once, including the expert indices.
     """

@@ -378,7 +378,7 @@ TRANSFORMATIONS = {
 
 @every_implementation
 def test_transformations(options):
-    """Values and gradients under vmap, scan and checkpoint equal those of separate calls.
+    """Values and gradients under vmap, scan and checkpoint equal the results of separate calls.
 
     All arguments are mapped at once, including the scale.
     """

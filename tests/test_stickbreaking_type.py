@@ -1,4 +1,4 @@
-"""The type stickbreaking: the names and the two layouts of the released 3B stick-breaking model."""
+"""The model_type `stickbreaking` of the released 3B stick-breaking model: its tensor names and its two layouts."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_every_type_gives_the_logits_of_the_model(tmp_path):
         loaded = stickjax.load(tmp_path / kind, changes={"model.implementation": "reference"})
         assert_close(LOGITS(loaded.model), LOGITS(model), 1e-5)
         same = [(a == b).all() for a, b in zip(*map(jax.tree.leaves, (loaded.model, model)), strict=True)]
-        assert all(same) == (kind != "stickbreaking_attn")  # only this type has no multipliers
+        assert all(same) == (kind != "stickbreaking_attn")  # this type has no multipliers: they are folded
 
 
 def test_a_folder_that_does_not_tell_its_layout_is_refused_until_the_user_says_it(tmp_path, capsys):

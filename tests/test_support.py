@@ -1,4 +1,4 @@
-"""The table in docs/reference/support.md says which calls each implementation supports, and this is true."""
+"""The table in docs/reference/support.md says correctly which calls each implementation supports."""
 
 import contextlib
 import re

@@ -28,9 +28,9 @@ HERE = Path(__file__).parent
 
 @cache
 def original_encoder(name):
-    """Return our stack with the original's weights, its input x [B, T, D], the token mask [B, T], and a dict of arrays.
+    """Return our stack with the original weights, its input x [B,T,D], the token mask [B,T], and a dict of arrays.
 
-    `name` is a file in tests/oracles/sut. The dict contains the original encoder's results of every step.
+    `name` is a file in tests/oracles/sut. The dict contains the arrays that the original encoder computes in each step.
     """
     with np.load(HERE / "oracles" / "sut" / f"{name}.npz", allow_pickle=False) as arrays:
         a = dict(arrays)

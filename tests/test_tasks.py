@@ -1,6 +1,7 @@
 """Test the generated tasks: their labels, sizes, splits, batches and texts.
 
-Other algorithms compute the expected labels. The expected sizes are the sizes of the published data.
+The tests compute the expected labels by other algorithms than stickjax. The expected sizes are the sizes of the
+published data.
 """
 
 import itertools
@@ -108,8 +109,8 @@ def test_labels_are_as_frequent_as_in_the_published_data(drawn):
     count = Counter(logic.RELATIONS[row.label] for row in rows)
     published = {"#": 0.542, ">": 0.107, "<": 0.106, "v": 0.102, "|": 0.102, "=": 0.021, "^": 0.019}
     for relation, share in published.items():
-        # The tolerance is five standard errors. `=` and `^` are slightly more frequent in small buckets, which have a
-        # larger share when few pairs are drawn.
+        # The tolerance is five standard errors. With few draws, small buckets have a larger share of the pairs, and `=`
+        # and `^` are slightly more frequent in small buckets.
         slack = 5 * (share * (1 - share) / len(rows)) ** 0.5
         assert abs(count[relation] / len(rows) - share) < slack, relation
 
@@ -151,7 +152,7 @@ def lists():
 def value(text: str) -> int:
     """Return the value of a ListOps expression such as "[MAX 2 9 ]", computed with a stack.
 
-    Brackets "(" and ")", which group its parts in pairs, are skipped.
+    The brackets "(" and ")" of `listops.binary` are skipped.
     """
     stack: list = []
     for symbol in text.split():
@@ -190,7 +191,7 @@ def test_lists_differ_and_hold_more_than_a_digit(lists):
 
 @pytest.mark.slow
 def test_lists_are_as_long_as_the_published_ones():
-    # The count matters: the rows are distinct, so more of them are longer.
+    # The lengths depend on the count: the rows are distinct, so a larger count has more long rows.
     rows = [row for part in listops.generate(count=100_000) for row in part]
     lengths = np.array([row.text.count(" ") + 1 for row in rows])
     assert np.median(lengths) == 16

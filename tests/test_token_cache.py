@@ -1,4 +1,4 @@
-"""Test the cache of tokenized text: what is read from it, what is tokenized again, and damaged entries."""
+"""Test the cache of tokenized text: what is read from it, what is tokenized again, and damaged files."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ def texts(tmp_path):
 
 @pytest.fixture
 def tokenized(monkeypatch):
-    """A list of the texts that were tokenized."""
+    """Return a list to which every text is added when it is tokenized."""
     seen = []
     for kind in (ByteTokenizer, HuggingFaceTokenizer):
         encode_all = kind._encode_all
@@ -77,7 +77,7 @@ def test_only_what_has_changed_is_tokenized_again(texts, tokenized, monkeypatch)
 
 
 def test_another_end_of_text_is_another_entry(texts, bpe, tokenized):
-    """Two runs with the same tokenizer.json, but with another `data.eot`, have different tokens."""
+    """Two runs that differ only in `data.eot` have different tokens, so they need two files in the cache."""
     fast = Tokenizer.from_file(bpe)
     fast.add_special_tokens(["<|other|>"])
     fast.save(str(texts.parent / "tokenizer.json"))

@@ -41,7 +41,7 @@ def words(config: Config) -> list[str]:
 
 
 def rows(run) -> list[dict]:
-    """Return the metrics of a run as a list of rows, without the one that depends on the time."""
+    """Return the metrics of a run as a list of rows, without `tokens_per_second`, which depends on the time."""
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(run)]
 
 
@@ -65,7 +65,7 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.slow
 def test_killed_at_any_step_and_started_again_it_is_the_same_run(uninterrupted, tmp_path):
     run = tmp_path / "run"
-    for step in (3, 8, 17):  # before the first checkpoint, and twice between two
+    for step in (3, 8, 17):  # before the first checkpoint, and twice between two checkpoints
         # The first training compiles without the cache: another compilation must not change the results.
         process = start(run, JAX_ENABLE_COMPILATION_CACHE="false" if step == 3 else "true")
         wait_for_step(run, step, process)
@@ -184,7 +184,7 @@ def stable(tmp_path_factory):
 
 @pytest.mark.parametrize(("B", "T"), [(4, 32), (8, 32), (2, 32), (2, 64), (1, 32)])
 def test_a_branch_decays_over_its_own_tokens_whatever_their_batch(stable, tmp_path, B, T):
-    """A branch with another batch size decays over exactly its own tokens.
+    """A branch with another batch size decays over exactly the tokens that it trains.
 
     The schedule uses the tokens that were counted: for B=1, T=32 the run has 1024 + 8 * 32. The formula steps * B * T
     would give 512.

@@ -24,7 +24,7 @@ WORDS = "the stick is broken, and the rest of the stick is left. "
 
 @pytest.fixture
 def text(tmp_path):
-    """Return the path of a file of jsonl: the beginnings of 8 Python files, and one line with rare characters."""
+    """Return the path of a .jsonl file: the beginnings of 8 Python files, and a document with rare characters."""
     files = itertools.islice(stdlib_documents(), 8)
     documents = [*(file[:10_000] for file in files), "né \U0001f600 日本 <|endoftext|> \0\r\n\t"]
     path = tmp_path / "text.jsonl"
@@ -47,14 +47,14 @@ def test_a_trained_tokenizer_encodes_every_text_with_fewer_tokens(text, tmp_path
     sizes = sum(len(tokenizer.encode(document)) for document in documents), sum(map(len, documents))
     assert sizes[0] < 0.6 * sizes[1]
     assert set(range(600)) == set(json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"].values())
-    # A token file of it is read back as the text.
+    # A token file that is made with this tokenizer decodes to the text.
     meta = tokenize(text, str(tmp_path / "t"), path)
     tokens = np.fromfile(tmp_path / "t.bin", meta["dtype"])
     assert tokenizer.decode(tokens) == "".join(documents) and (tokens == 0).sum() == len(documents)
 
 
 def test_the_same_text_gives_the_same_file(text, tmp_path):
-    """The order of hash tables differs between processes, and the threads finish in any order."""
+    """The file depends neither on the order of hash tables, which differs between processes, nor on threads."""
     for name in ("here", "alone"):
         (tmp_path / name).mkdir()
     here = train_tokenizer(text, str(tmp_path / "here"), 500)
@@ -145,7 +145,7 @@ def test_batches_give_the_ids_of_single_documents(text, bpe, tmp_path, monkeypat
 
 
 def test_a_tokenizer_json_encodes_a_batch_in_one_call(bpe, monkeypatch):
-    """The package runs the texts of one call in parallel. Single calls would use one core."""
+    """The package tokenizers encodes the texts of one call in parallel. Calls for single texts would use one core."""
     tokenizer, calls = load_tokenizer(bpe), []
 
     def single(self, text, special):
@@ -201,7 +201,7 @@ class Terminal:
 
 @pytest.mark.parametrize("terminal, lines", [(True, 6), (False, 3)])
 def test_progress_is_written_now_and_then(monkeypatch, terminal, lines):
-    """The clock advances 30 s for each document: a terminal gets a line for each, a file one for every minute."""
+    """Each document takes 30 s here. A terminal shows progress after every document, and a file after every minute."""
     clock, stream = itertools.count(0, 30), Terminal(terminal)
     monkeypatch.setattr(encoding.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(sys, "stderr", stream)

@@ -1,6 +1,7 @@
 """Test the two generated translation tasks: targets, sizes, splits, brackets and texts.
 
-Other algorithms compute the expected targets. The expected sizes are the sizes of the published data.
+The tests compute the expected targets by other algorithms than stickjax. The expected sizes are the sizes of the
+published data.
 """
 
 import itertools
@@ -81,7 +82,10 @@ def test_a_command_as_arrays():
 
 
 def main_auxiliary(words: list[str]) -> int:
-    """Return the position of the main auxiliary. The subject ends where the phrase after the first noun ends."""
+    """Return the position of the main auxiliary, which is the first word after the subject.
+
+    The subject has a determiner and a noun, and perhaps a prepositional phrase or a relative clause after the noun.
+    """
     end = 2
     if words[end] in questions.PREPOSITIONS:
         end += 3
@@ -120,7 +124,7 @@ def test_questions_have_the_parts_of_the_published_data():
         first = next(i for i, word in enumerate(words) if word in questions.AUXILIARIES[0] + questions.AUXILIARIES[1])
         assert words[-1] == "quest" and words[2] in questions.RELATIVE and words[first] != words[main]
         assert not set(words[main:]) & set(questions.RELATIVE), "the object has no relative clause"
-    # Shares of the published test part, within five standard errors of both.
+    # Shares in the published test part. The tolerance is five standard errors of the difference of the two shares.
     rows = [row.source.split() for row in parts.test]
     for kind, share, intransitive in (("quest", 0.4034, 0.0862), ("decl", 0.5966, 0.1299)):
         of_kind = [words for words in rows if words[-1] == kind]

@@ -48,13 +48,13 @@ LISTOPS = Config(
 
 
 def rows(run, *without: str) -> list[dict]:
-    """Return the rows of metrics of a run, without the speed and without the metrics `without`."""
+    """Return the rows of metrics of a run, without `tokens_per_second` and without the columns `without`."""
     return [{k: v for k, v in row.items() if k not in ("tokens_per_second", *without)} for row in read_metrics(run)]
 
 
 @pytest.fixture(scope="module")
 def validated(tmp_path_factory):
-    """Train SMALL with validation. Return (run folder, last state, rows for `on_metrics`, number of compilations)."""
+    """Train SMALL with validation. Return (run folder, last state, rows that `on_metrics` got, compilations)."""
     run, seen, before = str(tmp_path_factory.mktemp("validated") / "run"), [], target_sums._cache_size()
     result = fit(SMALL.replace(VALIDATED), run, quiet=True, on_metrics=seen.append)
     return run, result.state, seen, target_sums._cache_size() - before
@@ -65,7 +65,7 @@ def test_validation_changes_nothing_else(validated, tmp_path):
     result = fit(SMALL.replace({"train.log_every": 1}), str(tmp_path / "plain"), quiet=True)
     plain = {row["step"]: row for row in rows(tmp_path / "plain")}
     own = rows(run, "heldout_loss", "heldout_bits_per_byte")
-    assert [row["step"] for row in own] == [2, 4, 5, 6, 8, 10, 12]  # also a row for step 5, which has no log line
+    assert [row["step"] for row in own] == [2, 4, 5, 6, 8, 10, 12]  # step 5 has a row only for its validation
     assert own == [plain[row["step"]] for row in own]
     assert_same_state(state, result.state)
     assert compilations == 1
@@ -129,7 +129,7 @@ def save_all(folder, scores: dict, keep=1) -> Checkpoints:
 
 def test_the_best_is_kept_beside_the_newest(tmp_path):
     checkpoints = save_all(tmp_path, {1: 3.0, 2: 1.0, 3: None, 4: math.nan, 5: 1.0, 6: 2.0, 7: None})
-    assert checkpoints.steps() == [2, 7] and checkpoints.best() == 2  # of two equal ones the earlier one
+    assert checkpoints.steps() == [2, 7] and checkpoints.best() == 2  # of two equal scores, the earlier one
     assert checkpoints.restore({"w": jnp.zeros(3)}, step=2).state["w"].tolist() == [2.0] * 3
     assert checkpoints.best(before=2) is None
     assert checkpoints.is_best(8, 0.5) and not checkpoints.is_best(8, 1.0) and not checkpoints.is_best(8, math.nan)

@@ -2,9 +2,9 @@
 
 Each folder must contain a model and a file inputs.npz with three arrays: `tokens` [B,T]; `mask` [B,T], which is 0 for
 padding on the left and 1 for tokens; and the number `steps` of new tokens. The program writes outputs.npz with three
-arrays: the logits `logits` [B,T,V] in float32; the tokens `greedy` [B,T+steps], which `generate` continues greedily
-with its cache; and `bfloat16`, the logits of the model in bfloat16. It also saves the model into the folder
-FOLDER-saved.
+arrays: the logits `logits` [B,T,V] of the model in float32; the logits `bfloat16` [B,T,V] of the model in bfloat16; and
+`greedy` [B,T+steps], each row of `tokens` with the new tokens that `generate`, with its cache, chooses greedily. The
+program also saves the model into the folder FOLDER-saved.
 """
 
 import sys
