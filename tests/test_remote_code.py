@@ -1,6 +1,6 @@
-"""Folders for PyTorch: `convert --remote-code`, and folders that the classes of transformers open.
+"""Folders for PyTorch: `convert --remote-code`, and folders that transformers or flash-linear-attention open.
 
-The tests of numbers need torch and transformers. They run the script torch_logits.py with another Python, which
+The tests of numbers need torch, transformers and flash-linear-attention. They run the script torch_logits.py with another Python, which
 `torch_python` finds.
 """
 
@@ -50,6 +50,13 @@ MODELS = {
         attention="softmax", attention_experts=X(4), rope_scaling=RopeScaling("linear", 2.0), experts=X(4, 2),
     ),
 }  # fmt: skip
+# {test folder: the model_type of its export}; "mup" is the model of the config MUP.
+TYPES = {
+    "llama3_rope_tied": "llama", "mixtral": "mixtral", "granitemoe": "granitemoe",
+    "stickbreaking_attn": "stickbreaking_attn", "stickbreaking_attn_norm_bias_current_tied": "stickbreaking_attn",
+    "mup": "stickbreaking_attn",
+}  # fmt: skip
+MUP = ModelConfig(**SIZES | dict(H=6, m_emb=3.0, m_res=0.4, m_width=2.0, attention_scale=0.1))
 STEPS = 9
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 13))
 MASK = np.ones_like(TOKENS)
@@ -79,9 +86,9 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def python() -> str:
-    """Return the path of a Python that has torch and transformers."""
+    """Return the path of a Python that has torch, transformers and flash-linear-attention."""
     if (found := torch_python()) is None:
-        pytest.skip("needs torch and transformers: set TORCH_PYTHON to a Python that has both")
+        pytest.skip("needs torch, transformers and flash-linear-attention: set TORCH_PYTHON to a Python that has them")
     return found
 
 
@@ -89,13 +96,14 @@ def python() -> str:
 def answers(models, python, tmp_path_factory):
     """Return {name: (model, the answers of PyTorch, the folder that transformers saved)}.
 
-    The models are all of `models`, and some models that classes of transformers open.
+    The models are all of `models`, some models that classes of transformers open, and some of flash-linear-attention.
     """
     root, models = tmp_path_factory.mktemp("transformers"), dict(models)
-    for kind in ("llama3_rope_tied", "mixtral", "granitemoe"):
-        model = stickjax.load(ORACLES / "hf" / kind).model
-        models[kind] = (model, root / kind)
-        stickjax.export(model, str(root / kind), type=kind.partition("3")[0])
+    for name, kind in TYPES.items():
+        model = noisy(MUP) if name == "mup" else stickjax.load(ORACLES / "hf" / name).model
+        stickjax.export(model, str(root / name), type=kind)
+        # The export of the model with muP multiplies its parameters by the multipliers.
+        models[name] = (stickjax.load(root / name).model if name == "mup" else model, root / name)
     for _, folder in models.values():
         np.savez(folder / "inputs.npz", tokens=TOKENS, mask=MASK, steps=STEPS)
     script, folders = Path(__file__).with_name("torch_logits.py"), [str(folder) for _, folder in models.values()]
@@ -106,7 +114,7 @@ def answers(models, python, tmp_path_factory):
     return {n: (m, np.load(path / "outputs.npz"), Path(f"{path}-saved")) for n, (m, path) in models.items()}
 
 
-@pytest.mark.parametrize("name", [*MODELS, "llama3_rope_tied", "mixtral", "granitemoe"])
+@pytest.mark.parametrize("name", [*MODELS, *TYPES])
 def test_pytorch_computes_the_same(answers, name):
     """PyTorch computes our logits of left-padded rows, and `generate` with the cache adds our tokens."""
     model, found, saved = answers[name]
