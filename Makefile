@@ -6,7 +6,7 @@
 # make test-absent   compile the GPU kernels and steps on 8 and 64 GPUs without a GPU; needs the CUDA wheels (3.4 GB)
 # make test-ptx      execute the PTX of the GPU kernels on the CPU; needs the CUDA wheels, no GPU
 # make test-triton   run the Triton kernels in Triton's interpreter; needs the CUDA wheels, no GPU
-# make test-torch    compare exported models in PyTorch with stickjax; installs torch and transformers (2 minutes)
+# make test-torch    compare exported models in PyTorch with stickjax; installs torch and its libraries (2 minutes)
 # make test-install  install into fresh environments outside the checkout, plain and with each extra that needs no GPU
 # make docs          build the documentation as HTML, in docs/_build/html; a warning is an error
 # make lint          run ruff
@@ -114,7 +114,9 @@ endef
 
 .venv-torch/.installed: .venv-torch/bin/python Makefile
 	.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
-	  torch==2.13.0 "transformers>=5.24,<6"
+	  torch==2.13.0 "transformers>=5.24,<6" einops triton==3.6.0
+	.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+	  flash-linear-attention==0.6.0 fla-core==0.6.0
 	@touch $@
 
 .venv-cuda/bin/python:

@@ -1,7 +1,7 @@
 """Exported folders in PyTorch: folders of `convert --remote-code`, and folders that classes of transformers open.
 
-The tests that compare numbers need torch and transformers. They run PyTorch in another Python, which `torch_python`
-finds.
+The tests that compare numbers need torch, transformers and flash-linear-attention. They run PyTorch in another Python,
+which `torch_python` finds.
 """
 
 import json
@@ -50,6 +50,13 @@ MODELS = {
         attention="softmax", attention_experts=X(4), rope_scaling=RopeScaling("linear", 2.0), experts=X(4, 2),
     ),
 }  # fmt: skip
+# {test folder: the model_type of its export}; "mup" is the model of the config MUP.
+TYPES = {
+    "llama3_rope_tied": "llama", "mixtral": "mixtral", "granitemoe": "granitemoe",
+    "stickbreaking_attn": "stickbreaking_attn", "stickbreaking_attn_norm_bias_current_tied": "stickbreaking_attn",
+    "mup": "stickbreaking_attn",
+}  # fmt: skip
+MUP = ModelConfig(**SIZES | dict(H=6, m_emb=3.0, m_res=0.4, m_width=2.0, attention_scale=0.1))
 STEPS = 9
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 13))
 MASK = np.ones_like(TOKENS)
@@ -79,9 +86,9 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def python() -> str:
-    """Return the path of a Python that has torch and transformers."""
+    """Return the path of a Python that has torch, transformers and flash-linear-attention."""
     if (found := torch_python()) is None:
-        pytest.skip("needs torch and transformers: set TORCH_PYTHON to a Python that has both")
+        pytest.skip("needs torch, transformers and flash-linear-attention: set TORCH_PYTHON to a Python that has them")
     return found
 
 
@@ -89,13 +96,14 @@ def python() -> str:
 def answers(models, python, tmp_path_factory):
     """Return {name: (model, the arrays that torch_logits.py writes for it, the folder that transformers saved)}.
 
-    The models are all models of the fixture `models`, and three models that classes of transformers open.
+    The models are all models of the fixture `models`, three models that classes of transformers open, and three that
+    classes of flash-linear-attention open.
     """
     root, models = tmp_path_factory.mktemp("transformers"), dict(models)
-    for kind in ("llama3_rope_tied", "mixtral", "granitemoe"):
-        model = stickjax.load(ORACLES / "hf" / kind).model
-        models[kind] = (model, root / kind)
-        stickjax.export(model, str(root / kind), type=kind.partition("3")[0])
+    for name, kind in TYPES.items():
+        model = noisy(MUP) if name == "mup" else stickjax.load(ORACLES / "hf" / name).model
+        models[name] = (model, root / name)
+        stickjax.export(model, str(root / name), type=kind)
     for _, folder in models.values():
         np.savez(folder / "inputs.npz", tokens=TOKENS, mask=MASK, steps=STEPS)
     script, folders = Path(__file__).with_name("torch_logits.py"), [str(folder) for _, folder in models.values()]
@@ -106,7 +114,7 @@ def answers(models, python, tmp_path_factory):
     return {n: (m, np.load(path / "outputs.npz"), Path(f"{path}-saved")) for n, (m, path) in models.items()}
 
 
-@pytest.mark.parametrize("name", [*MODELS, "llama3_rope_tied", "mixtral", "granitemoe"])
+@pytest.mark.parametrize("name", [*MODELS, *TYPES])
 def test_pytorch_computes_the_same(answers, name):
     """PyTorch and stickjax have equal logits for left-padded rows, and `generate` of PyTorch takes their argmax."""
     model, found, saved = answers[name]
@@ -118,8 +126,9 @@ def test_pytorch_computes_the_same(answers, name):
     np.testing.assert_array_equal(logits[:, T - 1 : -1].argmax(-1), greedy[:, T:])
     if not model.config.mixtures():  # a router may choose other experts after rounding
         assert_close(found["bfloat16"][MASK > 0], logits[:, :T][MASK > 0], 3e-2)
-    # The folder that transformers saved has the same parameters.
-    assert bits(stickjax.load(saved).model) == bits(model)
+    # The folder that transformers saved has the exported parameters. In "mup", they are multiplied by the multipliers.
+    exported = stickjax.load(saved.with_name(name)).model if name == "mup" else model
+    assert bits(stickjax.load(saved).model) == bits(exported)
 
 
 BLOCKS = """
