@@ -283,7 +283,7 @@ def scan_registers(ops, minuend, factor, x, start, *, right: bool):
 
 
 def _scan(minuend, factor, x, start, *, right: bool):
-    """Compute `minus_sum_right` (if `right`) or `minus_sum_left` on a GPU. Return the same result, (y, sums)."""
+    """Compute `minus_sum_right` (if `right`) or `minus_sum_left` on a GPU. Return (y, sums) as these functions do."""
     arrays = (x, minuend) if factor is None else (x, minuend, factor)
 
     @plgpu.inline_mgpu(

@@ -28,7 +28,10 @@ def test_a_run_on_scan(encoder, tmp_path, capsys):
 
 
 def test_the_parts_of_questions():
-    """Sources and targets have the same number of ids. In every part, both fit in `data.T` and in the tree."""
+    """The vocabularies of sources and targets have the same size.
+
+    In every part, the longest source and the longest target fit in `data.T` and in the tree.
+    """
     config = load_config("tree_questions").replace({"data.examples": 100})
     assert task_of(config).ids["V"] == task_of(config).ids["V_target"]
     for part in ("train", "valid", "test", "gen"):

@@ -63,7 +63,7 @@ def test_a_folder_that_does_not_tell_its_layout_is_refused_until_the_user_says_i
     path.write_text(json.dumps(tree))
     assert main([str(tmp_path / "hf"), str(tmp_path / "run")]) == 1
     error = capsys.readouterr().err
-    assert "config.json: model_type='stickbreaking' has two orders of the rows of mlp.c_fc" in error
+    assert "config.json: model_type='stickbreaking' has two possible orders of the rows of mlp.c_fc" in error
     assert error.count("\n") == 1 and not (tmp_path / "run").exists()
     path.write_text(json.dumps(tree | {"use_interleaved_weights": True}))
     loaded = stickjax.load(tmp_path / "hf")

@@ -100,9 +100,10 @@ class Derivative(NamedTuple):
 
 
 class Derivatives(NamedTuple):
-    """The results of the kernel `d_activated`, for the output gate * act(h) @ weight[e] of a row with expert e.
+    """The results of the kernel `d_activated`, which is a part of the backward pass.
 
-    The gate of a row is the router's weight for it, and h is the pre-activation of the row.
+    In the forward pass, a row with expert e has the output gate * (act(h) @ weight[e]). Here `gate` is the router's
+    weight for the row, and h is the pre-activation of the row.
     """
 
     d_hidden: Any  # [parts, R, F]: dh, the gradient of h

@@ -84,7 +84,7 @@ def _cut(corpus: Corpus, heldout_every: int) -> tuple[Corpus, Corpus]:
     tokens, eot, n = corpus.tokens, corpus.tokenizer.eot, len(corpus.tokens)
     if n < 2:
         raise ValueError(
-            f"{corpus.source} has {n} tokens, but the training part and the held-out part need at least one token each"
+            f"{corpus.source} has {n} tokens, but it needs at least 2: one to train on and one to hold out"
         )
     target = n - max(1, n // heldout_every)
     cut = target  # a position inside a document, which is used only if there is a single document

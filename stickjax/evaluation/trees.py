@@ -13,7 +13,8 @@ from stickjax.models.ordered_memory.parse import Tree
 def from_brackets(words: Sequence[str], opening: str = "(", closing: str = ")") -> tuple[Tree, list[str]]:
     """Return (the tree that the brackets of a sentence describe, the words of the sentence without the brackets).
 
-    `words` are the words and brackets of the sentence, in order. `opening` and `closing` are the two kinds of brackets.
+    `words` are the words and brackets of the sentence, in order. `opening` and `closing` are the opening and
+    the closing bracket.
 
     Raises ValueError if the brackets do not match, or if the sentence has no word.
 

@@ -389,7 +389,7 @@ def fail(message: str, error: BaseException | None = None) -> int:
 
 
 def lost(index: int, count: int) -> str:
-    """Return the error message for process `index` of `count` processes: it ends because another process is lost."""
+    """Return the error message of process `index`, which ends because another of the `count` processes is lost."""
     return f"process {index} of {count} has lost another process; {RESUME_HINT}"
 
 

@@ -145,7 +145,7 @@ def check_tokenizer(extra: dict, config: Config, tokenizer: Tokenizer | None, so
     if recorded and tokenizer and recorded not in (tokenizer.name, tokenizer.name.partition("+")[0]):
         where = f"data.tokenizer={config.data.tokenizer!r}"
         raise ValueError(
-            f"{where} is the tokenizer {tokenizer.name}, but {source} was trained with {recorded}; use that tokenizer"
+            f"{where} is the tokenizer {tokenizer.name}, but {source} was trained with {recorded}; use the latter"
         )
 
 

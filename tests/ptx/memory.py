@@ -161,10 +161,10 @@ class SharedMemory:
         Raises Race, MissingProxyFence or Fault if the access is wrong.
 
         Args:
-          actors: who writes, as numbers of `Clocks`: one per byte, or one for all.
+          actors: the writers, each by its index in `Clocks`: one index per byte, or one index for all bytes.
           warps: the warps on whose behalf the actors write, one per byte or one for all.
           is_proxy: whether the copy engine writes.
-          time: the time of the actor; by default the time of the warps.
+          time: the time of the write on the clock of the actor. None: the present time of `warps`.
         """
         seen = self.clocks.seen
         if self.is_barrier[at].any():

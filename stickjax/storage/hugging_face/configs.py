@@ -92,8 +92,9 @@ def type_of(tree: dict) -> str:
         raise ValueError(f"model_type={kind!r} is not one of {', '.join(known)}{nearest(str(kind), known)}")
     if kind == "stickbreaking" and type(interleaved) is not bool:
         raise ValueError(
-            "model_type='stickbreaking' has two orders of the rows of mlp.c_fc, and the file does not tell which; add "
-            '"use_interleaved_weights": false for the [up; gate] halves of 2024, or true for gate and up rows in turn'
+            "model_type='stickbreaking' has two possible orders of the rows of mlp.c_fc, and config.json does not say "
+            'which one the files have; add "use_interleaved_weights" to config.json: false if all up rows come first '
+            "and then all gate rows (the released model of 2024), or true if gate and up rows alternate"
         )
     return "stickbreaking_interleaved" if kind == "stickbreaking" and interleaved else kind
 
