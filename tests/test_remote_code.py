@@ -50,12 +50,9 @@ MODELS = {
         attention="softmax", attention_experts=X(4), rope_scaling=RopeScaling("linear", 2.0), experts=X(4, 2),
     ),
 }  # fmt: skip
-# {test folder: the model_type of its export}; "mup" is the model of the config MUP.
-TYPES = {
-    "llama3_rope_tied": "llama", "mixtral": "mixtral", "granitemoe": "granitemoe",
-    "stickbreaking_attn": "stickbreaking_attn", "stickbreaking_attn_norm_bias_current_tied": "stickbreaking_attn",
-    "mup": "stickbreaking_attn",
-}  # fmt: skip
+# {name of a test folder: its model_type}; "mup" is the model of the config MUP.
+TYPES = {path.parent.name: json.loads(path.read_text())["model_type"] for path in ORACLES.glob("hf/*/config.json")}
+TYPES = dict(sorted(TYPES.items())) | {"mup": "stickbreaking_attn"}
 MUP = ModelConfig(**SIZES | dict(H=6, m_emb=3.0, m_res=0.4, m_width=2.0, attention_scale=0.1))
 STEPS = 9
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 13))
@@ -96,8 +93,8 @@ def python() -> str:
 def answers(models, python, tmp_path_factory):
     """Return {name: (model, the arrays that torch_logits.py writes for it, the folder that transformers saved)}.
 
-    The models are all models of the fixture `models`, three models that classes of transformers open, and three that
-    classes of flash-linear-attention open.
+    The models are all models of the fixture `models`, and the models of `TYPES`, which classes of transformers or of
+    flash-linear-attention open.
     """
     root, models = tmp_path_factory.mktemp("transformers"), dict(models)
     for name, kind in TYPES.items():
