@@ -1,6 +1,6 @@
-"""Named calls of stick-breaking attention and of the expert ops, which the tests run with every implementation.
+"""Named calls of stick-breaking attention and of the expert ops, for the tests of the implementations of these ops.
 
-To test a new implementation of an op, add one line for it to the table of implementations in this file.
+To test a new implementation, add it to STICK_IMPLEMENTATIONS or EXPERT_IMPLEMENTATIONS.
 """
 
 from benchmarks.kernel_cases import DECODED, KERNEL_CASES, KERNEL_EXPERTS, ODD, Experts, Stick, documents, dtype_of

@@ -64,7 +64,8 @@ def assert_same_state(a, b) -> None:
 def wait_for_step(run, step, process) -> None:
     """Wait until a running training has written the metrics of step `step` into its run folder `run`.
 
-    `process` is the training as a subprocess.Popen. The test fails if it ends early or takes more than 120 s.
+    `process` is the training as a subprocess.Popen. The test fails if the process ends early, or if
+    the step takes more than 120 s.
     """
     deadline = time.monotonic() + 120
     while not any(row["step"] >= step for row in read_metrics(run)):
@@ -121,8 +122,8 @@ def programs(request):
     """Compile most test files without optimisation, and drop the compiled programs after each file.
 
     Without optimisation most files take half the time. The files in OPTIMISED are compiled with optimisation. If
-    JAX_DISABLE_MOST_OPTIMIZATIONS is set in the environment, its value decides for all files; `make test-oldest` sets
-    it.
+    JAX_DISABLE_MOST_OPTIMIZATIONS is set in the environment, the value of this variable decides for all files;
+    `make test-oldest` sets the variable.
 
     The programs are dropped because each of them maps memory. Linux allows a process 65,530 mappings, which is too few
     for the programs of all files.
@@ -141,10 +142,11 @@ def programs(request):
 
 
 def without_check(new, monkeypatch):
-    """Return `new` (`loop._new`, which makes the initial state) without its check that its program fits into memory.
+    """Return the function `new` without the memory check that it makes.
 
-    The check of the training step stays. So a test can replace `check_program` by a function that sends a signal, for
-    example, and the signal is sent once.
+    `new` is `loop._new`, which makes the initial training state. A training calls `loop.check_program` twice: in
+    `loop._new`, and for the training step. If a test replaces `check_program` by a function that sends a signal, only
+    the second call must send it.
     """
 
     def call(*arguments):

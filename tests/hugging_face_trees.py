@@ -1,6 +1,6 @@
 """A small config.json, as a dict, for each model_type that is like Llama and for the stick-breaking types.
 
-If stickjax supports several values of an entry, its value here differs from the value that a missing entry means.
+If stickjax supports several values of an entry, the entry has a value here that is not the default.
 """
 
 LLAMA = dict(

@@ -27,8 +27,8 @@ def inputs(dtype):
     """Return (query, key, value), segment_ids, and the cotangents of (out, rem, log_rem), for arrays of type `dtype`.
 
     query, key, value and the cotangent of out are [B,T,1,H], the other cotangents [B,T,1], and segment_ids is [B,T].
-    Batch entry i is the case NAMES[i]. Its logits are those of LOGITS; in the last entry, keys and values at padding
-    are huge.
+    Batch entry i has the logits LOGITS[NAMES[i]] plus noise. The last entry, PADDED, has logits around 0 and padding.
+    The keys and values at the padding are huge.
     """
     rng, B = np.random.default_rng(0), len(NAMES)
     q, k, v, d_out = rng.standard_normal((4, B, T, 1, H))
@@ -68,7 +68,7 @@ def expected(arrays, segments, cotangents) -> dict:
 
 
 def results(dtype, **options) -> dict:
-    """Run `stick_breaking_attention` on `inputs(dtype)`; return its outputs and gradients, with the keys of `expected`.
+    """Run `stick_breaking_attention` on `inputs(dtype)`; return a dict with the keys of `expected`.
 
     `options` are more arguments of the call, such as `implementation`.
     """
@@ -90,10 +90,10 @@ def results(dtype, **options) -> dict:
 
 
 def errors(values: dict, dtype) -> dict[str, float]:
-    """Return the relative L2 error of every output and gradient in every batch entry.
+    """Return the relative L2 error of every array of `values` in every batch entry, compared with `expected`.
 
-    The keys of the dict name the array and the batch entry. `values` are the results of an implementation for
-    `inputs(dtype)`. The error is infinite if a value is not finite.
+    `values` are the outputs and gradients that `results(dtype)` returns. Each key of the returned dict names an array
+    and a batch entry. The error is infinite if a value is not finite.
     """
     found = {}
     for name, want in expected(*inputs(dtype)).items():

@@ -30,7 +30,7 @@ def made(source: str):
 def test_the_answers_are_those_of_the_batches_of_the_task(source):
     """The answer for a text equals the prediction for the arrays that the task has for this text.
 
-    It does not depend on the order of the texts or on their padding.
+    The answer does not depend on the order of the texts or on their padding.
     """
     model, config = made(source)
     task, examples = task_of(config), examples_of(config, "test", T=None)

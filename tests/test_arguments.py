@@ -1,4 +1,4 @@
-"""A wrong argument of an op raises one ValueError that names the argument, its axes or shape, and its value."""
+"""A wrong argument of an op raises a ValueError that names the argument and says what is allowed."""
 
 import math
 

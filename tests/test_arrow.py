@@ -94,7 +94,7 @@ def test_two_columns_of_one_name_are_an_error(tmp_path, pyarrow):
 
 @pytest.mark.parametrize("name", KINDS[1:])
 def test_damaged_files_are_one_line(tmp_path, pyarrow, name):
-    """A file that is cut off is refused. A file with wrong bytes is read or refused in one line, without a crash."""
+    """A file that is cut off gives one line of error. A file with wrong bytes is read, or gives one line of error."""
     path, rng = tmp_path / name, random.Random(0)
     write(path, pyarrow, {"text": TEXTS})
     good, refused = path.read_bytes(), 0

@@ -1,6 +1,6 @@
 """The barrier tables in docs/design agree with the Mosaic kernels.
 
-The barriers that a kernel declares and uses are recorded while it is traced, and read from its compiled PTX.
+The barriers that a kernel declares and uses are recorded while the kernel is traced, and read from its PTX.
 """
 
 import functools

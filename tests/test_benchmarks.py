@@ -156,7 +156,7 @@ def test_gpu_check_sees_a_wrong_answer():
 def test_gpu_check_of_the_last_queries():
     """`check_last` accepts a correct attention and reports a missing key.
 
-    It checks only the last queries of a long call, so that the reference has few scores to compute.
+    `check_last` compares only the last queries of a long call, so that the reference has few scores to compute.
     """
     cotangent, *arrays = gpu_attention._inputs(0, dict(B=1, T=48, N=2, H=32))
     reference = stick_breaking.attention(implementation="reference")

@@ -1,4 +1,7 @@
-"""The recipe of configs/nli_hypothesis_only.py on a generated file with planted words, through the commands."""
+"""Train configs/nli_hypothesis_only.py on generated pairs, and evaluate the model.
+
+In most pairs, one word of the hypothesis, the planted word, gives the label away.
+"""
 
 import json
 from random import Random

@@ -1,8 +1,8 @@
 """Every kernel that dispatch chooses for a call on a GPU can be lowered for that GPU, which need not be present.
 
-The calls are those of the GPU benchmark, and random ones. If a kernel does not support a call, dispatch refuses it with
-a message that names the implementations that do; the lowering itself never fails. test_lowering.py tests further calls
-of the Mosaic kernels.
+The calls are those of the GPU benchmark, and random ones. If a kernel does not support a call, dispatch refuses the
+call, and the error names implementations that support it. The lowering itself never fails. test_lowering.py tests
+further calls of the Mosaic kernels.
 """
 
 import contextlib

@@ -409,7 +409,7 @@ def sparse_folder(folder, tree, shapes, shards):
 def converted(source, out, *options):
     """Convert the folder `source` to the folder `out` in a new process, and measure the memory of the process.
 
-    Return (peak memory above the memory after the imports, peak memory), in bytes.
+    Return two numbers of bytes: the peak memory minus the memory after the imports, and the peak memory.
     """
     command = [sys.executable, "-c", STREAM, str(source), str(out), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200)

@@ -213,7 +213,7 @@ def test_the_command_prints_one_line_for_bad_input(tmp_path, capsys):
 def spoil(meta=None, **changes):
     """Return a function that damages the token file `t` in a folder: it writes a new t.json.
 
-    The new text is `meta` if it is given, otherwise the old JSON with the entries `changes`.
+    The new text is `meta` if it is given, otherwise the old JSON in which `changes` replace entries.
     """
     return lambda folder: (folder / "t.json").write_text(
         meta or json.dumps(json.loads((folder / "t.json").read_text()) | changes)

@@ -14,7 +14,7 @@ X = jax.ShapeDtypeStruct((2, 40, 4, 8), jnp.float32)
 
 @pytest.fixture
 def op():
-    """Yield a test op of one number that has three implementations.
+    """Yield an op for tests. The op takes one number and has three implementations.
 
     mosaic supports even numbers, xla supports positive numbers, and reference supports every number.
     """

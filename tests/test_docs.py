@@ -45,7 +45,7 @@ RUN = [name for name in PAGES if name not in FILES and any(kind == "python" for 
 
 @pytest.fixture
 def registries():
-    """After the test, remove what it registered: other tests of this process may register the same names."""
+    """Remove the families and attention variants that a test registers: later tests may register the same names."""
     before = [(registry, dict(registry)) for registry in (MODEL_CONFIGS, FAMILIES, PARAMETERS, ATTENTION)]
     yield
     for registry, content in before:
@@ -130,8 +130,8 @@ def texts_of_the_code() -> list[str]:
 def test_the_errors_of_the_page_are_in_the_code():
     """Every error message in docs/reference/errors.md occurs in a string of the code.
 
-    In a message, "…" stands for any text. One string of the code must contain the words between them, in the same
-    order.
+    In a message, "…" stands for any text. One string of the code must contain the words before, between and after the
+    "…", in the same order.
     """
     page = (ROOT / "docs" / "reference" / "errors.md").read_text()
     messages, texts = re.findall(r"^```none\n(.*?)\n```$", page, re.DOTALL | re.MULTILINE), texts_of_the_code()

@@ -1,6 +1,6 @@
 """Test early exit of stick-breaking attention, which skips the far key tiles once little of the stick is left.
 
-The tests check the error that it may make, the number of tiles that it keeps, and that skipped keys are never read.
+The tests check the size of the error, the number of tiles that are computed, and that skipped keys are never read.
 """
 
 import math
@@ -21,8 +21,8 @@ SKIP = {"implementation": "xla", "tiles": (16, 16), "skip_below": -24.0}
 def kept_tiles(query, key, threshold, size, padding=None) -> float:
     """Return the share of the tiles on and left of the diagonal that early exit must compute, for one head.
 
-    NumPy counts them one by one. A tile is needed if, for one of its queries or more, the keys right of the tile leave
-    at least 2^`threshold` of the stick.
+    NumPy counts these tiles one by one. A tile must be computed if the keys right of the tile leave at least
+    2^`threshold` of the stick of one of its queries. Tiles on the diagonal are always computed.
 
     Args:
       query, key: arrays [T, H].

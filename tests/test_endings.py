@@ -39,7 +39,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """Return a function (step, action) that makes the training call `action` when it prints this step.
+    """Return a function (step, action) that makes the training call `action` when it prints step `step`.
 
     If the action requests a stop, the training ends one step later.
     """

@@ -28,9 +28,9 @@ EOT = 256
 
 
 def corpus_of(*lengths: int) -> Corpus:
-    """Return a corpus with one document for each of `lengths`, numbers of tokens with the end of text.
+    """Return a corpus in which document i has lengths[i] tokens.
 
-    All other tokens of document i are the byte i % 256.
+    The last token of a document is the end of text. All others are the byte i % 256.
     """
     tokens = np.concatenate([np.append(np.full(n - 1, i % 256), EOT) for i, n in enumerate(lengths)])
     return Corpus(tokens.astype(np.uint16), ByteTokenizer(), "memory", len(lengths), int(sum(lengths)), "0" * 16)

@@ -1,4 +1,4 @@
-"""The evaluation of models that read examples: exact answers by bucket, first words, induced trees, bad input."""
+"""Test the evaluation of models on examples: accuracy by bucket, correct first words, induced trees, bad input."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def test_batches_have_all_examples_once_and_are_padded():
 
 
 class Copies:
-    """A stand-in for a family of translations: it repeats the source, but leaves out a word of a long source."""
+    """A stand-in for a family of translations: it repeats the source, but a long one without word 8."""
 
     @staticmethod
     def predict(model, batch):

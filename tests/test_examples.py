@@ -59,7 +59,7 @@ def digest(loader, count: int) -> str:
 
 @pytest.mark.slow
 def test_the_batches_of_the_logic_config_are_those_of_earlier_versions():
-    """The hashes are from an earlier version. They must not change, so that its runs resume bit for bit."""
+    """The hashes are from an earlier version. They must not change, so that runs of that version resume bit for bit."""
     data = training_data(load_config("sut_logic"))
     assert (data.hash, data.source) == ("e9d31994f6ec197e", "pairs of logic")
     assert digest(data.loader(0, 1), 20) == "67cec7b523a391bbae4c63b24805fe21757aad3ddd8f61e92b4a2e6711c7bd77"

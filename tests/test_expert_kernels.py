@@ -130,7 +130,7 @@ def test_triton_keeps_its_inputs_and_the_pre_activation(triton):
 def test_columns_in_pieces(triton, monkeypatch):
     """The result is correct when it is computed a few columns at a time.
 
-    The kernels do this if the rows of all (token, choice) pairs need more than UNCOMBINED bytes.
+    The ops do this if the outputs of all (token, choice) pairs take more than UNCOMBINED bytes.
     """
     monkeypatch.setattr("pallas_kernels.scatter_moe.fused.UNCOMBINED", 1)
     check_mlp(Experts(T=3, k=1, E=2, D=300, F=20), triton, "gelu")

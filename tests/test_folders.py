@@ -168,7 +168,7 @@ def test_tensors_of_several_types_become_float32(tmp_path):
 
 
 class Stored:
-    """A stand-in for a storage of torch. A pickle has only a reference to it; its bytes are in another file."""
+    """A stand-in for a storage of torch. A pickle only refers to the storage; the bytes are in another file."""
 
     def __init__(self, kind, entry, count):
         self.pid = ("storage", kind, entry, "cpu", count)
@@ -184,8 +184,10 @@ def torch_save(monkeypatch):
     """Return `save(path, arrays)`, which writes a dict of arrays as torch.save does, but without torch.
 
     This works because the pickle contains only the names of torch's classes. The fixture defines empty classes with
-    these names. Further arguments of `save`: `more`, other entries of the dict; `compression` of the zip archive; and
-    `changes` of the offset, shape or stride of every tensor.
+    these names.
+
+    `save` has three more arguments. `compression` is the compression of the zip archive. `more` are further entries of
+    the dict. `changes` replace the offset, the shape or the stride of every tensor.
     """
     torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
     for name in ("FloatStorage", "BFloat16Storage", "CharStorage"):

@@ -293,7 +293,7 @@ def test_an_empty_text_begins_with_the_end_of_text(reciter):
 def of_letters(tmp_path, end="</s>", **files):
     """Write a tokenizer.json with a token for each of the letters a to f, and return the loaded tokenizer.
 
-    Encoded texts begin with <s> and a space, which the decoder removes.
+    Encoded texts begin with <s> and a space. Decoding removes both.
 
     Args:
       end: the end-of-text token.

@@ -28,7 +28,7 @@ NAME, SHA = "org/granite-tied", "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture(autouse=True)
 def no_memory():
-    """Forget the models that an earlier test has downloaded."""
+    """Clear the cache of the process for downloaded models, so that each test downloads its models itself."""
     hub._downloaded.cache_clear()
 
 
@@ -41,7 +41,7 @@ def elsewhere(tmp_path, monkeypatch):
 def offline(tmp_path, monkeypatch):
     """Give huggingface_hub a new, empty cache and no network. Return the folder of the cache.
 
-    The environment variable HF_HUB_OFFLINE=1 sets the same constant, but only when the package is imported.
+    The fixture sets a constant of the package, because HF_HUB_OFFLINE=1 in the environment is read only at its import.
     """
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -69,7 +69,7 @@ def chat_model(tmp_path, bpe):
 def put_in_cache(cache: Path, name: str, source: Path, without: str = "") -> Path:
     """Put the model in the folder `source`, except the file `without`, into a cache of the hub, as the model `name`.
 
-    The cache gets the files as blobs, and a snapshot folder with links to them. Return the snapshot folder.
+    The cache gets the files as blobs, and a snapshot folder with links to the blobs. Return the snapshot folder.
     """
     repo = cache / f"models--{name.replace('/', '--')}"
     snapshot = repo / "snapshots" / SHA
@@ -124,7 +124,7 @@ def test_what_is_not_there_gives_one_line(offline, monkeypatch, capsys):
 
 
 def failure(kind: str) -> Exception:
-    """Return an error of the class `kind` of huggingface_hub, with a message of several lines, as it raises it."""
+    """Return an error of the class `kind` of huggingface_hub, with a message of several lines."""
     error = getattr(errors, kind)
     if not issubclass(error, errors.HfHubHTTPError):
         return error("line one\nline two")

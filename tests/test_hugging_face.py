@@ -76,8 +76,8 @@ def of_all_routers(*repeats):
 
     transformers averages the routed rows and the probabilities over all routers, and then computes one loss.
 
-    `repeats`: for each kind of router, how often transformers counts it. It counts the routers of JetMoE's attention
-    twice, because both the attention and the router itself record them.
+    `repeats` says how often transformers counts each kind of router. transformers counts the routers of JetMoE's
+    attention twice, because both the attention and the router record the logits.
     """
     seen = []
 

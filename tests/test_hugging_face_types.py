@@ -1,4 +1,4 @@
-"""Each entry of a config.json of a type like Llama sets a field of ModelConfig, or the error names the entry."""
+"""Each entry of a config.json of a type like Llama sets a field of ModelConfig, or gives an error that names it."""
 
 import functools
 import json
@@ -135,9 +135,10 @@ def test_what_ours_does_not_have_is_refused_by_name(kind, changes, said):
 
 @pytest.mark.parametrize("kind", ["linear", "llama3"])
 def test_scaled_frequencies_are_those_of_transformers(kind):
-    """With `linear`, every frequency is divided by the factor.
+    """`rotary` scales the frequencies of rotary position embeddings as transformers does.
 
-    With `llama3` there are three cases, as in transformers: a frequency is kept, divided, or between the two.
+    `linear` divides every frequency by the factor. `llama3` keeps a frequency, divides it, or takes a value between
+    these two.
     """
     theta, H, scaling = 500.0, 16, RopeScaling(kind, 8.0, 1.0, 4.0, 64)
     frequency = theta ** -(np.arange(H // 2) / (H // 2))

@@ -210,7 +210,7 @@ pallas_kernels.expert_mlp(x[0, :, 0], jnp.ones((2, 8, 8)), jnp.ones((2, 4, 8)), 
 def test_annotations_hold():
     """Correct calls pass beartype's checks of the annotations, and a call with a wrong shape does not.
 
-    The checks run in a new process. In this one they would raise before the error messages of the ops, which other
+    The checks run in a new process. In the process of the tests they would replace the ops' own errors, which other
     tests check.
     """
     _python("""

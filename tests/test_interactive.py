@@ -103,7 +103,7 @@ stickjax.fit(config).finished
 
 
 def test_a_notebook(displays, tmp_path, monkeypatch, capsys):
-    """The cells of a typical notebook run, and each displays the right result, progress bar and plot."""
+    """The cells of a typical notebook run, and the results, the progress bar and the plot are correct."""
     monkeypatch.chdir(tmp_path)
     names, values = {"config": CONFIG}, []
     for cell in CELLS.split("---\n"):

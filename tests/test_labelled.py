@@ -35,7 +35,7 @@ def rows(count: int = 60) -> list[dict]:
 
 
 def write(path, found: list[dict]) -> str:
-    """Write rows as lines of JSON or as a table, as the name of the file says."""
+    """Write the rows `found` as lines of JSON (.jsonl, .ndjson), CSV (.csv) or else TSV. Return the path."""
     with open(path, "w", newline="") as file:
         if path.suffix in (".jsonl", ".ndjson"):
             file.writelines(json.dumps(row) + "\n" for row in found)
@@ -175,7 +175,7 @@ def test_a_resumed_run_is_the_same(run, tmp_path):
 
 
 def test_a_run_keeps_its_words_and_labels(run, tmp_path):
-    """The run is read in another place, where the training rows are missing."""
+    """A run folder that was moved keeps its words and labels, although the training rows are missing."""
     moved = tmp_path / "moved"
     shutil.copytree(run, moved)
     assert json.loads((moved / "labels.json").read_text()) == list(LABELS)

@@ -119,8 +119,8 @@ def original(early_root):
 def test_the_numbers_of_the_original(x64):
     """In float64, the scores of nodes and sentences equal the stored scores of the original code.
 
-    The original code reads the root of the source tree before the last word, so early_root is True. It scored the
-    sentences one by one. Here they are one batch, because padding has no effect.
+    The original code takes the root vector at the second-to-last word, so early_root is True. The original code scored
+    the sentences one by one. Here the sentences are one batch, because padding has no effect.
     """
     model, a = original(early_root=True)
     source, target = (
@@ -201,10 +201,10 @@ def test_a_sentence_does_not_depend_on_its_batch(encoder, x64):
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_gradients_are_those_of_finite_differences(encoder, x64):
-    """The gradient of each array of parameters agrees with finite differences, without optimisation by XLA.
+    """The gradient of each array of parameters agrees with finite differences.
 
-    tests/conftest.py explains why XLA does not optimise. Each array also has a label, a partition, and a gradient other
-    than 0. Only a number that is added to all scores of a softmax, and the embedding of padding, have the gradient 0.
+    Each array also has a muP label and a partition. The gradient is 0 only for the embedding of padding and for a bias
+    that is added to all scores of a softmax.
     """
     model, batch, rng, step = exact(encoder), sentences(), np.random.default_rng(1), 1e-5
     gradient, metrics = mean_gradients(model, batch)
@@ -369,7 +369,7 @@ def test_dropout_keeps_the_mean():
 
 
 def test_a_few_sentences_are_learnt():
-    """The model learns four pairs by heart, and decodes them exactly. It also decodes in bfloat16."""
+    """The model is trained on four pairs until it decodes them exactly, in float32 and in bfloat16."""
     config = TreeConfig(**SIZES)
     model, batch, optimizer = init(config, jax.random.key(0)), sentences(), optax.adam(1e-2)
 
@@ -404,7 +404,7 @@ def test_the_size_of_the_original():
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_the_counted_operations(encoder):
-    """A third of `flops_per_token` is within a tenth of the matrix products of a forward pass, counted by `flops`."""
+    """`flops_per_token` is 3 times the operations of a forward pass per token, as counted by `flops`, within 10%."""
     config = TreeConfig(V=9, V_target=6, H=64, N=3, depth=5, encoder=encoder)
     T, B = 8, 2
     batch = {name: jnp.ones((B, T), int) for name in ("source", "target", "brackets")}
@@ -414,7 +414,7 @@ def test_the_counted_operations(encoder):
 
 
 def flops(jaxpr) -> float:
-    """Return the number of operations of all matrix products in a jaxpr. A scan counts once for each of its steps."""
+    """Return the number of operations of all matrix products in a jaxpr. A product in a scan counts once per step."""
     total = 0.0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":

@@ -1,4 +1,7 @@
-"""The sum and the maximum over binary trees, compared with lists of all trees, and the mass of all sentences."""
+"""The sum and the maximum over binary trees, compared with lists of all trees.
+
+Also test the total probability of all sentences.
+"""
 
 import itertools
 
@@ -29,7 +32,7 @@ def drawn(*shape, scale=3.0, seed=0):
 
 
 def test_the_trees_with_four_leaves():
-    """They are the five trees of the test of the original code, which numbers the nodes from left to right."""
+    """`trees` returns the five trees in the original code's test, where the nodes are numbered from left to right."""
     number = np.argsort(in_order(3))
     found = [tuple(number[list(tree)].tolist()) for tree in trees(3, 4)]
     assert sorted(found) == [(0, 2, 5, 11), (1, 4, 6, 11), (1, 5, 9, 13), (3, 8, 10, 13), (3, 9, 12, 14)]
@@ -57,7 +60,10 @@ def test_the_edges(depth, count):
 
 @pytest.mark.parametrize("depth", [3, 4])
 def test_the_sum_over_trees_and_its_gradient(depth, x64):
-    """Sentences of all lengths are in one batch, and the scores after the end of a sentence have no effect."""
+    """The sum and its gradient equal the reference for sentences of different lengths in one batch.
+
+    The scores after the end of a sentence have no effect.
+    """
     n, lengths = 2 ** (depth + 1) - 1, jnp.array([3, 1, 6, 2, 5, 4])
     scores, weights = drawn(6, n, 6), drawn(6, seed=1)
     found, gradient = jax.value_and_grad(lambda s: (weights * log_likelihood(s, lengths)).sum())(scores)
@@ -81,7 +87,10 @@ def test_the_gradient_is_that_of_finite_differences(x64):
 
 @pytest.mark.parametrize("T", [48, 256])
 def test_extreme_scores_stay_finite(T):
-    """In float32 at depth 8, with scores of +-50. With 256 words there is one tree: its leaves are the last level."""
+    """Scores of +-50 give a finite log-likelihood and gradient in float32 at depth 8.
+
+    A sentence of 256 words has only one tree. The leaves of this tree are all nodes of the last level.
+    """
     scores = 50 * jnp.sign(drawn(3, 511, T))
     lengths = jnp.array([T, T - 1, 1])
     values, gradient = jax.value_and_grad(lambda s: log_likelihood(s, lengths).sum())(scores)
@@ -105,9 +114,9 @@ def grammar(depth, V, seed):
     """Return random scores [n,V] of a tree-shaped grammar, and the probability that a derivation fits in the depth.
 
     A node becomes a leaf with its own probability, or splits. A derivation that would split a node of the last level
-    does not fit. The log-probability that a node splits must count once in the sum over the leaves below the node. So
-    each of the two children gets half of it, together with half of what the node got from its own parent. The scores of
-    a leaf include what it got.
+    does not fit. The score of a tree is the sum of the scores of its leaves, so the log-probability of a split must be
+    divided among the leaves below it. Each of the two children gets half of this log-probability, and half of the share
+    that the parent got from earlier splits. The scores of a node include its share.
     """
     n = 2 ** (depth + 1) - 1
     rng = np.random.default_rng(seed)
@@ -152,7 +161,7 @@ def test_the_best_tree_is_the_best_of_all_trees(limit, x64):
 
 
 def test_ties_have_one_winner():
-    """All trees have the score 0. The smallest word and the shortest sentence win, then the shallowest last leaves."""
+    """If scores are equal, `viterbi` chooses the smallest word id other than 0, and the tree with the fewest leaves."""
     scores = jnp.zeros((1, 15, 3))
     found = viterbi(scores, 8)
     assert found.words[0].tolist() == [1] + [0] * 7 and found.nodes[0].tolist() == [0] + [-1] * 7

@@ -1,4 +1,4 @@
-"""The configs of the latent-tree model: a small run on SCAN and its evaluation, and the sizes of the questions."""
+"""Test the configs of the latent-tree model: training and evaluation on SCAN, and the sizes of `tree_questions`."""
 
 import pytest
 
@@ -17,7 +17,10 @@ SMALL = {
 @pytest.mark.slow
 @pytest.mark.parametrize("encoder", ["gru", "tree"])
 def test_a_run_on_scan(encoder, tmp_path, capsys):
-    """`evaluate` scores the test examples by their number of actions, which is larger than in all training examples."""
+    """`evaluate` scores the test examples by their number of actions.
+
+    Every test example has more actions than any training example.
+    """
     run = str(tmp_path / "run")
     fit(load_config("tree_scan").replace(SMALL | {"model.encoder": encoder}), run, quiet=True)
     assert all(row["loss"] < row["sentence_nll"] for row in read_metrics(run))

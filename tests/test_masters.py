@@ -88,7 +88,7 @@ def test_parameters_are_their_masters_rounded(tuned):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_large_step_is_not_lost_either(dtype):
-    """After a step that shrinks a parameter by orders of magnitude, it still equals its master, rounded to its type."""
+    """If a step shrinks a parameter by orders of magnitude, the parameter still equals the rounded master."""
     params = {"w_in": jnp.array([1.0, -3.0, 1e4, 0.0], dtype)}
     tx = make_optimizer(Config().replace({"optim.schedule": "constant", "optim.peak_lr": 0.9999}), params)
     updates, state = tx.update({"w_in": jnp.array([1.0, -1.0, 1.0, -1.0], dtype)}, tx.init(params), params)

@@ -51,7 +51,7 @@ DAMAGED = {
 def damaged(run) -> None:
     """Write a metrics.jsonl with valid and invalid lines into the folder `run`.
 
-    Rows 1, 2 and 3 are in lines 1, 5 and 13. The lines between them are not valid, and the last row is incomplete.
+    Rows 1, 2 and 3 are in lines 1, 5 and 13. The lines between them are not valid. The last line is an incomplete row.
     """
     good = {1: row(1), 5: row(2), 13: row(3)}
     lines = [DAMAGED.get(n) or json_text(good[n]).encode() for n in range(1, 14)]
