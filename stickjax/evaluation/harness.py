@@ -4,7 +4,6 @@ The harness reads the tasks, makes requests, and computes metrics from the answe
 """
 
 import contextlib
-import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -95,12 +94,59 @@ class HarnessModel:
         return [asked.cut(tokenizer.decode(row), stop) for row in rows]
 
 
+def package():
+    """Return the package lm_eval. Raise ValueError if it is not installed."""
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise ValueError(f"--tasks needs the package lm_eval: pip install 'stickjax[eval]' ({error})") from error
+    return lm_eval
+
+
+def task_manager(tasks: Sequence[str], tasks_path: str | None = None):
+    """Return an object of the harness's class TaskManager, which finds and reads tasks.
+
+    The files of all tasks of the harness are read only if necessary, because there are thousands.
+
+    Args:
+      tasks: names of tasks, groups or tags, or paths of YAML files of tasks.
+      tasks_path: a folder with YAML files of more tasks.
+
+    Raises ValueError if the package lm_eval is missing, the folder does not exist, or a task is unknown. The method
+    `load` of the result raises ValueError if a task cannot be read.
+    """
+    package()
+    from lm_eval.tasks import TaskManager
+
+    class Manager(TaskManager):
+        def load(self, names):
+            try:
+                return super().load(names)
+            except Exception as error:  # from the files of tasks, which may contain code, or from reading data sets
+                reason = f"{type(error).__name__}: {error}"
+                raise ValueError(f"the tasks {', '.join(names)} cannot be read: {reason}") from error
+
+    if tasks_path is not None and not os.path.isdir(tasks_path):
+        raise ValueError(f"--tasks-path={tasks_path} is not a folder")
+    is_file = lambda name: name.endswith((".yaml", ".yml")) and os.path.isfile(name)  # noqa: E731
+    manager = Manager(include_path=tasks_path, include_defaults=False)
+    # A group or a tag may contain tasks of the harness. A single task does not.
+    if all(name in manager.all_subtasks or is_file(name) for name in tasks):
+        return manager
+    manager = Manager(include_path=tasks_path)
+    for name in tasks:
+        if name not in manager.task_index and not is_file(name):
+            more = "" if tasks_path else "; --tasks-path DIR adds the tasks of a folder"
+            raise ValueError(f"unknown task {name!r}{suggestion(name, manager.all_tasks)}{more}")
+    return manager
+
+
 def run_tasks(
     loaded: Loaded,
     tasks: Sequence[str],
+    manager,
     generate: Callable,
     *,
-    tasks_path: str | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
     max_length: int | None = None,
@@ -110,23 +156,21 @@ def run_tasks(
 
     Args:
       loaded: the model with its tokenizer, from `stickjax.load(run)`.
-      tasks: names of tasks, groups or tags of the harness, or paths of YAML files of tasks.
+      tasks: names of tasks, groups or tags, or paths of YAML files of tasks.
+      manager: the result of `task_manager(tasks)`.
       generate: the function `stickjax.generate.generate`.
-      tasks_path: a folder with YAML files of more tasks.
       num_fewshot: the number of solved examples in front of each question; None: the number of the task, or else 0.
       limit: use only the first examples of each task, at most this number.
       max_length: the largest number of tokens that the model reads at once; None: the T of the config.
       say: a function that is called with lines of progress.
 
     Returns:
-      A dictionary with "tasks": {name of the task: {name of the score: number}}, as the harness gives them; for each
-      task "versions", "n-shot" and "n-samples"; "max_length"; and "lm_eval", the version of the harness.
+      A dictionary with "tasks": {name of the task: {"metric,filter": number}}, as the harness gives them; "versions",
+      "n-shot" and "n-samples" of each task; "max_length"; and "lm_eval", the version of the harness.
 
     Raises:
-      ValueError: the package lm_eval is missing, the model is not a language model with a tokenizer, a task is unknown
-        or cannot be read, or a request is too long.
+      ValueError: the model is not a language model with a tokenizer, a task cannot be read, or a request is too long.
     """
-    lm_eval = package()
     from lm_eval.api.model import LM
 
     config = loaded.config
@@ -139,51 +183,14 @@ def run_tasks(
         )
     kind = type("StickjaxModel", (HarnessModel, LM), {})
     max_length = config.data.T if max_length is None else max_length
-    manager = _manager(tasks, tasks_path)
     with _one_process():
-        results = lm_eval.simple_evaluate(
+        results = package().simple_evaluate(
             kind(loaded, generate, max_length, say), tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot,
             limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False,
         )  # fmt: skip
     found = {name: results.get(name, {}) for name in ("versions", "n-shot", "n-samples")}
     scores = {task: _scores(values) for task, values in results["results"].items()}
-    return dict(tasks=scores, **found, max_length=max_length, lm_eval=lm_eval.__version__)
-
-
-def package():
-    """Return the package lm_eval. Raise ValueError if it is not installed."""
-    try:
-        import lm_eval
-    except ImportError as error:
-        raise ValueError(f"--tasks needs the package lm_eval: pip install 'stickjax[eval]' ({error})") from error
-    return lm_eval
-
-
-def _manager(tasks: Sequence[str], tasks_path: str | None):
-    """Return the harness's TaskManager, which finds tasks by their names.
-
-    Its method `load` raises ValueError for a task that it does not know or cannot read.
-    """
-    from lm_eval.tasks import TaskManager
-
-    class Manager(TaskManager):
-        def load(self, names):
-            if unknown := next((name for name in names if not self._known(name)), None):
-                more = "" if tasks_path else "; --tasks-path DIR adds the tasks of a folder"
-                raise ValueError(f"unknown task {unknown!r}{suggestion(unknown, self.all_tasks)}{more}")
-            try:
-                return super().load(names)
-            except Exception as error:  # from the files of tasks, which may contain code, or from reading data sets
-                raise ValueError(
-                    f"the tasks {', '.join(names)} cannot be read: {type(error).__name__}: {error}"
-                ) from error
-
-        def _known(self, name: str) -> bool:
-            return name in self.task_index or (name.endswith((".yaml", ".yml")) and os.path.isfile(name))
-
-    if tasks_path is not None and not os.path.isdir(tasks_path):
-        raise ValueError(f"--tasks-path={tasks_path} is not a folder")
-    return Manager(include_path=tasks_path)
+    return dict(tasks=scores, **found, max_length=max_length, lm_eval=package().__version__)
 
 
 @contextlib.contextmanager
