@@ -76,7 +76,7 @@ class HarnessModel:
         return [found[i] for i in range(len(requests))]
 
     def _continued(self, prompts: list[np.ndarray], sampling: asked.Sampling) -> list[str]:
-        """Return the text that follows each prompt. As in the harness, the new tokens are decoded without the prompt."""
+        """Return the text that follows each prompt. As in the harness, the new ids are decoded without the prompt."""
         tokenizer = self._tokenizer
         ends = tokenizer.ends | {tokenizer.special_id(text) for text in sampling.stop}
         rows: list[list[int]] = [[] for _ in prompts]

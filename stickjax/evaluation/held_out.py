@@ -43,7 +43,9 @@ def total_sums(model: nnx.Module, windows: np.ndarray, target_mask: np.ndarray, 
     return {name: sum(float(part[name]) for part in parts) for name in parts[0]}
 
 
-def row_scores(model: nnx.Module, windows: np.ndarray, target_mask: np.ndarray, B: int) -> tuple[np.ndarray, np.ndarray]:
+def row_scores(
+    model: nnx.Module, windows: np.ndarray, target_mask: np.ndarray, B: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Predict each token of n texts from the previous tokens, and return the scores of every text.
 
     The arguments are the same as in `total_sums`.
@@ -113,7 +115,9 @@ def target_sums(model: nnx.Module, batch: dict[str, jax.Array], mesh: Mesh | Non
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def _row_scores(model: nnx.Module, batch: dict[str, jax.Array], mesh: Mesh | None = None) -> tuple[jax.Array, jax.Array]:
+def _row_scores(
+    model: nnx.Module, batch: dict[str, jax.Array], mesh: Mesh | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Predict each target of a batch of texts, as `target_sums` does, and return two arrays [B] with sums for each row.
 
     The sums are over the targets that count: their negative log-likelihoods, and the number of these targets that are

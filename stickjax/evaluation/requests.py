@@ -146,8 +146,10 @@ def sampling(options: dict) -> Sampling:
     known = {"until", "do_sample", "temperature", "top_k", "top_p", *_MAX_NEW_TOKENS}
     for name, value in options.items():
         if name not in known and _NEUTRAL.get(name) != value:
-            raise ValueError(f"generation_kwargs has {name}={value!r}, which generate does not support; it supports "
-                             f"{', '.join(sorted(known))}")
+            raise ValueError(
+                f"generation_kwargs has {name}={value!r}, which generate does not support; it supports "
+                f"{', '.join(sorted(known))}"
+            )
     until = options.get("until") or []
     stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
     sizes = [int(options[name]) for name in _MAX_NEW_TOKENS if options.get(name) is not None]

@@ -1,4 +1,4 @@
-"""Embedding, cross-entropy and greedy choice, also for a vocabulary that the mesh axis "tensor" divides among devices."""
+"""Embedding, cross-entropy and argmax, also for a vocabulary that the mesh axis "tensor" divides among devices."""
 
 import jax
 import jax.numpy as jnp
