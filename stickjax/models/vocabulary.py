@@ -58,7 +58,7 @@ def is_most_likely(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) ->
     >>> is_most_likely(jnp.array([[[0.0, 2.0, 2.0]]]), jnp.array([[1]])).item()
     True
     """
-    ids, own, here = jnp.arange(logits.shape[-1]), targets, True
+    ids, own, here = lax.broadcasted_iota(jnp.int32, logits.shape, 2), targets, True
     if size("tensor") > 1:
         ids += first_of("tensor", logits.shape[-1])
         own, here = _local(targets, logits.shape[-1])
