@@ -58,7 +58,8 @@ TASKS = {
 output_type: multiple_choice
 num_fewshot: 1
 fewshot_split: test
-doc_to_text: "{{text}} "
+doc_to_text: "{{text}}{{space}}"
+target_delimiter: ""
 doc_to_choice: choices
 doc_to_target: answer
 metric_list: [{metric: acc}, {metric: acc_norm}]
@@ -123,10 +124,12 @@ def tasks(tmp_path_factory):
     folder, draw = tmp_path_factory.mktemp("tasks"), random.Random(0)
     words = Path(__file__).read_text().split()
     rows = []
-    for size in (1, 3, 40, 2, 60, 5):
+    for row, size in enumerate((1, 3, 40, 2, 60, 5, 1, 2)):
         text = " ".join(draw.choices(words, k=size))
-        choices = [chr(i) for i in range(33, 127)] + ["two words", "and\nmore of them"]
-        rows.append({"text": text, "choices": choices, "answer": draw.randrange(len(choices))})
+        # No lower-case letter is alone: it could be in one token with the last letter of the context.
+        choices = [c for c in map(chr, range(33, 127)) if not c.islower()] + [" two words", "\nand more of them"]
+        answer, space = draw.randrange(len(choices)), " " * (row % 4 == 3)
+        rows.append({"text": text, "space": space, "choices": choices, "answer": answer})
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, more in TASKS.items():
@@ -197,6 +200,13 @@ def test_the_command_writes_a_file_and_refuses_unknown_tasks(folders, tasks, tmp
     record = json.loads(Path(run, "tasks.json").read_text())
     assert record["n-samples"]["local_letters"]["effective"] == 2 and record["max_length"] == 32
     assert record["n-shot"] == {"local_letters": 0}
+    from lm_eval.tasks import TaskManager
+
+    init_manager = TaskManager.__init__  # reading the files of all tasks of the harness takes long
+    quick = lambda self, include_path=None, include_defaults=False: init_manager(  # noqa: E731
+        self, include_path=include_path, include_defaults=False
+    )
+    monkeypatch.setattr(TaskManager, "__init__", quick)
     assert main([run, "--tasks", "local_leters", *options]) == 1
     assert "unknown task 'local_leters' (did you mean 'local_letters'?)" in capsys.readouterr().err
     assert main([run, "--tasks", "local_letters", "--tasks-path", str(tmp_path / "none")]) == 1
@@ -230,8 +240,8 @@ def test_pairs_of_texts(bpe, begun):
     assert encoded_pair(other, "", "a") == Pair([begin], [other.encode("a")[1]])
     assert encoded_pair(other, "", "<s>a") == encoded_pair(other, "", "a")
     assert encoded_pair(other, "a", "b").context[0] == begin
-    with pytest.raises(ValueError, match="the continuation '' of the context 'a' has no tokens of its own"):
-        encoded_pair(tokenizer, "a", "")
+    with pytest.raises(ValueError, match="the continuation 'k' of the context 'a stic' has no tokens of its own"):
+        encoded_pair(tokenizer, "a stic", "k")  # " stick" is one token
 
 
 @pytest.mark.parametrize("length", range(12))
@@ -269,9 +279,9 @@ def test_prompts_are_continued_up_to_a_stop_string():
     """The answers are in the order of the requests, although longer prompts and other options are in other batches."""
     loaded = stickjax.storage.run_folder.Loaded(model_of(), Config(ModelConfig(**SIZES)), ByteTokenizer(), 0)
     said = []
-    model = harness.HarnessModel(loaded, generate, 100, said.append)
-    prompts, options = ["a", "bb" * 60, "c"], [dict(max_gen_toks=6), dict(max_gen_toks=6), dict(max_new_tokens=3)]
-    ids = [np.frombuffer(text.encode(), np.uint8)[-94:] for text in prompts]
+    model = harness.HarnessModel(loaded, generate, 30, said.append)
+    prompts, options = ["a", "bcd" * 9, "c"], [dict(max_gen_toks=6), dict(max_gen_toks=6), dict(max_new_tokens=3)]
+    ids = [np.frombuffer(text.encode(), np.uint8)[-24:] for text in prompts]  # 6 of 30 tokens are new
     rows = [generate(loaded.model, [own], n)[0] for own, n in zip(ids, (6, 6, 3), strict=True)]
     whole = [ByteTokenizer().decode(row) for row in rows]
     request = lambda text, options: SimpleNamespace(args=(text, options))  # noqa: E731

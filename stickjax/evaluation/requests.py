@@ -47,7 +47,7 @@ def encoded_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
 
     Spaces at the end of the context are moved to the beginning of the continuation, because most tokenizers put a space
     and the word after it into one token. The context with the continuation is encoded as one text. As many tokens as
-    the context alone has belong to the context. An empty context becomes `first_token`.
+    the context alone has belong to the context. A context without tokens becomes `first_token`.
 
     Raises ValueError if the continuation has no tokens.
 
@@ -55,14 +55,14 @@ def encoded_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     >>> encoded_pair(ByteTokenizer(), "a ", "b")
     Pair(context=[97], continuation=[32, 98])
     """
+    first = first_token(tokenizer)
     if context:
         moved = context[len(context.rstrip()) :]
         context, text = context[: len(context) - len(moved)], moved + continuation
         count = len(tokenizer.encode(context, special=True))
         ids = tokenizer.encode(context + text, special=True).tolist()
-        pair = Pair(ids[:count], ids[count:])
+        pair = Pair(ids[:count] or [first], ids[count:])
     else:
-        first = first_token(tokenizer)
         ids = tokenizer.encode(continuation, special=True).tolist()[len(tokenizer.prefix) :]
         pair = Pair(ids[:1], ids[1:]) if ids[:1] == [first] else Pair([first], ids)
     if not pair.continuation:
