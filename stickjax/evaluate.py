@@ -306,6 +306,8 @@ def main(argv: list[str] | None = None) -> int:
     configs = {name: read_config(run) for name, run in runs.items()}
     changes = {name: parse_changes(config, rest) for name, config in configs.items()}
     if words.tasks is not None:
+        if words.plot or words.filtered:
+            raise UsageError("--plot and --filtered cannot be given with --tasks, which writes only scores")
         _run_tasks(runs, changes, words, writes)
         return 0
     if given := [name for name in ("tasks_path", "num_fewshot", "limit", "max_length", "json") if getattr(words, name)]:

@@ -30,7 +30,7 @@ from stickjax.evaluation.requests import (
     encoded_pair,
     first_token,
     log_likelihoods,
-    prompt_ids,
+    prompt_room,
     rolling_pairs,
     sampling,
 )  # fmt: skip
@@ -223,6 +223,8 @@ def test_without_the_package(tmp_path, monkeypatch, capsys):
     assert "--tasks needs the package lm_eval: pip install 'stickjax[eval]'" in capsys.readouterr().err
     assert main([str(tmp_path / "run"), "--tasks", ","]) == 2
     assert "--tasks needs the name of a task" in capsys.readouterr().err
+    assert main([str(tmp_path / "run"), "--tasks", "hellaswag", "--plot", "a.png"]) == 2
+    assert "--plot and --filtered cannot be given with --tasks" in capsys.readouterr().err
     assert main([str(tmp_path / "run"), "--limit", "3"]) == 2
     assert "--limit is an option for --tasks" in capsys.readouterr().err
 
@@ -288,7 +290,7 @@ def test_prompts_are_continued_up_to_a_stop_string():
     assert model.generate_until([*map(request, prompts, options)]) == whole
     stop = whole[1][2]
     assert model.generate_until([request(prompts[1], options[1] | {"until": stop})]) == [whole[1].split(stop)[0]]
-    assert said[0] == "continuing 3 prompts"
+    assert said[0] == "continuing 3 prompts" and said[1].startswith("1 of them have a context that is too long")
 
 
 def test_options_of_tasks():
@@ -299,6 +301,5 @@ def test_options_of_tasks():
     with pytest.raises(ValueError, match="generation_kwargs has num_beams=4, which generate does not support"):
         sampling({"num_beams": 4})
     assert cut("abcabc", ["ca", "b"]) == "a" and cut("abc", []) == "abc"
-    assert prompt_ids(ByteTokenizer(), "abcd", 6, 4).tolist() == [99, 100]
     with pytest.raises(ValueError, match="up to 6 new tokens, but the model reads at most 6 tokens"):
-        prompt_ids(ByteTokenizer(), "abcd", 6, 6)
+        prompt_room(6, 6)

@@ -44,11 +44,7 @@ class HarnessModel:
         """Return (log-likelihood, is greedy) of each request with args (context, continuation)."""
         pairs = [asked.encoded_pair(self._tokenizer, *request.args) for request in requests]
         self._say(f"scoring {len(pairs):,} continuations")
-        if long := sum(len(pair.context) + len(pair.continuation) > self._max_length + 1 for pair in pairs):
-            self._say(
-                f"{long:,} of them have a context that is too long; its beginning is left out, because the model reads "
-                f"at most {self._max_length} tokens at once (--max-length)"
-            )
+        self._say_cut(sum(len(pair.context) + len(pair.continuation) > self._max_length + 1 for pair in pairs))
         return asked.log_likelihoods(self._model, pairs, self._max_length)
 
     def loglikelihood_rolling(self, requests: Sequence, disable_tqdm: bool = False) -> list[float]:
@@ -66,14 +62,27 @@ class HarnessModel:
         self._say(f"continuing {len(requests):,} prompts")
         found = {}
         for sampling, rows in groups.items():
-            room = self._max_length, sampling.max_new_tokens
-            prompts = {i: asked.prompt_ids(self._tokenizer, requests[i].args[0], *room) for i in rows}
+            room = asked.prompt_room(self._max_length, sampling.max_new_tokens)
+            whole = {i: self._tokenizer.prompt(requests[i].args[0], special=True) for i in rows}
+            self._say_cut(sum(len(ids) > room for ids in whole.values()))
+            prompts = {i: ids[-room:] for i, ids in whole.items()}
             rows.sort(key=lambda i, prompts=prompts: -len(prompts[i]))
             while rows:  # the longest prompts first, so that too little memory is noticed early
                 size = padded_length(len(prompts[rows[0]])) + sampling.max_new_tokens
                 own, rows = rows[: (B := max(1, asked.BATCH_TOKENS // size))], rows[B:]
-                found |= zip(own, self._continued([prompts[i] for i in own], sampling), strict=True)
+                # The number of rows is B or a power of two, so that few programs are compiled.
+                more = min(B, 1 << (len(own) - 1).bit_length()) - len(own)
+                texts = self._continued([prompts[i] for i in (*own, *own[-1:] * more)], sampling)
+                found |= zip(own, texts, strict=False)
         return [found[i] for i in range(len(requests))]
+
+    def _say_cut(self, count: int) -> None:
+        """Say that the beginnings of `count` contexts are left out."""
+        if count:
+            self._say(
+                f"{count:,} of them have a context that is too long; its beginning is left out, because the model reads "
+                f"at most {self._max_length} tokens at once (--max-length)"
+            )
 
     def _continued(self, prompts: list[np.ndarray], sampling: asked.Sampling) -> list[str]:
         """Return the text that follows each prompt. As in the harness, the new ids are decoded without the prompt."""
@@ -85,7 +94,7 @@ class HarnessModel:
             if token in ends:
                 return True
             rows[row].append(token)
-            text = tokenizer.decode(rows[row])
+            text = tokenizer.decode(rows[row]) if sampling.stop else ""
             return any(stop in text for stop in sampling.stop)
 
         options = sampling._asdict()
@@ -197,20 +206,21 @@ def run_tasks(
 def _one_process():
     """Let the harness compute standard errors in this process. Processes that it forks would inherit the locks of JAX.
 
-    Messages of the harness below the level of warnings are not printed.
+    Every process of stickjax gets the results, as if it were the only one. Warnings of the harness are not printed:
+    most of them say which default values its own tasks use.
     """
-    name, logger = "DISABLE_MULTIPROC", logging.getLogger("lm_eval")
-    before, level = os.environ.get(name), logger.level
-    os.environ[name] = "1"
+    changes, logger = {"DISABLE_MULTIPROC": "1", "LOCAL_RANK": "0"}, logging.getLogger("lm_eval")
+    before, level = {name: os.environ.get(name) for name in changes}, logger.level
+    os.environ.update(changes)
     logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         logger.setLevel(level)
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _scores(values: dict) -> dict[str, float]:

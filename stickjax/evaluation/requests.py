@@ -160,17 +160,20 @@ def sampling(options: dict) -> Sampling:
     )
 
 
-def prompt_ids(tokenizer: Tokenizer, context: str, max_length: int, max_new_tokens: int) -> np.ndarray:
-    """Return the token ids of a prompt, without its first tokens if it is too long to add `max_new_tokens` tokens.
+def prompt_room(max_length: int, max_new_tokens: int) -> int:
+    """Return how many tokens a prompt may have, if the model reads at most `max_length` tokens and adds some of them.
 
-    Raises ValueError if `max_new_tokens` tokens alone are too many.
+    Raises ValueError if the new tokens leave no room for a prompt.
+
+    >>> prompt_room(1024, max_new_tokens=256)
+    768
     """
-    if (room := max_length - max_new_tokens) < 1:
+    if max_length <= max_new_tokens:
         raise ValueError(
             f"the task wants up to {max_new_tokens} new tokens, but the model reads at most {max_length} tokens at "
             f"once, with the prompt; set --max-length above {max_new_tokens}"
         )
-    return tokenizer.prompt(context, special=True)[-room:]
+    return max_length - max_new_tokens
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
