@@ -80,8 +80,8 @@ class HarnessModel:
         """Say that the beginnings of `count` contexts are left out."""
         if count:
             self._say(
-                f"{count:,} of them have a context that is too long; its beginning is left out, because the model reads "
-                f"at most {self._max_length} tokens at once (--max-length)"
+                f"{count:,} of them have a context that is too long; its beginning is left out, because the model "
+                f"reads at most {self._max_length} tokens at once (--max-length)"
             )
 
     def _continued(self, prompts: list[np.ndarray], sampling: asked.Sampling) -> list[str]:
