@@ -211,8 +211,8 @@ def test_the_command_writes_a_file_and_refuses_unknown_tasks(folders, tasks, tmp
     assert "unknown task 'local_leters' (did you mean 'local_letters'?)" in capsys.readouterr().err
     assert main([run, "--tasks", "local_letters", "--tasks-path", str(tmp_path / "none")]) == 1
     assert "is not a folder" in capsys.readouterr().err
-    (tasks / "broken.yaml").write_text((tasks / "letters.yaml").read_text().replace("data.jsonl", "none.jsonl"))
-    assert main([run, "--tasks", str(tasks / "broken.yaml")]) == 1
+    (tmp_path / "broken.yaml").write_text((tasks / "letters.yaml").read_text().replace("data.jsonl", "none.jsonl"))
+    assert main([run, "--tasks", str(tmp_path / "broken.yaml")]) == 1
     assert "broken.yaml cannot be read: FileNotFoundError" in capsys.readouterr().err
 
 
