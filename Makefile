@@ -6,7 +6,8 @@
 # make test-absent   compile the GPU kernels and steps on 8 and 64 GPUs without a GPU; needs the CUDA wheels (3.4 GB)
 # make test-ptx      execute the PTX of the GPU kernels on the CPU; needs the CUDA wheels, no GPU
 # make test-triton   run the Triton kernels in Triton's interpreter; needs the CUDA wheels, no GPU
-# make test-torch    compare exported models in PyTorch with stickjax; installs torch and its libraries (2 minutes)
+# make test-torch    compare exported models in PyTorch with stickjax, also on tasks of lm-evaluation-harness; installs
+#                    torch, its libraries and lm_eval (4 minutes)
 # make test-install  install into fresh environments outside the checkout, plain and with each extra that needs no GPU
 # make docs          build the documentation as HTML, in docs/_build/html; a warning is an error
 # make lint          run ruff
@@ -54,8 +55,8 @@ test-triton: .venv-cuda/.test
 	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest $(PARALLEL) -k triton $(TRITON:%=tests/test_%.py)
 TRITON := triton_call triton kernels expert_kernels
 
-test-torch: .venv/.test .venv-torch/.installed
-	TORCH_PYTHON=$(CURDIR)/.venv-torch/bin/python $(RUN) -m pytest tests/test_remote_code.py
+test-torch: .venv/.eval .venv-torch/.installed
+	TORCH_PYTHON=$(CURDIR)/.venv-torch/bin/python $(RUN) -m pytest tests/test_remote_code.py tests/test_harness.py
 
 test-install: .venv/bin/python
 	.ci/test-install $(RUN)
@@ -94,6 +95,10 @@ endef
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[test]"
 	@touch $@ .venv/.base
 
+.venv/.eval: .venv/bin/python pyproject.toml
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[test,eval]"
+	@touch $@ .venv/.base .venv/.test
+
 .venv/.docs: .venv/bin/python pyproject.toml
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
 	@touch $@ .venv/.base
@@ -114,7 +119,7 @@ endef
 
 .venv-torch/.installed: .venv-torch/bin/python Makefile
 	.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
-	  torch==2.13.0 "transformers>=5.24,<6" einops triton==3.6.0
+	  torch==2.13.0 "transformers>=5.24,<6" "lm_eval[hf]>=0.4.13" einops triton==3.6.0
 	.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
 	  flash-linear-attention==0.6.0 fla-core==0.6.0
 	@touch $@

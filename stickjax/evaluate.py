@@ -6,6 +6,8 @@ For a model that reads examples, such as a classifier, the command computes the 
 `stickjax.evaluation.examples`). For a Universal Transformer on the test part of logic, it computes the accuracy at
 several halting thresholds (see `stickjax.evaluation.pairs`).
 
+With --tasks, the command runs tasks of lm-evaluation-harness instead (see `stickjax.evaluation.harness`).
+
 A language model is evaluated on the mesh of its run, or on the mesh that the options --mesh.* describe. Without these
 options, one device is used if the mesh of the run cannot be made here, for example because it needs more devices.
 
@@ -26,15 +28,16 @@ from flax import nnx
 from rich.table import Table
 
 from stickjax.config import Config
-from stickjax.config.command import Parser, command, say_error, step_or_best
+from stickjax.config.command import Parser, UsageError, command, number, say_error, step_or_best
 from stickjax.config.command_line import parse_changes
 from stickjax.data.corpus import load_corpora
 from stickjax.data.examples import task_of
 from stickjax.data.heldout import heldout_windows
-from stickjax.evaluation import bias, examples, plots
+from stickjax.evaluation import bias, examples, harness, plots
 from stickjax.evaluation import pairs as accuracy
 from stickjax.evaluation.held_out import total_sums
 from stickjax.evaluation.plots import Records
+from stickjax.generate import generate
 from stickjax.models.families import family_of
 from stickjax.parallel import processes
 from stickjax.parallel.mesh import on_one_device
@@ -189,6 +192,14 @@ def _parser() -> Parser:
     parser.add_argument("--max-pairs", type=int, default=1024, help="largest number of examples to score per bucket")
     parser.add_argument("--part", default="test", help="examples to score: test, or valid to choose hyperparameters")
     parser.add_argument("--filtered", metavar="FILE", help="write to FILE the rows that the first run labels wrongly")
+    tasks = parser.add_argument_group("tasks of lm-evaluation-harness, which need the extra eval")
+    count = number(int, at_least=1)
+    tasks.add_argument("--tasks", metavar="A,B", help="run these tasks, groups of tasks, or YAML files of tasks")
+    tasks.add_argument("--tasks-path", metavar="DIR", help="a folder with YAML files of more tasks")
+    tasks.add_argument("--num-fewshot", type=number(int, at_least=0), metavar="N", help="solved examples per question")
+    tasks.add_argument("--limit", type=count, metavar="N", help="score only the first N examples of each task")
+    tasks.add_argument("--max-length", type=count, metavar="N", help="tokens that the model reads at once (default: T)")
+    tasks.add_argument("--json", metavar="FILE", help="write the scores here (default: tasks.json in each run folder)")
     parser.add_argument("--plot", metavar="PNG", help="path of the picture; by default in the first run's folder")
     parser.add_process_options()
     return parser
@@ -262,6 +273,33 @@ def _show(kind: str, results: dict[str, Records], bucket_name: str, picture: Pat
         print(f"picture of the curves: {printable(picture)}")
 
 
+def _run_tasks(runs: dict[str, Path], changes: dict[str, dict], words, writes: bool) -> None:
+    """Run the tasks of --tasks on each run, print a table, and write the scores. `words` are the parsed arguments.
+
+    `runs` is {name of a run: its folder}, `changes` is {name of a run: config fields to change}, and `writes` is True
+    if this process prints and writes the results.
+    """
+    tasks = [name for word in words.tasks.split(",") if (name := word.strip())]
+    if not tasks:
+        raise UsageError("--tasks needs the name of a task, such as --tasks hellaswag,lambada_openai")
+    manager = harness.task_manager(tasks, words.tasks_path)
+    options = dict(num_fewshot=words.num_fewshot, limit=words.limit, max_length=words.max_length)
+    results = {}
+    for name, run in runs.items():
+        say = lambda line, name=name: say_error(f"{name}: {line}") if writes else None  # noqa: E731
+        say("reading the parameters")
+        loaded = load(run, step=words.step, changes=changes[name], mesh="run")
+        scores = harness.run_tasks(loaded, tasks, manager, generate, **options, say=say)
+        results[name] = {"step": loaded.step, "num_fewshot": words.num_fewshot, "limit": words.limit} | scores
+        elsewhere = "--json FILE writes the scores elsewhere"
+        if writes and words.json is None and (place := results_folder(run, elsewhere)):
+            write_file(place / "tasks.json", json_text({"run": name} | results[name], indent=2) + "\n")
+    if writes and words.json is not None:
+        write_file(Path(words.json), json_text(results, indent=2) + "\n")
+    if writes:
+        print_table(harness.table({name: record["tasks"] for name, record in results.items()}))
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     words, rest = _parser().parse_with_fields(argv)
@@ -271,6 +309,13 @@ def main(argv: list[str] | None = None) -> int:
     runs = {name: Path(local_folder(run)) for name, run in runs.items()}
     configs = {name: read_config(run) for name, run in runs.items()}
     changes = {name: parse_changes(config, rest) for name, config in configs.items()}
+    if words.tasks is not None:
+        if words.plot or words.filtered:
+            raise UsageError("--plot and --filtered cannot be given with --tasks, which writes only scores")
+        _run_tasks(runs, changes, words, writes)
+        return 0
+    if given := [name for name in ("tasks_path", "num_fewshot", "limit", "max_length", "json") if getattr(words, name)]:
+        raise UsageError(f"--{given[0].replace('_', '-')} is an option for --tasks; give --tasks too")
     kind, first = _kind(configs.values(), words.part), next(iter(runs))
     if words.filtered:
         bias.check_filtered(configs[first].replace(changes[first]), Path(words.filtered))

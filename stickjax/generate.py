@@ -19,6 +19,7 @@ from stickjax.config.command import Parser, command, step_or_best
 from stickjax.config.command_line import parse_changes
 from stickjax.config.fields import SEED
 from stickjax.data.tokenizer import StreamDecoder, Tokenizer
+from stickjax.evaluation.length_buckets import padded_length
 from stickjax.models.families import family_of
 from stickjax.models.parameters import shardings, specs
 from stickjax.parallel import processes
@@ -114,15 +115,15 @@ def _padded(rows: list[np.ndarray], config, max_new_tokens: int, mesh: Mesh | No
     """Return prompts as one array of token ids [B,T], their segment ids [B,T], and an empty cache for all tokens.
 
     A segment id is 0 for a token, and -1 for padding. Padding is on the left, so that in every decode step all rows
-    write to the same position in the cache. T is the length of the longest prompt, rounded up by `_bucket`. If the
-    mesh does not divide the number of prompts evenly, the last prompt is repeated.
+    write to the same position in the cache. T is the length of the longest prompt, rounded up by `padded_length`. If
+    the mesh does not divide the number of prompts evenly, the last prompt is repeated.
     """
     rows = rows + [rows[-1]] * (-len(rows) % row_parts(mesh))
-    T = _bucket(max(map(len, rows)))
+    T = padded_length(max(map(len, rows)))
     tokens, segment_ids = np.zeros((len(rows), T), np.int32), np.full((len(rows), T), -1, np.int32)
     for row, ids in enumerate(rows):
         tokens[row, T - len(ids) :], segment_ids[row, T - len(ids) :] = ids, 0
-    return tokens, segment_ids, _cache(config, len(rows), _bucket(T + max_new_tokens), mesh)
+    return tokens, segment_ids, _cache(config, len(rows), padded_length(T + max_new_tokens), mesh)
 
 
 def _decode_step(mesh: Mesh | None, model, tokens, segment_ids, cache):
@@ -190,16 +191,6 @@ def _cache(config, B: int, S: int, mesh: Mesh | None):
             "use a smaller max_new_tokens, shorter prompts or fewer prompts"
         )
     return empty()
-
-
-def _bucket(n: int) -> int:
-    """Round a length `n` up, so that JAX compiles the model for a few lengths only.
-
-    Up to 512, the result is a multiple of 64. Above 512, it is a power of two or one of three lengths between two
-    powers of two: 640, 768, 896, 1024, 1280, 1536, 1792, 2048, and so on.
-    """
-    step = max(64, 1 << n.bit_length() >> 3)
-    return -(-n // step) * step
 
 
 def _options(max_new_tokens, temperature, top_k, top_p, seed, vocab_size) -> dict:

@@ -13,7 +13,7 @@ import pytest
 import stickjax
 from stickjax import Config, ModelConfig, evaluate, generate
 from stickjax.config import ExpertsConfig, OrderedMemoryConfig
-from stickjax.evaluation.held_out import target_sums
+from stickjax.evaluation.held_out import row_scores, target_sums
 from stickjax.models.families import family_of
 from stickjax.models.transformer import init
 from stickjax.parallel.mesh import make_mesh, mesh_for_evaluation, mesh_of
@@ -61,6 +61,19 @@ def test_the_results_are_those_of_one_device(run, alone, sizes):
     assert list(found["tokens"]) == list(alone[0]["tokens"])
     np.testing.assert_allclose(found["bits_per_byte"], alone[0]["bits_per_byte"], rtol=1e-6)
     assert model.generate(PROMPTS, 6, temperature=1.0) == alone[1]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_the_scores_of_rows_are_those_of_one_device(run, sizes):
+    """Some continuations are greedy: in row i, the last target is the most likely token after the previous ones."""
+    one, model = load(run).model, load(run, mesh="run", changes={"mesh.fsdp": 1} | sizes).model
+    windows = np.random.default_rng(0).integers(0, 768, (11, 23)).astype(np.int32)
+    windows[::2, -1] = jax.jit(lambda tokens: one(tokens).logits)(windows[:, :-1])[::2, -1].argmax(-1)
+    target_mask = np.zeros((11, 22), bool)
+    target_mask[:, -1] = target_mask[1, 5:] = True
+    (nll, greedy), (expected, chosen) = (row_scores(m, windows, target_mask, 4) for m in (model, one))
+    np.testing.assert_allclose(nll, expected, rtol=1e-5)
+    assert greedy.tolist() == chosen.tolist() == [row % 2 == 0 for row in range(11)]
 
 
 def test_every_device_reads_only_its_share(run, monkeypatch):

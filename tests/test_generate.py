@@ -21,7 +21,8 @@ from stickjax import Config, ModelConfig
 from stickjax.config import ExpertsConfig
 from stickjax.config.decoder import MODULE_ROUTER, MODULES
 from stickjax.data.tokenizer import ByteTokenizer, load_tokenizer
-from stickjax.generate import _advance, _bucket, generate, generate_text, main
+from stickjax.evaluation.length_buckets import padded_length
+from stickjax.generate import _advance, generate, generate_text, main
 from stickjax.models.transformer import init
 from stickjax.storage.checkpoints import Checkpoints
 from stickjax.storage.run_folder import Loaded, write_config
@@ -154,7 +155,7 @@ def test_lengths_of_one_bucket_are_compiled_once(model):
     at_heat = _advance._cache_size()
     generate(model, random_prompts(3), 20, temperature=0.7, seed=4)
     assert _advance._cache_size() == at_heat <= compiled + 2
-    sizes = [_bucket(n) for n in range(1, 5000)]
+    sizes = [padded_length(n) for n in range(1, 5000)]
     assert all(n <= size < 1.25 * n + 64 for n, size in enumerate(sizes, 1)) and len(set(sizes)) < 24
 
 

@@ -140,6 +140,21 @@ def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) ->
     return Named(ends, frozenset(special & set(added.values())), "" if ends else problem)
 
 
+def begin_of_text(files: Mapping[str, bytes], folder: Path) -> str | None:
+    """Return the text of the token "bos_token" that the files in a tokenizer's folder name, or None.
+
+    The token need not be in front of every text: `prefix_of` says what is. `files` and `folder` are as in `named`.
+
+    >>> begin_of_text({"tokenizer_config.json": b'{"bos_token": {"content": "<s>"}}'}, Path("folder"))
+    '<s>'
+    """
+    for name in (TOKENIZER_CONFIG, "special_tokens_map.json"):
+        found = read_object(files.get(name, b"{}"), folder / name).get("bos_token")
+        if isinstance(found := found.get("content") if isinstance(found, dict) else found, str):
+            return found
+    return None
+
+
 def prefix_of(own: tuple[int, ...], files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) -> tuple:
     """Return the ids that a tokenizer puts in front of every text.
 

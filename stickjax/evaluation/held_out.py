@@ -1,6 +1,7 @@
-"""The compiled evaluation of a language model: the loss of the targets in windows of held-out text."""
+"""The compiled evaluation of a language model: the loss of the targets in windows of text."""
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from stickjax.models.families import family_of
 from stickjax.models.parameters import specs
-from stickjax.models.vocabulary import cross_entropy
-from stickjax.parallel.collectives import psum_over_batch
+from stickjax.models.vocabulary import cross_entropy, is_most_likely
+from stickjax.parallel.collectives import psum_over_batch, sums_of_all_rows
 from stickjax.parallel.mesh import batch_spec, mesh_of, row_parts, rows_of_process, shard_batch
 
 
@@ -39,18 +40,51 @@ def total_sums(model: nnx.Module, windows: np.ndarray, target_mask: np.ndarray, 
     {'nll': 0.0}
     """
     mesh = mesh_of(model)
+    batches = _batches(mesh, windows, target_mask, B)
+    parts = [jax.device_get(target_sums(model, batch, mesh)) for batch in batches]
+    return {name: sum(float(part[name]) for part in parts) for name in parts[0]}
+
+
+def row_scores(
+    model: nnx.Module, windows: np.ndarray, target_mask: np.ndarray, B: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Predict each token of n texts from the previous tokens, and return the scores of every text.
+
+    The arguments are the same as in `total_sums`.
+
+    Returns:
+      nll: [n], the sum of the negative log-likelihoods of the text's targets that count, in nats.
+      greedy: [n], True if each of these targets is the most likely token.
+
+    >>> from stickjax.config import ModelConfig
+    >>> from stickjax.models.transformer import init
+    >>> model = init(ModelConfig(V=16, D=8, L=1, N=2, K=1, H=4, F=16), jax.random.key(0))
+    >>> nll, greedy = row_scores(model, np.ones((3, 5), np.int32), np.zeros((3, 4), bool), B=2)  # no target counts
+    >>> nll.tolist(), greedy.tolist()
+    ([0.0, 0.0, 0.0], [True, True, True])
+    """
+    mesh = mesh_of(model)
+    batches = _batches(mesh, windows, target_mask, B)
+    parts = [jax.device_get(_row_scores(model, batch, mesh)) for batch in batches]
+    nll, misses = (np.concatenate(rows)[: len(windows)] for rows in zip(*parts, strict=True))
+    return nll, misses == 0
+
+
+def _batches(mesh: Mesh | None, windows: np.ndarray, target_mask: np.ndarray, B: int) -> Iterator[dict]:
+    """Divide the n texts of `total_sums` into batches of B texts, and shard every batch over the mesh.
+
+    The last batch is filled up with texts without targets that count.
+    """
     rows = row_parts(mesh)
     pieces = 1 if mesh is None or mesh.shape["context"] == 1 else 2 * mesh.shape["context"]
     B = -(-B // rows) * rows
     padding = ((0, -len(windows) % B), (0, -target_mask.shape[1] % pieces))
     windows, target_mask = np.pad(windows, padding), np.pad(target_mask, padding)
     index, count = rows_of_process(mesh)
-    parts = []
     for start in range(0, len(windows), B):
         own = slice(start + index * B // count, start + (index + 1) * B // count)
         batch = {"tokens": windows[own, :-1], "targets": windows[own, 1:], "mask": target_mask[own]}
-        parts.append(jax.device_get(target_sums(model, shard_batch(mesh, batch), mesh)))
-    return {name: sum(float(part[name]) for part in parts) for name in parts[0]}
+        yield shard_batch(mesh, batch)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -75,6 +109,28 @@ def target_sums(model: nnx.Module, batch: dict[str, jax.Array], mesh: Mesh | Non
         if (depth := getattr(output, "depth", None)) is not None:
             by_token["depth"] = depth
         return psum_over_batch({name: jnp.where(batch["mask"], x, 0).sum() for name, x in by_token.items()})
+
+    if mesh is None:
+        return sums(model, batch)
+    inputs = specs(model), jax.tree.map(batch_spec, batch)
+    return jax.shard_map(sums, mesh=mesh, in_specs=inputs, out_specs=PartitionSpec(), check_vma=False)(model, batch)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _row_scores(
+    model: nnx.Module, batch: dict[str, jax.Array], mesh: Mesh | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Predict each target of a batch of texts, as `target_sums` does, and return two arrays [B] with sums for each row.
+
+    The sums are over the targets that count: their negative log-likelihoods, and the number of these targets that are
+    not the most likely token. Every device gets the sums of all rows.
+    """
+
+    def sums(model, batch):
+        logits = family_of(model.config).apply(model, {"tokens": batch["tokens"]}).logits
+        missed = ~is_most_likely(logits, batch["targets"])
+        by_token = cross_entropy(logits, batch["targets"]), missed.astype(jnp.int32)
+        return tuple(sums_of_all_rows(jnp.where(batch["mask"], x, 0)) for x in by_token)
 
     if mesh is None:
         return sums(model, batch)

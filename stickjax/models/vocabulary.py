@@ -1,10 +1,10 @@
-"""Embedding and cross-entropy, also for a vocabulary that the mesh axis "tensor" divides among devices."""
+"""Embedding, cross-entropy and argmax, also for a vocabulary that the mesh axis "tensor" divides among devices."""
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from stickjax.parallel.collectives import first_of, reduce_from_tensor_parallel, size
 
@@ -48,3 +48,21 @@ def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> 
         + largest
         - reduce_from_tensor_parallel(wanted)
     )
+
+
+def is_most_likely(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Return True for every target that is the argmax of its logits. Of equal logits, the smallest token id counts.
+
+    If the mesh axis "tensor" divides the V logits, every device has a part of them and gets the whole result.
+
+    >>> is_most_likely(jnp.array([[[0.0, 2.0, 2.0]]]), jnp.array([[1]])).item()
+    True
+    """
+    ids, own, here = lax.broadcasted_iota(jnp.int32, logits.shape, 2), targets, True
+    if size("tensor") > 1:
+        ids += first_of("tensor", logits.shape[-1])
+        own, here = _local(targets, logits.shape[-1])
+    wanted = jnp.where(here, jnp.take_along_axis(logits, own[..., None], axis=-1)[..., 0], 0)
+    wanted = (reduce_from_tensor_parallel(wanted) if size("tensor") > 1 else wanted)[..., None]
+    worse = (logits < wanted) | ((logits == wanted) & (ids >= targets[..., None]))  # False for NaN
+    return reduce_from_tensor_parallel((~worse).any(-1).astype(jnp.int32)) == 0

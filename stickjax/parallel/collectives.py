@@ -95,6 +95,18 @@ def all_rows(logits):
     return lax.all_gather(logits, axes, tiled=True) if axes else logits
 
 
+def sums_of_all_rows(x):
+    """Sum x [B,T] over the T tokens of each row. Return the sums [B] of the rows of all devices.
+
+    Every device has some rows of x, and the mesh axis "context" may divide the tokens of a row among devices.
+    """
+    found = x.sum(1)
+    if size("context") > 1:
+        found = lax.psum(found, "context")
+    axes = several(ROW_AXES)
+    return lax.all_gather(found, axes, tiled=True) if axes else found
+
+
 def psum_over_batch(tree):
     """Return the psum of every array in a pytree, over all mesh axes that shard the batch.
 

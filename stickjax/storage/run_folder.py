@@ -237,10 +237,11 @@ def model_leaves(folder: str | os.PathLike, model: ModelConfig) -> dict[str, Laz
     return leaves
 
 
-def results_folder(run: Path) -> Path | None:
+def results_folder(run: Path, elsewhere: str = "--plot PNG writes the picture elsewhere") -> Path | None:
     """Return the folder into which results, such as a table, may be written: the run folder `run`, or None.
 
-    If `run` is a Hugging Face folder or cannot be written, print a message and return None.
+    If `run` is a Hugging Face folder or cannot be written, print a message and return None. The message ends in
+    `elsewhere`, which says how to write results into another place.
     """
     if hugging_face.is_folder(run):
         reason = "is a Hugging Face folder"
@@ -248,7 +249,7 @@ def results_folder(run: Path) -> Path | None:
         reason = "cannot be written"
     else:
         return run
-    say_error(f"{printable(run)} {reason}: nothing is written into it; --plot PNG writes the picture elsewhere")
+    say_error(f"{printable(run)} {reason}: nothing is written into it; {elsewhere}")
     return None
 
 
