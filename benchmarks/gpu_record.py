@@ -1,4 +1,4 @@
-"""The result file of the GPU benchmark. A row is written as soon as it is measured. Later runs do not repeat it."""
+"""The result file of the GPU benchmark. A row is written as soon as it is measured. Later runs continue the file."""
 
 import functools
 import hashlib

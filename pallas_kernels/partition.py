@@ -315,7 +315,7 @@ def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, 
                 owner = owners[maps[at]]
                 raise ValueError(
                     f"{at}={size} of {array} must be sharded like {owner[0]} of {owner[1]}, over {sizes(axes)}, but "
-                    f"{size} is not a multiple of the number of shards; divide {owner[1].name} over fewer devices "
+                    f"{size} is not a multiple of the number of shards; shard {owner[1].name} over fewer devices "
                     "with jax.sharding.reshard"
                 )
     return found

@@ -31,8 +31,8 @@ def interpret(*, detect_races: bool = False) -> Iterator[None]:
     """In this context, run Mosaic GPU kernels on the CPU, with their barriers, shared memory and warpgroups.
 
     With `detect_races`, the interpreter also looks for data races. The interpreter runs every warpgroup in a thread of
-    XLA. The number of these threads is the number of CPU cores or the number of JAX's CPU devices, whichever is larger.
-    With fewer than four threads, a kernel would wait forever. On a small machine, set
+    XLA. XLA has as many threads as there are CPU cores or JAX CPU devices, whichever number is larger. With fewer than
+    four threads, a kernel would wait forever. On a small machine, set
     XLA_FLAGS=--xla_force_host_platform_device_count=4 before JAX starts, to get four CPU devices.
 
     Raises:

@@ -139,7 +139,7 @@ def _check_one_dtype(**arrays):
 
 
 def _floats(name, a, shape, letters):
-    """Check that the array `a` has a floating-point dtype and the shape `shape`. Return it. If it is None, return None.
+    """Check that `a` is None, or a floating-point array of the shape `shape`. Return `a`.
 
     Raise ValueError if the dtype or the shape is wrong. For the message, `name` is the name of the argument, and
     `letters`, such as "T,k", are the letters of its axes.

@@ -38,7 +38,7 @@ def detail(call: LinearCall | MlpCall) -> str:
 
 
 def _widths(call) -> tuple[int, ...]:
-    """Return the shape of the weight matrix of one expert: (D, F), or (F, D) for `w_out` of `expert_mlp`."""
+    """Return the shape of the weight matrix of one expert: (D, F). For `expert_mlp`, `w_out` counts: (F, D)."""
     return call.weight.shape[1:] if isinstance(call, LinearCall) else call.w_out.shape[1:]
 
 

@@ -80,7 +80,8 @@ def stick_breaking_attention(
       ValueError: an argument has a wrong shape, dtype or value (the message names the axes by their letters), or an
         array is sharded along an axis other than B, N and K (docs/reference/transformations.md).
       NotImplementedError: none of the implementations named in `implementation` can run this call.
-      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" has one.
+      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" supports it,
+        and not on a mesh of Auto axes.
 
     Source: "Scaling Stick-Breaking Attention", arXiv 2410.17980.
 
