@@ -29,7 +29,7 @@ def expert_linear(
 
     Let e = expert_indices[t,s] be the expert of choice s of token t. Then
 
-      y[t,s] = x[t,s] weight[e] + bias[e],   and with gates   out[t] = sum_s gates[t,s] y[t,s]   (in fp32).
+      y[t,s] = x[t,s] @ weight[e] + bias[e],   and with gates   out[t] = sum_s gates[t,s] * y[t,s]   (in fp32).
 
     If expert_indices[t,s] is E, the number of experts, then choice s of token t has no expert: y[t,s] is exactly zero,
     and no bias is added. The memory grows with T * k, not with T * E.
@@ -88,7 +88,7 @@ def expert_mlp(
 
     Let e = expert_indices[t,s] be the expert of choice s of token t. Then
 
-      out[t] = sum_s gates[t,s] (act(x[t] w_in[e] + b_in[e]) w_out[e] + b_out[e]).
+      out[t] = sum_s gates[t,s] * (act(x[t] @ w_in[e] + b_in[e]) @ w_out[e] + b_out[e]).
 
     Args:
       x: [T, D], one row for each token.

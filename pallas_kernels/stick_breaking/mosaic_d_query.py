@@ -222,9 +222,9 @@ def _write(
 ) -> None:  # fmt: skip
     """Write d_scale and dq of the 64 query rows of a warpgroup to global memory. dq goes through shared memory.
 
-    `acc` [64, H], in registers, is the matrix product dz K over all keys, where dz are the gradients of the logits. So
-    dq is scale * acc. d_scale of a row is the term that the row adds to the gradient of the scale: <acc, query>. `rows`
-    is the slice of the 64 query rows in the arrays.
+    `acc` [64, H], in registers, is the matrix product dz @ K over all keys, where dz are the gradients of the logits.
+    So dq is scale * acc. d_scale of a row is the term that the row adds to the gradient of the scale: <acc, query>.
+    `rows` is the slice of the 64 query rows in the arrays.
     """
     b, n, wg = assigned.b, assigned.n, assigned.wg
     # d_scale is the sum of dz * <q, k> over the keys, which is <acc, q>. It uses acc before acc is rounded. It is
