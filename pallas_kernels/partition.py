@@ -191,10 +191,10 @@ def _varying(x) -> frozenset:
 
 
 def _mesh(arrays: list[_Array]) -> AbstractMesh:
-    """Return the mesh on which an op runs.
+    """Return the mesh on which an op runs: the mesh of the context, or else the mesh of the first array with a mesh.
 
-    This is the mesh of the context. If the context has no mesh, it is the mesh of the first array that has one. If no
-    array has one, it is a mesh without axes, whose `axis_types` is an empty tuple and not None.
+    If neither the context nor an array has a mesh, return a mesh without axes. Its `axis_types` is an empty tuple, not
+    None.
     """
     meshes = [get_abstract_mesh(), *(jax.typeof(array.value).sharding.mesh for array in arrays)]
     return next((mesh for mesh in meshes if mesh.axis_names), AbstractMesh((), (), axis_types=()))

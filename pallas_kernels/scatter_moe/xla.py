@@ -186,7 +186,7 @@ def _grouped(function: _Function, weights, rows, routing):
 
     `weights` are arrays [E, ..], with one entry for each expert. `rows` are arrays, and `function.in_rows` says how the
     rows of each array are ordered. The result has one row for every (token, choice) pair, in the order
-    `function.out_rows`. It is zero for a pair without an expert.
+    `function.out_rows`. The row of a pair without an expert is zero.
     """
 
     def block(w, xs, valid):

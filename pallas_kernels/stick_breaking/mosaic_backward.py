@@ -3,7 +3,7 @@
 For a query q and a key k, z = scale * <q, k> is the logit, and beta = sigmoid(z) is the share of the remaining stick
 that the key breaks off. The weight A is beta times the product of 1 - beta over the nearer keys. dO is the cotangent of
 the output, and d_log_rem is the cotangent of log_rem, the sum of log(1 - beta) over all keys. The gradients are
-    dA = dO @ V^T,  a = A * dA (element by element),  P = d_log_rem + the sum of a over the keys further left,
+    dA = dO @ V^T,  a = A * dA (element by element),  P = d_log_rem + the sum of `a` over the keys further left,
     dz = (1 - beta) * a - beta * P,  dq = scale * dz @ K,  dk = scale * dz^T @ Q,  dv = A^T @ dO.
 
 In the kernel `d_query`, a warpgroup computes 64 query rows and visits the key tiles from left to right, so P is a

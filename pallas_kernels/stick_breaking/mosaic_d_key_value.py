@@ -175,7 +175,7 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
     """Return the function offer(cursor, step) -> (next cursor, next step), which copies query tiles to shared memory.
 
     A step of the kernel computes one query tile, or two neighbouring ones. A loop goes over all query tiles of the
-    query heads that use the key head of the block. It does so twice: pass 0 selects the steps that need no mask, and
+    query heads that use the key head of the block, in two passes: pass 0 selects the steps that need no mask, and
     pass 1 selects the steps that need a mask. A step is left out if the forward pass computed the key tile of the
     block for none of the query tiles of the step.
 

@@ -2,9 +2,9 @@
 
 The snapshots are two numbers for every query row and half of a key tile:
 - the cumulative log-decay before the half, which is the sum of -log2(1 - beta) over all keys on the right of the half;
-- P, which is d_log_rem plus the sum of a over all keys on the left of the half.
-Here, beta is the sigmoid of a logit, a is the weight times the cotangent of the weight, and d_log_rem is the cotangent
-of log_rem, the natural logarithm of the part of the stick that remains.
+- P, which is d_log_rem plus the sum of `a` over all keys on the left of the half.
+Here, beta is the sigmoid of a logit, `a` is the weight times the cotangent of the weight, and d_log_rem is the
+cotangent of log_rem, the natural logarithm of the part of the stick that remains.
 mosaic_backward.py has all formulas. docs/design/attention_kernels.md explains the barriers.
 """
 
