@@ -305,7 +305,7 @@ def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, 
             if at < other and shared:
                 pair = " and ".join(f"{letter} of {array}" for letter, array in (owners[at], owners[other]))
                 raise ValueError(
-                    f"both {pair} are sharded over {sizes(shared)}, but only one of them may be; "
+                    f"both {pair} are sharded over {sizes(shared)}, but only one of them may be sharded in this way; "
                     "reshard one of the arrays with jax.sharding.reshard"
                 )
     for array in arrays:

@@ -41,7 +41,7 @@ def interpret(*, detect_races: bool = False) -> Iterator[None]:
     cores, devices = os.cpu_count() or 1, jax.local_device_count("cpu")
     if max(cores, devices) < 4:
         raise RuntimeError(
-            f"the Mosaic GPU interpreter needs 4 CPU cores or 4 CPU devices, found {cores} and {devices}; "
+            f"the Mosaic GPU interpreter needs 4 CPU cores or 4 CPU devices, found {cores} cores, {devices} devices; "
             "set XLA_FLAGS=--xla_force_host_platform_device_count=4 before JAX starts"
         )
     token = _interpreted.set(True)

@@ -271,7 +271,7 @@ def _prepare(
         is_array = arguments.is_array(query_offset)
         if not is_array or query_offset.shape not in ((), (B,)) or not jnp.issubdtype(query_offset.dtype, jnp.integer):
             got = f"{query_offset.dtype}{list(query_offset.shape)}" if is_array else repr(query_offset)
-            raise ValueError(f"query_offset must be an int or an array of integers, [] or [B]=[{B}], got {got}")
+            raise ValueError(f"query_offset must be an int or an array of integers of shape [] or [B]=[{B}], got {got}")
         offset = jnp.broadcast_to(query_offset, (B,)).astype(jnp.int32)
     return Call(
         query, key, value, Where(offset, segment_ids, key_segment_ids), scale,

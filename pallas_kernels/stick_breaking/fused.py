@@ -1,4 +1,4 @@
-"""The code that the Mosaic and Triton backends of attention share: derivatives and decoding. It calls their kernels.
+"""The code that the Mosaic and Triton backends of attention share, for derivatives and decoding: it calls the kernels.
 
 Decoding means few queries and many keys. For the backward pass, the forward pass saves its inputs and two results of
 the kernel `forward`. One is the index of the leftmost key tile that was computed for each query tile. The other one is
