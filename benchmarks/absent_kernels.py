@@ -64,7 +64,8 @@ def stick_breaking(
     The arrays have B sequences of T tokens, N heads, queries and keys of width H, and values of width `Hv` (None: H).
     `document`: the number of tokens of each packed document, a multiple of 128; None: one document per sequence.
     `backward`: whether to compile the gradients too. `options`: keyword arguments of `stick_breaking_attention`. With
-    `skip_below`, the number of skipped tiles depends on the data, so `Kernel.tiles` is the number without skipping.
+    `skip_below`, the number of skipped tiles depends on the data. So `Kernel.tiles` has the numbers of loop iterations
+    without skipping.
     """
     n, copies = (document or T) // 64, B * N * (T // (document or T))
     whole, diagonal = copies * n * (n - 1) // 2, copies * n
@@ -117,8 +118,8 @@ def experts(
 ) -> Kernel:
     """Return a call to compile: `expert_mlp` and its gradients. Each of T tokens uses k of E experts.
 
-    D is the width of a token, F the hidden width of an expert. `bias`: whether the experts have biases. `Kernel.tiles`
-    is the number of tiles if every expert gets the same number of tokens.
+    D is the width of a token, F the hidden width of an expert. `bias`: whether the experts have biases. The
+    numbers of loop iterations in `Kernel.tiles` assume that every expert gets the same number of tokens.
     """
 
     def run(x, w_in, w_out, gates, indices, d_out):
@@ -185,7 +186,8 @@ def expert_heads(
 def experts_decode(implementation: str = "mosaic") -> Kernel:
     """Return a call to compile: `expert_mlp` in a decode step of 16 tokens, each with 8 of 40 experts.
 
-    A tile has 64 rows of one expert. `Kernel.tiles` is the number of tiles if each expert gets one.
+    A tile has 64 rows of one expert. Every expert is assumed to have from 1 to 64 rows, which form exactly one tile. So
+    the two numbers of loop iterations in `Kernel.tiles` are for 40 tiles.
     """
     T, k, D, F, E = 16, 8, 1536, 512, 40
     bf16 = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((T, D), (E, D, 2 * F), (E, F, D), (T, k))]

@@ -1,6 +1,6 @@
 """The time of one decode step of attention on a GPU: one query per sequence, and a long cache of keys and values.
 
-A step cannot be faster than the time to read the cache from memory.
+Without `skip_below`, a step takes at least the time to read the cache from memory.
 """
 
 import itertools

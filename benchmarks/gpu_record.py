@@ -1,4 +1,4 @@
-"""The result file of the GPU benchmark. A row is written as soon as it is measured. Later runs do not repeat it."""
+"""The result file of the GPU benchmark: each row is written as soon as it is measured. Later runs add missing rows."""
 
 import functools
 import hashlib

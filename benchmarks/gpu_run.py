@@ -164,9 +164,9 @@ class Run:
     def checked(self, part: str, case: str, contestant: str, dtype, check: Callable[[], Errors]) -> bool:
         """Run `check` and add a row with the errors that it returns. Return whether the check passes.
 
-        It passes if the errors are within the tolerances for inputs of type `dtype`, and two runs gave the same bits.
-        Return False if `check` raises an error, or if the deadline has passed. If the record has the row already, take
-        the result from there and do not run `check`, unless `self.again` is set.
+        The check passes if the errors are within the tolerances for inputs of type `dtype`, and two runs gave the same
+        bits. Return False if `check` raises an error, or if the deadline has passed. If the record has the row already,
+        take the result from there and do not run `check`, unless `self.again` is set.
         """
 
         def make():

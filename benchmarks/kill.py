@@ -47,7 +47,7 @@ class Training:
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | cache)
 
     def until(self, step: int) -> int:
-        """Wait until the training prints this step or a later one, or ends. Return the last printed step, or 0."""
+        """Wait until the training prints `step` or a later step, or ends. Return the last printed step, 0 if none."""
         said = 0
         for line in self.process.stdout:
             if line.startswith("step ") and "/" in line.split()[1]:
@@ -69,8 +69,8 @@ class Training:
 def differences(one: Path, other: Path) -> list[str]:
     """Compare two run folders bit for bit. Return a list with a text for each difference.
 
-    Two things are compared: the metrics of every step, except the metrics in CLOCK, and all arrays of the last training
-    state.
+    Two things are compared: the metrics of every step, except the metrics in CLOCK, which depend on the time, and all
+    arrays of the last training state.
     """
     logs = [[{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(run)] for run in (one, other)]
     found = [f"step {i}: {rows}" for i, rows in enumerate(zip(*logs, strict=False), 1) if rows[0] != rows[1]]

@@ -1,4 +1,4 @@
-"""Measure how far modules specialise, what pruning half of them costs, and how much training new modules forgets.
+"""Measure how far modules specialise, how much pruning raises the loss, and what a model forgets in further training.
 
 A module is an expert of the feed-forward network or of the attention.
 
@@ -143,8 +143,9 @@ def statistics(results: list[dict]) -> dict[str, tuple[float, float]]:
     """Return {main result of an experiment: (mean over the seeds, standard error of the mean)}.
 
     `results`: the dictionary that `one` returned for each seed. The main results are: the rise of the mutual
-    information during the training; the loss after random pruning, minus the loss after pruning by use; and what
-    training the whole model forgets, minus what training only new modules forgets.
+    information during the training; the loss after random pruning, minus the loss after pruning by use; and the
+    forgetting if the whole model is trained further, minus the forgetting if only new modules are trained. Forgetting
+    is the increase of the held-out loss on the first two sources.
     """
     pairs = {
         "rise in bits about the source": [

@@ -28,7 +28,10 @@ class Instruction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A loop in the machine code of a kernel. All counts except `flops` are instructions of one warp per iteration."""
+    """A loop in the machine code of a kernel. The counts are for one iteration.
+
+    `flops` counts the operations of a warpgroup. All other counts are instructions of one warp.
+    """
 
     start: int  # address
     instructions: int
@@ -75,8 +78,8 @@ def find_loops(listing: str) -> list[Loop]:
     """Return the loops that do the work of a kernel, found in the listing of its machine code by nvdisasm.
 
     A loop that contains no other loop does work. So does a loop with matrix products, if the loops inside it have no
-    products. Such an inner loop, for example a search for the next tile to copy, counts as executed once per iteration.
-    Loops that wait for a barrier are left out.
+    products. Such an inner loop, for example a search for the next tile to copy, counts as executed once in each
+    iteration of the outer loop. Loops that wait for a barrier are left out.
     """
     instructions, labels = read(listing)
     found = [(i.address, re.search(r"\.L\w+", i.operands)) for i in instructions if i.op == "BRA"]

@@ -35,7 +35,7 @@ def of_model(model, tokens) -> Heads:
     if c.attention != "stick_breaking":
         raise ValueError(f"trained_heads needs stick-breaking attention, but the model has attention={c.attention!r}")
     if c.attention_experts.E:
-        raise ValueError(f"trained_heads needs attention_experts.E=0, but the model has {c.attention_experts.E}")
+        raise ValueError(f"trained_heads needs a model with attention_experts.E=0, got E={c.attention_experts.E}")
 
     @jax.jit
     def layer(block, x):
@@ -54,7 +54,7 @@ def of_model(model, tokens) -> Heads:
 
 
 def kept(heads: Heads, T: int) -> np.ndarray:
-    """Return, for each of the M heads, the fraction of the tiles that are computed with skip_below=SKIP.
+    """Return, for each of the heads, the fraction of the tiles that are computed with skip_below=SKIP.
 
     The heads attend to the first T tokens of their text. A tile has 64 queries and 64 keys. The other tiles are
     skipped, because almost nothing of the stick remains there.

@@ -5,7 +5,7 @@ has the heads of a trained model. Otherwise they are random: the logits of head 
 both cases, most heads attend to the keys of one tile, and a few heads attend to some hundred keys.
 
 The means are fitted to the fraction of the tiles of 64 queries and 64 keys that a trained model computed: 34% at T=1024
-and 21% at T=2048, from 12% to 65% for single heads. The model had 0.9M parameters and read source code, with
+and 21% at T=2048. For single heads, it was from 12% to 65%. The model had 0.9M parameters and read source code, with
 skip_below=-24.
 
 With standard normal queries and keys, early exit would look too good, because nearly all tiles would be skipped. With

@@ -226,8 +226,8 @@ def _axes(node: Node, mesh, shaped) -> dict[str, tuple[str, ...]]:
     A group is a name in `node.maps`: array axes in the same group are sharded over the same mesh axes. `shaped` has the
     types of all arrays, followed by the types of all results. Each type has the sharding that XLA proposes. Every group
     takes the first proposal that meets two conditions: the size of every axis in the group is a multiple of the number
-    of shards, and no other group has already taken one of the mesh axes. A group without such a proposal is left out of
-    the result, and its axes are not sharded.
+    of shards, and no other group has already taken a mesh axis of this proposal. A group without such a proposal is
+    left out of the result, and its axes are not sharded.
     """
     found, taken = {}, set()
     sizes = list(_dimensions(node, [x.shape for x in shaped]))

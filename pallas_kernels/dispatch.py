@@ -281,7 +281,7 @@ def _run_here(call: Any, op_name: str, implementation: tuple[str, ...] | None) -
 
 
 def explain(op_name: str, *args, **kwargs) -> str:
-    """Return one line: which implementation runs `op_name(*args, **kwargs)`, and why the preferred ones cannot run it.
+    """Return one line that says which implementation runs `op_name(*args, **kwargs)`, and why.
 
     `op_name` is the name of a public function of this package, such as "stick_breaking_attention". Nothing is computed.
     Only shapes and dtypes are read, so an argument may be a `jax.ShapeDtypeStruct` in place of an array.

@@ -38,8 +38,8 @@ def chunks(ops, rows: int, columns: int, itemsize: int):
     the warpgroup copies some of the chunks. The result is (first, distances):
 
     `first`: the position of the first chunk of the thread: (row, column, byte). Here, row and column are indices in the
-      tile, and byte is the offset from the start of the tile in shared memory. The position depends on the thread.
-      `ops`, a `_Thread`, computes it.
+      tile, and byte is the offset from the start of the tile in shared memory. The position depends on the thread,
+      so `ops`, a `_Thread`, computes it in the kernel.
     `distances`: a list of (rows, columns, bytes), with one entry for every chunk of the thread: the position of this
       chunk minus `first`. The first entry is (0, 0, 0). The entries are Python numbers, because they are equal in all
       threads.
@@ -222,14 +222,14 @@ def _copies(array, rows, column, tile):
     """Yield the addresses of every chunk of 16 bytes that one thread copies between `array` and `tile`.
 
     `array` [R, D] and the row numbers `rows`, int32 [M], are in global memory. `tile` [M, C] is in shared memory. Row r
-    of the tile corresponds to array[rows[r], column : column + C]. For each chunk, this function sets these attributes
-    of a `_Thread`, and yields it:
+    of the tile corresponds to array[rows[r], column : column + C]. For each chunk, this function sets three
+    attributes of a `_Thread` object, and yields the object:
 
     `shared`, `step`: their sum is the address of the chunk in shared memory. `step` is a Python number of bytes.
     `far`: the address of the chunk in global memory.
     `inside`: whether the chunk is inside `array`: its row number is not negative, and its first column is less than D.
 
-    The same `_Thread` is yielded each time. So use its attributes before the next chunk is yielded.
+    The same object is yielded for every chunk. So read its attributes before you ask for the next chunk.
     """
     from jax._src.lib.mlir import ir
     from jax._src.lib.mlir.dialects import arith, llvm

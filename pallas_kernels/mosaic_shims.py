@@ -6,9 +6,9 @@ docs/design/attention_kernels.md says which barriers the GPU bodies rely on.
 
 An array [64, C] that tensor cores compute is spread over the registers of a warpgroup, in this layout. The 128 threads
 of the warpgroup form quads of four neighbouring threads. A quad holds all C columns of two rows: an upper row, and a
-lower row, which is 8 rows below. The columns form groups of 8. Thread t of the quad (t from 0 to 3) holds the columns
-8 g + 2 t and 8 g + 2 t + 1 of every group g, in both rows. In the code of this module, `half` is 0 for the upper row
-and 1 for the lower row.
+lower row, which is 8 rows below. The columns form groups of 8. Thread t of the quad (t from 0 to 3) holds, in both
+rows, the columns 8 * g + 2 * t and 8 * g + 2 * t + 1 of every group g. In the code of this module, `half` is 0 for the
+upper row and 1 for the lower row.
 """
 
 import jax
@@ -191,8 +191,8 @@ def minus_sum_left(minuend, factor, x, start):
     None, it counts as 1.
 
     In the backward attention kernels, y is the gradient of the logits. There, A are the attention weights, dA are their
-    gradients, beta is the sigmoid of the logits, `x` is A dA, `minuend` is (1 - beta) A dA, and `factor` is beta.
-    `start` is the sum of A dA over the keys to the left of this tile, plus the gradient of log_rem. log_rem is the
+    gradients, beta is the sigmoid of the logits, `x` is A * dA, `minuend` is (1 - beta) * A * dA, and `factor` is beta.
+    `start` is the sum of A * dA over the keys to the left of this tile, plus the gradient of log_rem. log_rem is the
     logarithm of the part of the stick that remains after all keys.
     """
     if is_interpreted():

@@ -191,10 +191,10 @@ def _varying(x) -> frozenset:
 
 
 def _mesh(arrays: list[_Array]) -> AbstractMesh:
-    """Return the mesh on which an op runs.
+    """Return the mesh on which an op runs: the mesh of the context, or else the mesh of the first array with a mesh.
 
-    This is the mesh of the context. If the context has no mesh, it is the mesh of the first array that has one. If no
-    array has one, it is a mesh without axes, whose `axis_types` is an empty tuple and not None.
+    If neither the context nor an array has a mesh, return a mesh without axes. Its `axis_types` is an empty tuple, not
+    None.
     """
     meshes = [get_abstract_mesh(), *(jax.typeof(array.value).sharding.mesh for array in arrays)]
     return next((mesh for mesh in meshes if mesh.axis_names), AbstractMesh((), (), axis_types=()))
@@ -305,7 +305,7 @@ def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, 
             if at < other and shared:
                 pair = " and ".join(f"{letter} of {array}" for letter, array in (owners[at], owners[other]))
                 raise ValueError(
-                    f"both {pair} are sharded over {sizes(shared)}, but only one of them may be; "
+                    f"both {pair} are sharded over {sizes(shared)}, but only one of them may be sharded in this way; "
                     "reshard one of the arrays with jax.sharding.reshard"
                 )
     for array in arrays:
@@ -315,7 +315,7 @@ def _axes(letters: Letters, arrays: list[_Array], mesh) -> dict[str, tuple[str, 
                 owner = owners[maps[at]]
                 raise ValueError(
                     f"{at}={size} of {array} must be sharded like {owner[0]} of {owner[1]}, over {sizes(axes)}, but "
-                    f"{size} is not a multiple of the number of shards; divide {owner[1].name} over fewer devices "
+                    f"{size} is not a multiple of the number of shards; shard {owner[1].name} over fewer devices "
                     "with jax.sharding.reshard"
                 )
     return found

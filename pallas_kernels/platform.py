@@ -31,8 +31,8 @@ def interpret(*, detect_races: bool = False) -> Iterator[None]:
     """In this context, run Mosaic GPU kernels on the CPU, with their barriers, shared memory and warpgroups.
 
     With `detect_races`, the interpreter also looks for data races. The interpreter runs every warpgroup in a thread of
-    XLA. The number of these threads is the number of CPU cores or the number of JAX's CPU devices, whichever is larger.
-    With fewer than four threads, a kernel would wait forever. On a small machine, set
+    XLA. XLA has as many threads as there are CPU cores or JAX CPU devices, whichever number is larger. With fewer than
+    four threads, a kernel would wait forever. On a small machine, set
     XLA_FLAGS=--xla_force_host_platform_device_count=4 before JAX starts, to get four CPU devices.
 
     Raises:
@@ -41,7 +41,7 @@ def interpret(*, detect_races: bool = False) -> Iterator[None]:
     cores, devices = os.cpu_count() or 1, jax.local_device_count("cpu")
     if max(cores, devices) < 4:
         raise RuntimeError(
-            f"the Mosaic GPU interpreter needs 4 CPU cores or 4 CPU devices, found {cores} and {devices}; "
+            f"the Mosaic GPU interpreter needs 4 CPU cores or 4 CPU devices, found {cores} cores, {devices} devices; "
             "set XLA_FLAGS=--xla_force_host_platform_device_count=4 before JAX starts"
         )
     token = _interpreted.set(True)
@@ -86,7 +86,7 @@ def chip() -> str:
 def multiprocessors() -> int:
     """Return the number of streaming multiprocessors of the GPU for which JAX traces code.
 
-    Without a GPU, and in the interpreter, return 132, the number of an H200.
+    Without a GPU, return 132, the number of an H200.
     """
     device = get_abstract_mesh().abstract_device
     if device is None and jax.default_backend() == "gpu":

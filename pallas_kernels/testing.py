@@ -161,9 +161,9 @@ def differences(
       **kwargs: the keyword arguments of the op. A Python number, such as `scale=0.125`, is not differentiated.
 
     Returns:
-      `Differences`: a `Difference` for every output and every gradient. If the two implementations return outputs of
-      different shapes or dtypes, the tuple has only these outputs. A NaN or an infinity counts as a difference, even in
-      the expected results, because a comparison with it would prove nothing.
+      `Differences`: a `Difference` for every output and every gradient. If an output has different shapes or dtypes in
+      the two implementations, the tuple has only such outputs, and no gradients. A NaN or an infinity counts as a
+      difference, even in the expected results, because a comparison with it would prove nothing.
 
     Raises:
       ValueError: no argument is a floating-point array, or the arguments of the op are wrong.

@@ -33,4 +33,4 @@ def tuned(chip: str, op: str, **sizes: int) -> dict:
     for entry in table.get(chip, {}).get(op) or table["any"][op]:
         if all(sizes[name] <= most for name, most in entry["up_to"].items()):
             return entry
-    raise LookupError(f"tuned.json has no tile sizes for op={op!r}, chip={chip!r} and a call with the sizes {sizes}")
+    raise LookupError(f"tuned.json has no entry for op={op!r}, chip={chip!r} that fits a call with the sizes {sizes}")

@@ -40,7 +40,7 @@ BAD = {
     "skip_below nan": (_bad(skip_below=math.nan), "must be a negative number"),
     "tiles": (_bad(tiles=(0, 16)), r"tiles\[0\]=0 must be at least 1"),
     "three tiles": (_bad(tiles=(8, 8, 8)), "must be two positive integers"),
-    "offset": (_bad(query_offset=jnp.zeros(3, int)), r"query_offset .* integers, \[\] or \[B\]=\[2\], got int32\[3\]"),
+    "offset": (_bad(query_offset=jnp.zeros(3, int)), r"query_offset .* of shape \[\] or \[B\]=\[2\], got int32\[3\]"),
     "float offset": (_bad(query_offset=1.5), r"query_offset must be an int or an array .* \[B\]=\[2\], got 1.5"),
     "list offset": (_bad(query_offset=[1, 2]), r"query_offset must be an int or an array .* \[B\]=\[2\], got \[1, 2\]"),
     "no channels": (_bad(query=(2, 8, 4, 0), key=(2, 8, 2, 0)), r"H=0 of query.shape=\(2, 8, 4, 0\) must be"),

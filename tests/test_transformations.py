@@ -351,7 +351,7 @@ def refusals():
         "[2, 6, 4, 32] is sharded over the mesh axis 'data' of size 2":
             lambda: attend(divide(QUERY, "data"), divide(KEY, "model")),
         "both B of query [B,T,N,H]=[2, 6, 4, 32] and K of key [B,S,K,H]=[2, 6, 2, 32] are sharded over the mesh axis "
-        "'data' of size 2, but only one of them may be":
+        "'data' of size 2, but only one of them may be sharded in this way":
             lambda: attend(divide(QUERY, "data"), divide(KEY, None, None, "data")),
         "K=2 of key [B,S,K,H]=[2, 6, 2, 32] must be sharded like N of query [B,T,N,H]=[2, 6, 4, 32], over the mesh "
         "axis 'data' of size 2 and the mesh axis 'model' of size 2, but 2 is not a multiple of the number of shards":

@@ -27,12 +27,12 @@ def expert_linear(
 ) -> Float[Array, "Q F"]:
     r"""Multiply every row of x by the weight of the expert to which the row is routed: a grouped matrix product.
 
-    Let e = expert_indices[t,s] be the expert of choice s of token t. Then
+    Let e = routing.expert_indices[t,s] be the expert of choice s of token t. Then
 
-      y[t,s] = x[t,s] weight[e] + bias[e],   and with gates   out[t] = sum_s gates[t,s] y[t,s]   (in fp32).
+      y[t,s] = x[t,s] @ weight[e] + bias[e],   and with gates   out[t] = sum_s gates[t,s] * y[t,s]   (in fp32).
 
-    If expert_indices[t,s] is E, the number of experts, then choice s of token t has no expert: y[t,s] is exactly zero,
-    and no bias is added. The memory grows with T * k, not with T * E.
+    If e is E, the number of experts, then choice s of token t has no expert: y[t,s] is exactly zero, and no bias is
+    added. The memory grows with T * k, not with T * E.
 
     Args:
       x: [T, D], where row t is the input of all k choices of token t, or [T*k, D], where row t * k + s is the input of
@@ -86,9 +86,9 @@ def expert_mlp(
 ) -> Float[Array, "T D"]:
     r"""Apply to every token the feed-forward networks of its k experts, and sum their outputs, weighted by the gates.
 
-    Let e = expert_indices[t,s] be the expert of choice s of token t. Then
+    Let e = routing.expert_indices[t,s] be the expert of choice s of token t. Then
 
-      out[t] = sum_s gates[t,s] (act(x[t] w_in[e] + b_in[e]) w_out[e] + b_out[e]).
+      out[t] = sum_s gates[t,s] * (act(x[t] @ w_in[e] + b_in[e]) @ w_out[e] + b_out[e]).
 
     Args:
       x: [T, D], one row for each token.
@@ -139,7 +139,7 @@ def _check_one_dtype(**arrays):
 
 
 def _floats(name, a, shape, letters):
-    """Check that the array `a` has a floating-point dtype and the shape `shape`. Return it. If it is None, return None.
+    """Check that `a` is None, or a floating-point array of the shape `shape`. Return `a`.
 
     Raise ValueError if the dtype or the shape is wrong. For the message, `name` is the name of the argument, and
     `letters`, such as "T,k", are the letters of its axes.

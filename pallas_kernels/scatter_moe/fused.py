@@ -1,9 +1,9 @@
 """`expert_linear` and `expert_mlp` by GPU kernels, written in Mosaic or in Triton: the forward and backward passes.
 
 The functions call the kernels by the interface `kernels.Kernels`. The forward pass of `mlp` saves its arguments and the
-pre-activation h = x w_in + b_in. The backward pass does not need y = act(h) w_out, for the following reason. Let d_out
-be the cotangent of the output, and dy = d_out w_out^T. Without a bias, the gradient of a gate is the dot product
-<y, d_out>, and this is equal to <act(h), dy>.
+pre-activation h = x @ w_in + b_in. The backward pass does not need y = act(h) @ w_out, for the following reason. Let
+d_out be the cotangent of the output, and dy = d_out @ w_out^T. Without a bias, the gradient of a gate is the dot
+product <y, d_out>, and this is equal to <act(h), dy>.
 
 The kernels gather the rows of x and d_out when they load them, so the forward pass makes no array with k copies of each
 row of x. XLA, and not a kernel, sums the k rows of every token, both in the output and in the gradient of x. If these
@@ -50,7 +50,7 @@ def _combined(kernels: Kernels, x, weight, routing, tasks, gates=None, bias=None
     x has one row for every (token, choice) pair, sorted by expert. Let x_s be the row of x for choice s of token t, and
     e the expert of this choice. Then
 
-      out[t] = sum_s gates[t,s] (x_s @ weight[e] + bias[e]).
+      out[t] = sum_s gates[t,s] * (x_s @ weight[e] + bias[e]).
 
     Without gates, every gate is 1. The weight is [E, D, F], or [E, F, D] if `transposed`. The columns of the result are
     computed in groups, so that the terms of the sum, [T*k, columns of a group], usually take 1 GiB or less. A group has
@@ -73,8 +73,8 @@ def _d_gates(gates, d_gate, bias, d_out, routing):
     """Return the gradient of the gates, [T, k].
 
     For choice s of token t with expert e, let y be the product of the input row and the weight of e. Then the output of
-    token t is the sum over its choices of gates[t,s] (y + bias[e]). With d_out [T, F], the cotangent of the output, the
-    gradient of gates[t,s] is
+    token t is the sum over its choices of gates[t,s] * (y + bias[e]). With d_out [T, F], the cotangent of the output,
+    the gradient of gates[t,s] is
 
       <y, d_out[t]> + <bias[e], d_out[t]>.
 

@@ -104,7 +104,7 @@ class Kernels(Protocol):
 
         The gradient of weight[e] is
 
-          sum_i left[left_numbers[i]]^T right[right_numbers[i]],
+          sum_i left[left_numbers[i]]^T @ right[right_numbers[i]],
 
         where i runs over the rows of the tiles of expert e in `tasks`. `left` has rows of D elements, the inputs of the
         matrix products. `right` has rows of F elements, the cotangents of the results. `left_numbers` and

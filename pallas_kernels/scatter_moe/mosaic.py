@@ -38,7 +38,7 @@ def detail(call: LinearCall | MlpCall) -> str:
 
 
 def _widths(call) -> tuple[int, ...]:
-    """Return the shape of the weight matrix of one expert: (D, F), or (F, D) for `w_out` of `expert_mlp`."""
+    """Return the shape of the weight matrix of one expert: (D, F). For `expert_mlp`, `w_out` counts: (F, D)."""
     return call.weight.shape[1:] if isinstance(call, LinearCall) else call.w_out.shape[1:]
 
 
@@ -196,8 +196,8 @@ def _d_bias(bias, right, numbers, tasks, gates=None):
     """Return the gradient of `bias`, with the same shape: for every expert, the sum of the cotangents of its outputs.
 
     The cotangents of an expert are the rows right[numbers[i]], for every row i of its tiles in `tasks`. With gates,
-    each cotangent is first multiplied by its gate. A Mosaic kernel computes the sums as a matrix product left^T right,
-    where `left` has ones, or the gates.
+    each cotangent is first multiplied by its gate. A Mosaic kernel computes the sums as a matrix product,
+    left^T @ right, where `left` has ones, or the gates.
     """
     gate_of_pair = jnp.ones((1, 1)) if gates is None else gates.reshape(-1, 1)
     left = jnp.broadcast_to(gate_of_pair.astype(right.dtype), (tasks.num_pairs, ONES))

@@ -47,7 +47,7 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
 
       out[target[i]] = (row source[i] of x) @ weight[e] + bias[e].
 
-    `mosaic_product.product` runs the kernel. It explains the arguments, which are the same. For float32, x must be
+    `mosaic_product.product` runs the kernel. Its docstring explains the arguments. For float32, x must be
     [1, rows of x, width], and the result is the sum of six products of bfloat16 arrays.
 
     Raises:
@@ -69,7 +69,7 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
 def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks):
     """Return the gradients of the weights of all experts, [E, D, parts, F], in bfloat16, float16 or float32.
 
-    `mosaic_weights.d_weights` runs the kernel. It explains the arguments, which are the same. For float32, the result
+    `mosaic_weights.d_weights` runs the kernel. Its docstring explains the arguments. For float32, the result
     is the sum of six products of bfloat16 arrays.
     """
     if left.dtype != jnp.float32:

@@ -245,7 +245,8 @@ def _store(values, numbers, memory, column, out_ref) -> None:
 def _biased(accumulator, bias_ref, part, at):
     """Return `accumulator` [64, 128], which is in registers, plus the bias of its 128 columns.
 
-    The bias is bias_ref[at.expert, part, at.column : at.column + 128]. `bias_ref` is in global memory.
+    The bias is bias_ref[at.expert, part, at.column : at.column + 128]. `bias_ref` is in global memory. `part` is the
+    index of a half of a gated hidden layer, else 0. `at`, an `At`, has the expert and the first column.
     """
     bias = plgpu.load(bias_ref.at[at.expert, part, pl.ds(at.column, COLUMNS)], layout=shims.COLUMN, optimized=False)
     return accumulator + lax.broadcast_in_dim(bias, accumulator.shape, [1])

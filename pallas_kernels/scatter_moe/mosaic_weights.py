@@ -1,6 +1,6 @@
 """The kernel for the gradients of expert weights on Hopper GPUs (Pallas Mosaic GPU).
 
-The gradient of the weight of expert e is the sum of left[r]^T right[r] over the rows r of the expert: `left` has the
+The gradient of the weight of expert e is the sum of left[r]^T @ right[r] over the rows r of the expert: `left` has the
 inputs of the matrix product, and `right` has the cotangents of its results. The kernel copies the rows of `left` and
 `right` by their row numbers, so neither array is transposed or padded in memory. Empty rows are copied as zeros. The
 gradient of an expert without rows is zero.
@@ -83,7 +83,7 @@ def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=
 
     For expert e and part p, the gradient [D, F] is
 
-      sum_i left[left_numbers[i]]^T right[p, right_numbers[i]],
+      sum_i left[left_numbers[i]]^T @ right[p, right_numbers[i]],
 
     where i runs over the rows of the tiles of expert e in `tasks`. `left` is [rows of left, D], and `right` is
     [parts, rows of right, F]. There are two parts if `right` has the halves of a gated hidden layer, else one part.

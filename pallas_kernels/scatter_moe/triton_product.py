@@ -11,7 +11,7 @@ The constants in capitals: a row of x has D columns, and a row of the result has
 rows, and E experts. A program computes the M rows of one tile in N columns of the result, in steps of K along D.
 Addresses of rows have 64 bits, because the rows of all pairs may have more elements than 32 bits can count.
 
-The hidden layer of `expert_mlp` is act(h), where h = x @ w_in + b_in is the pre-activation. If GATED, h has 2 F
+The hidden layer of `expert_mlp` is act(h), where h = x @ w_in + b_in is the pre-activation. If GATED, h has 2 * F
 columns, act(h) = f(first half of h) * second half of h, and ACTIVATION is the name of f. Otherwise h has F columns, and
 ACTIVATION is the name of act.
 """
@@ -125,10 +125,10 @@ def activated(x, source, weight, bias, expert, count, target, out, pre, E: tl.co
     GATED and ACTIVATION. All arguments that are not constants point to global memory.
 
     `x`: [.., D], the rows to read.
-    `weight`: [E, D, F], or [E, D, 2 F] if GATED.
-    `bias`: [E, F], or [E, 2 F] if GATED. It is added only if BIASED.
+    `weight`: [E, D, F], or [E, D, 2 * F] if GATED.
+    `bias`: [E, F], or [E, 2 * F] if GATED. It is added only if BIASED.
     `out`: [.., F].
-    `pre`: [.., F], or [.., 2 F] if GATED. Without KEEP, it is not written.
+    `pre`: [.., F], or [.., 2 * F] if GATED. Without KEEP, it is not written.
     `source`: [TILES * M], for every row of the tiles a row index in x, or -1 for an empty row.
     `target`: [TILES * M], for every row of the tiles a row index in `out` and `pre`, or -1 for an empty row.
     `expert`: [TILES], the expert of every tile, or E for a tile without an expert, whose results are zero.

@@ -20,8 +20,8 @@ def d_weights(left, left_numbers, right, right_numbers, heavy, first, rows, out,
     number of its rows, without empty rows. So expert e has the row numbers i from first[e] * M to
     first[e] * M + rows[e] - 1.
 
-    out[e] is the sum of left[left_numbers[i]]^T right[right_numbers[i]] over these i. `left` [.., D] has the inputs of
-    the matrix products, and `right` [.., F] has the cotangents of their results. `left_numbers` and `right_numbers`
+    out[e] is the sum of left[left_numbers[i]]^T @ right[right_numbers[i]] over these i. `left` [.., D] has the inputs
+    of the matrix products, and `right` [.., F] has the cotangents of their results. `left_numbers` and `right_numbers`
     have a row index for every row of the tiles. `heavy` [E] lists the experts by their numbers of rows, the largest
     number first. All arguments that are not constants point to global memory. A program computes DOWN x ACROSS elements
     of out[e]. In each step, it adds the terms of R rows.

@@ -106,12 +106,13 @@ def _affine_backward(x, w, b, gate, dy):
 class _Function(NamedTuple):
     """A function of the weights and rows of one expert, with its derivative. `_grouped` applies it to all experts.
 
-    `forward`: (weights, rows) -> (y, saved). y are the result rows. `saved` is a tuple of arrays to save for the
-      backward pass, with one row for each result row.
-    `backward`: (weights, rows, saved, dy) -> (d_weights, d_rows), the gradients, where dy is the cotangent of y.
+    `forward`: (weights, rows) -> (y, saved). y are the result rows. `saved` is a tuple of intermediate arrays, with one
+      row for each result row. Only the first len(saved_rows) of them are kept until the backward pass.
+    `backward`: (weights, rows, kept, dy) -> (d_weights, d_rows), the gradients. `kept` are the arrays that were kept,
+      and dy is the cotangent of y. `backward` computes again all arrays that were not kept.
     `in_rows`: for each array in `rows`, the order of its rows: "token", "pair" or "sorted", as in `call.Rows`.
     `out_rows`: the order of the rows of y.
-    `saved_rows`: for each array of `saved` that is kept, the order of its rows. Further arrays of `saved` are dropped.
+    `saved_rows`: for each array that is kept, the order of its rows.
     """
 
     forward: object
@@ -185,7 +186,7 @@ def _grouped(function: _Function, weights, rows, routing):
 
     `weights` are arrays [E, ..], with one entry for each expert. `rows` are arrays, and `function.in_rows` says how the
     rows of each array are ordered. The result has one row for every (token, choice) pair, in the order
-    `function.out_rows`. It is zero for a pair without an expert.
+    `function.out_rows`. The row of a pair without an expert is zero.
     """
 
     def block(w, xs, valid):

@@ -80,7 +80,8 @@ def stick_breaking_attention(
       ValueError: an argument has a wrong shape, dtype or value (the message names the axes by their letters), or an
         array is sharded along an axis other than B, N and K (docs/reference/transformations.md).
       NotImplementedError: none of the implementations named in `implementation` can run this call.
-      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" has one.
+      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" supports it,
+        and not on a mesh of Auto axes.
 
     Source: "Scaling Stick-Breaking Attention", arXiv 2410.17980.
 
@@ -270,7 +271,7 @@ def _prepare(
         is_array = arguments.is_array(query_offset)
         if not is_array or query_offset.shape not in ((), (B,)) or not jnp.issubdtype(query_offset.dtype, jnp.integer):
             got = f"{query_offset.dtype}{list(query_offset.shape)}" if is_array else repr(query_offset)
-            raise ValueError(f"query_offset must be an int or an array of integers, [] or [B]=[{B}], got {got}")
+            raise ValueError(f"query_offset must be an int or an array of integers of shape [] or [B]=[{B}], got {got}")
         offset = jnp.broadcast_to(query_offset, (B,)).astype(jnp.int32)
     return Call(
         query, key, value, Where(offset, segment_ids, key_segment_ids), scale,

@@ -1,4 +1,4 @@
-"""The code that the Mosaic and Triton backends of attention share: derivatives and decoding. It calls their kernels.
+"""The code that the Mosaic and Triton backends of attention share, for derivatives and decoding: it calls the kernels.
 
 Decoding means few queries and many keys. For the backward pass, the forward pass saves its inputs and two results of
 the kernel `forward`. One is the index of the leftmost key tile that was computed for each query tile. The other one is
@@ -185,8 +185,8 @@ def _share_visited(plan: Plan, key_ranges, reached):
 def is_decoding(call: Call) -> bool:
     """Return whether a call has few queries and many keys, so that the keys of a head are split over several blocks.
 
-    This is so if T <= 16, S >= 512, no `tiles` are given, and the query heads that share a key head have at most 64
-    queries in total.
+    The conditions are: T <= 16, S >= 512, no `tiles` are given, and the query heads that share a key head have at most
+    64 queries in total.
     """
     T, rows = call.mask.T, call.mask.T * (call.query.shape[2] // call.key.shape[2])
     return call.tiles is None and T <= 16 and rows <= 64 and call.mask.S >= 2 * SPLIT

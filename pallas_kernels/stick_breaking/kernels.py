@@ -20,9 +20,10 @@ class Plan:
 
     In the kernels `forward` and `d_query`, a block of the GPU computes one or two query tiles of one head, with the key
     tiles that these queries see. The head is a query head, and its query rows are the T queries. In decoding, the head
-    is a key head: the G query heads that use it are packed into one head with T * G query rows, and N is K. In the
-    kernel `d_key_value`, a block computes one key tile of one key head. The properties `block_rows` and `tiles` are
-    about the blocks of `forward` and `d_query`. Backends add fields in subclasses.
+    is a key head: the G query heads that use it are packed into one head with T * G query rows, and the field N has the
+    same value as the field K. In the kernel `d_key_value`, a block computes one key tile of one key head. The
+    properties `block_rows` and `tiles` are about the blocks of `forward` and `d_query`. Backends add fields in
+    subclasses.
     """
 
     B: int

@@ -37,9 +37,9 @@ def refuses(call: Call) -> str | None:
 
 
 def detail(call: Call) -> str:
-    """Describe how the kernels run a call: the sizes of the tiles, or the number of parts of the keys in decoding.
+    """Describe how the kernels run a call, such as "128 x 64 tiles". `explain` shows this text.
 
-    `explain` shows this text, such as "128 x 64 tiles".
+    In decoding, the text has the number of parts into which the keys are split, in place of the sizes of the tiles.
     """
     S = call.mask.S
     copied = f", keys and values copied, padded from S={S} to {S + -S % COPIED_ROWS} rows" if S % COPIED_ROWS else ""

@@ -3,8 +3,8 @@
 For a query q and a key k, z = scale * <q, k> is the logit, and beta = sigmoid(z) is the share of the remaining stick
 that the key breaks off. The weight A is beta times the product of 1 - beta over the nearer keys. dO is the cotangent of
 the output, and d_log_rem is the cotangent of log_rem, the sum of log(1 - beta) over all keys. The gradients are
-    dA = dO V^T,  a = A * dA (element by element),  P = d_log_rem + the sum of a over the keys further left,
-    dz = (1 - beta) a - beta P,  dq = scale dz K,  dk = scale dz^T Q,  dv = A^T dO.
+    dA = dO @ V^T,  a = A * dA (element by element),  P = d_log_rem + the sum of `a` over the keys further left,
+    dz = (1 - beta) * a - beta * P,  dq = scale * dz @ K,  dk = scale * dz^T @ Q,  dv = A^T @ dO.
 
 In the kernel `d_query`, a warpgroup computes 64 query rows and visits the key tiles from left to right, so P is a
 running sum. For every query row and half of a key tile, it stores two numbers, the snapshots. One is P of the leftmost
@@ -43,7 +43,7 @@ def weights_of(z, seen, entering):
 
 
 def d_logits(a, logs, prefix):
-    """Return (dz [64, keys], total_a [64]), where dz = (1 - beta) a - beta P are the gradients of the logits.
+    """Return (dz [64, keys], total_a [64]), where dz = (1 - beta) * a - beta * P are the gradients of the logits.
 
     All arrays are in registers. `a` [64, keys] is the attention weight times the cotangent of the weight, and total_a
     is the sum of `a` over these keys. P of a key is the cotangent of log_rem plus the sum of `a` over all keys further

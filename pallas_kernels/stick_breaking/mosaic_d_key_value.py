@@ -1,14 +1,14 @@
 """The kernel for dk and dv, the gradients of the keys and values, on Hopper GPUs.
 
 The gradients are
-    dk = scale dz^T Q,  dv = A^T dO,
+    dk = scale * dz^T @ Q,  dv = A^T @ dO,
 with the attention weights A, the gradients dz of the logits, and the cotangent dO of the output. mosaic_backward.py has
 all formulas. docs/design/attention_kernels.md explains the barriers.
 
 A block computes dk and dv of 64 keys of one key head. It loops over the query tiles whose queries see these keys, in
 steps of one or two query tiles. The steps that need no mask come first. In a step, two warpgroups each compute half of
-A and half of dz, and exchange them through shared memory. Then the first warpgroup adds A^T dO to dv, and the second
-one adds dz^T Q to dk. So each warpgroup has only one of the two sums in registers. A sum of width H or Hv takes
+A and half of dz, and exchange them through shared memory. Then the first warpgroup adds A^T @ dO to dv, and the second
+one adds dz^T @ Q to dk. So each warpgroup has only one of the two sums in registers. A sum of width H or Hv takes
 width / 2 registers of each thread. The kernel has two forms:
 
 - H and Hv up to 128: a step is two neighbouring query tiles, one for each warpgroup. A third warpgroup copies the query
@@ -175,7 +175,7 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
     """Return the function offer(cursor, step) -> (next cursor, next step), which copies query tiles to shared memory.
 
     A step of the kernel computes one query tile, or two neighbouring ones. A loop goes over all query tiles of the
-    query heads that use the key head of the block. It does so twice: pass 0 selects the steps that need no mask, and
+    query heads that use the key head of the block, in two passes: pass 0 selects the steps that need no mask, and
     pass 1 selects the steps that need a mask. A step is left out if the forward pass computed the key tile of the
     block for none of the query tiles of the step.
 

@@ -2,9 +2,9 @@
 
 The snapshots are two numbers for every query row and half of a key tile:
 - the cumulative log-decay before the half, which is the sum of -log2(1 - beta) over all keys on the right of the half;
-- P, which is d_log_rem plus the sum of a over all keys on the left of the half.
-Here, beta is the sigmoid of a logit, a is the weight times the cotangent of the weight, and d_log_rem is the cotangent
-of log_rem, the natural logarithm of the part of the stick that remains.
+- P, which is d_log_rem plus the sum of `a` over all keys on the left of the half.
+Here, beta is the sigmoid of a logit, `a` is the weight times the cotangent of the weight, and d_log_rem is the
+cotangent of log_rem, the natural logarithm of the part of the stick that remains.
 mosaic_backward.py has all formulas. docs/design/attention_kernels.md explains the barriers.
 """
 
@@ -222,9 +222,9 @@ def _write(
 ) -> None:  # fmt: skip
     """Write d_scale and dq of the 64 query rows of a warpgroup to global memory. dq goes through shared memory.
 
-    `acc` [64, H], in registers, is the matrix product dz K over all keys, where dz are the gradients of the logits. So
-    dq is scale * acc. d_scale of a row is the term that the row adds to the gradient of the scale: <acc, query>. `rows`
-    is the slice of the 64 query rows in the arrays.
+    `acc` [64, H], in registers, is the matrix product dz @ K over all keys, where dz are the gradients of the logits.
+    So dq is scale * acc. d_scale of a row is the term that the row adds to the gradient of the scale: <acc, query>.
+    `rows` is the slice of the 64 query rows in the arrays.
     """
     b, n, wg = assigned.b, assigned.n, assigned.wg
     # d_scale is the sum of dz * <q, k> over the keys, which is <acc, q>. It uses acc before acc is rounded. It is

@@ -4,8 +4,8 @@ A block has one or two warpgroups that compute, each with 64 query rows of one h
 to left, the nearest one first. One more warpgroup copies the tiles of keys and values to shared memory in advance.
 
 All warpgroups have the same number of registers. The kernel does not move registers from the copying warpgroup to the
-others, because the linker of the CUDA libraries ignores the instruction for it. With three warpgroups, each thread has
-168 registers, which are enough.
+others, because the linker of the CUDA libraries ignores setmaxnreg, the instruction that moves them. With three
+warpgroups, each thread has 168 registers, which are enough.
 """
 
 from functools import partial

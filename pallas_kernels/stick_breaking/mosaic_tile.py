@@ -64,8 +64,9 @@ class Assignment(NamedTuple):
 def tile_memory(shape, dtype, swizzle: int = 128):
     """Declare an array of shape `shape`, [.., rows, width], in shared memory, in the layout that tensor cores read.
 
-    The layout permutes the numbers in a pattern. `swizzle` is the width of this pattern in bytes. It is limited to the
-    width of a row. Both operands of a product need a pattern of the same width.
+    The layout permutes the elements of the array in a repeating pattern. `swizzle` is the width of the pattern in
+    bytes. A width above the width of a row is replaced by the width of a row. Both operands of a product need the same
+    width.
     """
     size = jnp.dtype(dtype).itemsize
     swizzle = min(swizzle, shape[-1] * size)

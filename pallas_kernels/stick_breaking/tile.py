@@ -100,9 +100,9 @@ def backward(q, k, v, d_out, mask, log_rem, prefix, scale):
     """Compute what one tile adds to the gradients. Return (dq [G,R,H], dk [C,H], dv [C,Hv], prefix [G,R]).
 
     dq and dk are not yet multiplied by `scale`. `d_out` [G,R,Hv] is the cotangent of the output. For each query and
-    key, let a = weight * <d_out, v>. The argument `prefix` [G,R] is the sum of a over all keys on the left of the tile,
-    plus the cotangent of log_rem after all keys. The result `prefix` also includes the a of the keys of the tile. It is
-    the argument for the next tile on the right. The other arguments are as in `forward`.
+    key, let `a` be weight * <d_out, v>. The argument `prefix` [G,R] is the sum of `a` over all keys on the left of the
+    tile, plus the cotangent of log_rem after all keys. The result `prefix` also includes the sum of `a` over the keys
+    of the tile. The result is the argument for the next tile on the right. The other arguments are as in `forward`.
     """
     z, y, log_beta, softplus = _sticks(q, k, mask, scale)
     nearer, _ = _sum_after(softplus, reverse=False)

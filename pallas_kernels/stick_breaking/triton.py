@@ -55,9 +55,9 @@ def refuses(call: Call) -> str | None:
 
 
 def detail(call: Call) -> str:
-    """Describe how the kernels run a call: the sizes of the tiles, or the number of parts of the keys in decoding.
+    """Describe how the kernels run a call, such as "64 x 32 tiles". `explain` shows this text.
 
-    `explain` shows this text, such as "64 x 32 tiles".
+    In decoding, the text has the number of parts into which the keys are split, in place of the sizes of the tiles.
     """
     if fused.is_decoding(call):
         return f"decoding, {fused.splits(call)} splits of the keys"
@@ -109,8 +109,8 @@ def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | Non
 def _arrays(plan: Plan, scale, key_ranges, offset, query_segments=None, key_segments=None):
     """Return the last arguments of every kernel: scale, key-tile ranges, offset, segment ids of queries and of keys.
 
-    The offset [B] is the position of the first query among the keys. In a call without segments, the array of offsets
-    is passed in place of the segment ids, and the kernel does not read it there.
+    The offset [B] is the position of the first query among the keys. In a call without segments, the kernel
+    does not read the segment ids, so the array of offsets is passed in their place.
     """
     segments = (query_segments, key_segments) if plan.segments else (offset, offset)
     return scale.reshape(1).astype(jnp.float32), key_ranges, offset, *segments

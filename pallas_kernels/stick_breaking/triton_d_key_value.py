@@ -1,7 +1,7 @@
 """The Triton kernel for dk and dv, the gradients of the keys and values.
 
 A block computes dk and dv of one key tile. It sums over the query tiles whose queries see keys of this tile:
-    dk = scale dz^T Q,  dv = A^T dO,
+    dk = scale * dz^T @ Q,  dv = A^T @ dO,
 with the attention weights A, the gradients dz of the logits, and the cotangent dO of the output. It computes A and dz
 again, with the snapshots of `d_query`. These are two numbers for every query row and key tile:
 - the cumulative log-decay before the tile: the sum of -log2(1 - beta) over all keys on the right of the tile;

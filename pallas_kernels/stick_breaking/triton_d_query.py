@@ -3,8 +3,8 @@
 For a query q and a key k, z = scale * <q, k> is the logit, and beta = sigmoid(z) is the share of the remaining stick
 that the key breaks off. The weight A is beta times the product of 1 - beta over the nearer keys. dO is the cotangent of
 the output, and d_log_rem is the cotangent of log_rem, the sum of log(1 - beta) over all keys. The gradients are
-    dA = dO V^T,  a = A * dA (element by element),  P = d_log_rem + the sum of a over the keys further left,
-    dz = (1 - beta) a - beta P,  dq = scale dz K,  dk = scale dz^T Q,  dv = A^T dO.
+    dA = dO @ V^T,  a = A * dA (element by element),  P = d_log_rem + the sum of `a` over the keys further left,
+    dz = (1 - beta) * a - beta * P,  dq = scale * dz @ K,  dk = scale * dz^T @ Q,  dv = A^T @ dO.
 
 A block computes dq of one query tile. It visits the key tiles from left to right, so P is a running sum. For every
 query row and key tile, it stores two numbers, the snapshots. One is P of the leftmost key of the tile. The other one is
@@ -31,7 +31,7 @@ def visit(
     """Add key tile j to dq of a query tile, and store its snapshots. Return `prefix`, `high`, `low` and `acc`, updated.
 
     These four sums are in registers. `acc` [R,Hp] is dq, not yet multiplied by the scale. `prefix` [R] is P: the
-    cotangent of log_rem plus the sum of a over all keys on the left of tile j, where a is the weight times the
+    cotangent of log_rem plus the sum of `a` over all keys on the left of tile j, where `a` is the weight times the
     cotangent of the weight. high + low [R] is the cumulative log-decay: the sum of -log2(1 - beta) over the keys of
     tile j and all keys on the right of tile j. The returned sums are for the next tile, j + 1.
 

@@ -1,11 +1,11 @@
 """The implementation "xla" of stick-breaking attention, in plain JAX, with memory linear in T.
 
-Scores are computed in tiles, with the functions of tile.py. A "short call" has few queries and keys. It is an unrolled
-loop over query tiles, and each query tile has one key tile, with all keys that its queries may see. A "long call" is a
-loop over query tiles. For each query tile, a while loop visits key tiles, beginning with the nearest keys and going to
-the left. The while loop ends at the leftmost key tile that the queries may see. With `skip_below`, it also ends when
-every query of the tile has less than 2^skip_below of its stick left. The backward pass does not store the attention
-weights, but computes them again from the queries and keys.
+Scores are computed in tiles, with the functions of tile.py. A "short call" has few queries and keys. It is computed by
+an unrolled loop over query tiles. Each query tile has one key tile, with all keys that its queries may see. A "long
+call" is computed by a loop over query tiles. For each query tile, a while loop visits key tiles, beginning with the
+nearest keys and going to the left. The while loop ends at the leftmost key tile that the queries may see. With
+`skip_below`, it also ends when every query of the tile has less than 2^skip_below of its stick left. The backward pass
+does not store the attention weights, but computes them again from the queries and keys.
 
 G = N / K is the number of query heads that use the same key head.
 """

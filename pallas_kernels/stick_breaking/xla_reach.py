@@ -24,9 +24,9 @@ def long_tiles(call):
 
 
 def reach_of(call: Call, where: Where):
-    """Return the range of key tiles that each query tile may see: first and last, as one array int32 [2, query tiles].
+    """Return the range of key tiles that each query tile may see, as one array int32 [2, query tiles]: (start, stop).
 
-    In every batch entry of `where`, all keys that query tile i sees are in the key tiles first[i]..last[i]-1.
+    In every batch entry of `where`, all keys that query tile i sees are in the key tiles start[i]..stop[i]-1.
     """
     rows, columns = long_tiles(call)
     needed = _within_mask(call, where.offset)
