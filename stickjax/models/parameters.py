@@ -203,7 +203,8 @@ def parameter(leaf: Leaf) -> Parameter:
     dims, axes = np.ndim(leaf.value), len(row.axes.split())
     if dims not in (axes, axes + 1):
         raise ValueError(
-            f"{leaf.name} has {dims} axes, but in the table of parameters its axes are {row.axes!r}; correct the row"
+            f"{leaf.name} has {dims} axes, but in the table of parameters its axes are {row.axes!r} (after L for "
+            f"stacked layers); correct the row {last!r} of the class {leaf.owner.__name__}"
         )
     return row
 

@@ -17,8 +17,8 @@ class Weights(NamedTuple):
     """The parameters of the cell as arrays, in the type `config.dtype`.
 
     `w_in` [2H,4H], `in_bias` [4H], `w_out` [4H,4H] and `out_bias` [4H] belong to the `Cell`. `scale` and `shift` [H]
-    are the parameters of the LayerNorm of the cell's output. `Encoder` uses this LayerNorm, with the same parameters, also
-    for the projected tokens.
+    are the parameters of the LayerNorm of the cell's output. `Encoder` also applies this LayerNorm, with the same
+    parameters, to the projected tokens.
     """
 
     w_in: jax.Array
