@@ -55,7 +55,8 @@ def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> 
 def is_most_likely(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Bool[Array, "B T"]:
     """Return True for every target that is the argmax of its logits. Of equal logits, the smallest token id counts.
 
-    If the mesh axis "tensor" divides the V logits, every device has a part of them and gets the whole result.
+    If the V logits are sharded over the mesh axis "tensor", every device has a part of the logits, and gets the whole
+    result.
 
     >>> is_most_likely(jnp.array([[[0.0, 2.0, 2.0]]]), jnp.array([[1]])).item()
     True

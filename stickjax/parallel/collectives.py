@@ -88,7 +88,7 @@ def rows_of_device(x):
 
 
 def all_rows(logits):
-    """All-gather `logits`, of which this device has a part of the B rows and of the V columns. Return all, [B,V]."""
+    """All-gather `logits`: this device has a part of the B rows and of the V columns. Return the whole array [B,V]."""
     if size("tensor") > 1:
         logits = lax.all_gather(logits, "tensor", axis=1, tiled=True)
     axes = several(ROW_AXES)
@@ -98,7 +98,7 @@ def all_rows(logits):
 def sums_of_all_rows(x):
     """Sum x [B,T] over the T tokens of each row. Return the sums [B] of the rows of all devices.
 
-    Every device has some rows of x, and the mesh axis "context" may divide the tokens of a row among devices.
+    Every device has some rows of x. The tokens of a row may be sharded over the mesh axis "context".
     """
     found = x.sum(1)
     if size("context") > 1:
