@@ -135,7 +135,7 @@ def test_the_commands_take_a_mesh(run, alone, capsys):
 def test_a_model_of_examples_is_evaluated_on_one_device():
     config = Config(OrderedMemoryConfig(V=18, D=6, H=5, N=3, sentences=1, classes=10)).replace({"mesh.data": 2})
     assert mesh_for_evaluation(config) is None
-    with pytest.raises(ValueError, match="a model that reads examples is evaluated on one device"):
+    with pytest.raises(ValueError, match="such as a classifier, is evaluated on one device"):
         mesh_for_evaluation(config, ["mesh.data"])
 
 

@@ -23,14 +23,14 @@ class Context(NamedTuple):
     """The documents and positions of the query tokens, and the documents of the keys.
 
     In an attention layer, T query tokens per sequence attend to S keys. All layers of a decoder use the same context.
-    If the mesh axis "context" divides the sequences, T is the number of tokens on this device, and S is the number of
-    keys of the whole sequence.
+    If the sequences are sharded over the mesh axis "context", T is the number of tokens on this device, and S is the
+    number of keys of the whole sequence.
 
     `segment_ids` [B,T], `key_segment_ids` [B,S]: the document id of every token and of every key. A token attends only
       to keys with the same id; a negative id is padding. None: every sequence is one document.
     `positions` [B,T]: the positions for rotary embedding; None if the attention variant does not use it.
     `offset`: the number of tokens that the cache had before this call; 0 without a cache. It is also 0 on every device
-      if the mesh axis "context" divides the sequences.
+      if the sequences are sharded over the mesh axis "context".
     """
 
     segment_ids: jax.Array | None
@@ -43,8 +43,9 @@ class Attention(nnx.Module):
     """An attention layer with N query heads and K key/value heads, all of dimension H.
 
     The queries are x W_q, the keys x W_k and the values x W_v. N / K query heads share a key/value head. The outputs of
-    the heads are multiplied by W_o and summed. With `query_key_value_bias` in the config, each of the three has a
-    trainable bias, which starts at zero. With `query_key_norm`, queries and keys are then normalised (`QueryKeyNorm`).
+    the heads are multiplied by W_o and summed. With `query_key_value_bias` in the config, queries, keys and values each
+    have a trainable bias, which starts at zero. With `query_key_norm`, queries and keys are then normalised
+    (`QueryKeyNorm`).
 
     The stick-breaking weights of a query sum to 1 - rem, where rem is the part of the stick that no key takes. The
     config field `remainder` says what is added to the output of a head. "none": nothing. "value": rem times the value
@@ -93,7 +94,7 @@ class Attention(nnx.Module):
         """Compute the outputs of the heads from the queries, keys and values, with the attention variant of the config.
 
         `q` [B,T,N,H] are the queries of the T tokens, and `k` and `v` [B,T,K,H] are their keys and values. With a
-        cache, the keys and values are first written into the cache, and the queries attend to all keys of the cache.
+        cache, the keys and values are first written into the cache. Then the queries can attend to all earlier tokens.
 
         Returns:
           The outputs of the heads [B,T,N,H], and the new cache, which is None if `cache` is None.

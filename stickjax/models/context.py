@@ -1,4 +1,4 @@
-"""Stick-breaking attention of sequences that the mesh axis "context" divides among devices.
+"""Stick-breaking attention of sequences whose tokens are sharded over the mesh axis "context".
 
 A single device would compute the same result and the same gradients, up to rounding. With n devices, a sequence is cut
 into 2n pieces. Device i has the pieces i and 2n - 1 - i, counted from 0 (`stickjax.parallel.mesh.shard_batch`). So all

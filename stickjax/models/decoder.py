@@ -109,8 +109,8 @@ class Decoder(Family):
         """Return the number of floating-point operations of a training step per token, forward and backward together.
 
         T is the number of tokens of a sequence. Every active parameter takes 6 operations, and causal attention takes
-        6 N H T operations per layer. The output matrix also counts if it is the embedding. Operations that
-        rematerialisation repeats count only once.
+        6 N H T operations per layer. The output matrix counts, even if it is the same matrix as the embedding.
+        Operations that rematerialisation repeats count only once.
         """
         _, active = self.parameter_counts(config)
         if config.tied:

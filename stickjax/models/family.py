@@ -112,7 +112,7 @@ class Family(ABC):
         """Return the binary trees that the model induces over the texts of a batch; None if it induces no trees.
 
         The result is {name of an array of token ids [B,T]: list of the trees of its B texts}. The leaves of a tree are
-        the indices of the tokens, without padding (`stickjax.evaluation.trees`). The default is None.
+        indices of tokens, where padding is not counted (`stickjax.evaluation.trees`). The default is None.
         """
         del model, batch
         return None

@@ -145,8 +145,9 @@ class HeadNorm(nnx.Module):
     """Normalise the output of every attention head: a GroupNorm with one group per head.
 
     The H values of a head get mean 0 and variance 1. Then a trainable scale and bias [N,H] are applied. If the values
-    of an output are near zero, they are multiplied by up to 1 / sqrt(eps). The first token of a sequence can have such
-    an output, because in stick-breaking attention it may have no key to attend to.
+    of an output are near zero, they are multiplied by up to 1 / sqrt(norm_eps), with `norm_eps` of the config. The
+    first token of a sequence can have such an output, because in stick-breaking attention it may have no key to attend
+    to.
     """
 
     def __init__(self, config: ModelConfig):
@@ -162,7 +163,7 @@ class HeadNorm(nnx.Module):
 
 
 class QueryKeyNorm(nnx.Module):
-    """Normalise the queries or the keys x of an attention layer, in fp32: x / sqrt(mean(x^2) + eps) * scale.
+    """Normalise the queries or the keys x of an attention layer, in fp32: x / sqrt(mean(x^2) + norm_eps) * scale.
 
     If `config.query_key_norm` is "head", the mean is over the H values of a head, and all heads have the same `scale`
     [H]. If it is "all", the mean is over the values of all heads, and `scale` is [heads, H], where `heads` is N for

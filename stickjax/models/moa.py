@@ -99,7 +99,7 @@ class SharedHeads(nnx.Module):
     With `causal`, the field `attention` of the config chooses stick-breaking or causal softmax attention. Without
     `causal`, the layer uses softmax attention to all keys. With `relative`, softmax attention adds a trainable vector
     to each key. The parameter `relative` [K,H,P] has a vector for each key head and each of the P = 2 * clip - 1
-    distances between a query and a key.
+    distances between a query and a key. `clip` is a field of the config.
     """
 
     def __init__(self, config: SutConfig, key, *, causal: bool, relative: bool):

@@ -20,16 +20,17 @@ from stickjax.parallel.collectives import (
 class SparseExperts(nnx.Module):
     """A feed-forward network of experts: the sum over the k chosen experts e of gate_e * act(x w_in[e]) w_out[e].
 
-    A router chooses the experts and gates of every token x. A padding token uses no expert, and its output is zero.
-    `w_in` is [E,D,G,F], and `w_out` is [E,F,D]. G is 2 for a gated activation, such as swiglu, else 1. If experts were
-    added to a trained model, their weights are the parameters `new_w_in` and `new_w_out`, and the indices of these
-    experts come last.
+    A router chooses the experts and gates of every token x. For a padding token it chooses no expert, and the sum is
+    zero. `w_in` is [E,D,G,F], and `w_out` is [E,F,D], where F is the number of hidden units of an expert. G is 2 for a
+    gated activation, such as swiglu, else 1. If experts were added to a trained model, their weights are the parameters
+    `new_w_in` and `new_w_out`, and the indices of these experts come last.
 
-    If the config has `experts.shared`, the output of a dense `SharedExpert` is added to the sum, without a gate, and
-    also for padding tokens. If the config has `experts.bias`, a trainable `output_bias` [D] is added to the sum.
+    If the config has `experts.shared`, the output of a dense `SharedExpert` is added to the sum, without a gate. It is
+    added for all tokens, including padding. If the config has `experts.bias`, a trainable `output_bias` [D] is added to
+    the sum, but not for padding tokens.
 
-    If the mesh axis "expert" divides the experts, every device computes its own experts for the tokens of all devices
-    along this axis. No (token, choice) pair is dropped, even if the load is not balanced.
+    If the experts are sharded over the mesh axis "expert", every device computes its own experts for the tokens of all
+    devices along this axis. An expert has no capacity limit: it computes all tokens that the router sends to it.
     """
 
     def __init__(self, config: ModelConfig, key):
@@ -68,8 +69,8 @@ class SparseExperts(nnx.Module):
 def add_output_bias(mixture, y: Float[Array, "B T D"], token_mask: Bool[Array, "B T"] | None) -> Float[Array, "B T D"]:
     """Add the output bias of a mixture of experts to y, the sum of the outputs of the experts.
 
-    `mixture` is a module with the field `output_bias`, which is [D]. If it is None, y is returned unchanged. The output
-    of a padding token stays zero.
+    `mixture` is a module whose field `output_bias` is the bias [D], or None. If it is None, y is returned unchanged.
+    The bias is not added for padding tokens, for which `token_mask` is False.
     """
     if mixture.output_bias is None:
         return y

@@ -1,6 +1,6 @@
 """The table of parameters: the axes, the partition and the muP label of each parameter of each module class.
 
-The table decides how a mesh divides a parameter, how muP scales its learning rate, and how the parameter is converted
+The table decides how a parameter is sharded over a mesh, how muP scales its learning rate, and how it is converted
 to Hugging Face, frozen and pruned. A parameter that is not in the table is an error. So no parameter is treated by
 accident like another parameter of the same name.
 """
@@ -26,8 +26,8 @@ class Parameter(NamedTuple):
     `axes`: the names of its axes, separated by spaces. "E D KH" has three axes; the last axis has the size K * H. E is
       the axis of the experts, and C the axis of the router columns. An axis may also be a size: "2", or "4D" for 4 * D.
       A parameter of stacked layers has an additional first axis L, which is left out here.
-    `partition`: for every axis, the mesh axis that divides it, or "-" if no mesh axis divides it. "-" at the end may be
-      left out. With "", every device has the whole parameter.
+    `partition`: for every axis, the mesh axis over which it is sharded, or "-" if it is not sharded. "-" at the end may
+      be left out. With "", every device has the whole parameter.
     `label`: the muP label. "matrix": an internal matrix; its learning rate is divided by m_width, the width multiplier
       of muP. "embedding" and "vector": the learning rate is not divided; a vector has no weight decay. "frozen": the
       parameter has no gradient.
@@ -203,7 +203,8 @@ def parameter(leaf: Leaf) -> Parameter:
     dims, axes = np.ndim(leaf.value), len(row.axes.split())
     if dims not in (axes, axes + 1):
         raise ValueError(
-            f"{leaf.name} has {dims} axes, but in the table of parameters its axes are {row.axes!r}; correct the row"
+            f"{leaf.name} has {dims} axes, but in the table of parameters its axes are {row.axes!r} (after L for "
+            f"stacked layers); correct the row {last!r} of the class {leaf.owner.__name__}"
         )
     return row
 
@@ -234,9 +235,9 @@ def label(leaf: Leaf) -> str:
 
 
 def partition(leaf: Leaf) -> PartitionSpec:
-    """Return the partition of an array of a model or of a training state: the mesh axis that divides each of its axes.
+    """Return the partition of an array of a model or of a training state: over which mesh axis each axis is sharded.
 
-    An array outside of Flax modules, such as a counter in a training state, is not divided. It must have fewer than two
+    An array outside of Flax modules, such as a counter in a training state, is not sharded. It must have fewer than two
     axes; else the function raises ValueError.
     """
     dims = np.ndim(leaf.value)
@@ -244,7 +245,7 @@ def partition(leaf: Leaf) -> PartitionSpec:
         if dims >= 2:
             raise ValueError(
                 f"{leaf.name!r} has {dims} axes, so it must be an attribute of a Flax module; then the table of "
-                "parameters says which mesh axes divide it"
+                "parameters says over which mesh axes it is sharded"
             )
         return PartitionSpec()
     row = parameter(leaf)
@@ -270,12 +271,12 @@ def shardings(mesh: Mesh, tree):
 
 
 def axes_by_name(tree) -> Mapping[str, str]:
-    """Return {name: axes} for all parameters of a model, such as {"embed": "V D"}, without the axis L."""
+    """Return {name: axes} for all parameters of a model, such as {"embed": "V D"}. The axis L is left out."""
     return {leaf.name: parameter(leaf).axes for leaf in leaves_of(tree)}
 
 
 def gather(tree, dtype, owner: type | None = None):
-    """All-gather the parameters that the mesh axis "fsdp" divides. Return `tree` with the gathered parameters.
+    """All-gather the parameters that are sharded over the mesh axis "fsdp". Return `tree` with the whole parameters.
 
     `tree` is a module, or a dictionary with parameters of the module class `owner`. A parameter is first converted to
     `dtype`, the type of the computation, and then gathered. Parameters of routers are not converted, because rounding

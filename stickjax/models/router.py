@@ -206,8 +206,8 @@ def updated_router_bias(
     """Return the selection bias of each expert e for the next step: bias_e + rate * sign(mean load - load_e).
 
     This is the auxiliary-loss-free balancing of arXiv 2408.15664. `load` is the share of the (token, choice) pairs that
-    chose each expert. The mean is over the experts that exist, and `experts` is their number. After pruning, it is
-    smaller than E, the number of router columns.
+    chose each expert. The mean is over the experts that exist, and `experts` is their number. After pruning, `experts`
+    is smaller than E, the number of router columns.
     """
     return (bias + rate * jnp.sign(load.sum(-1, keepdims=True) / experts - load)).astype(bias.dtype)
 

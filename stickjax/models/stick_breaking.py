@@ -1,4 +1,4 @@
-"""The attention variant "stick_breaking" of the decoder, also for sequences that a mesh axis divides."""
+"""The attention variant "stick_breaking" of the decoder, also for sequences that are sharded over a mesh axis."""
 
 from pallas_kernels import stick_breaking_attention
 from stickjax.config import ModelConfig
@@ -10,8 +10,8 @@ def attend(config: ModelConfig, q, k, v, context):
     """Compute stick-breaking attention. Decoders whose config has `attention="stick_breaking"` call this function.
 
     q [B,T,N,H] are the queries, and k and v [B,S,K,H] are the keys and values. `context` is a `Context` of
-    `stickjax.models.attention`. If the mesh axis "context" divides the sequences, k and v are the keys and values of
-    the tokens on this device, and the function all-gathers them.
+    `stickjax.models.attention`. If the sequences are sharded over the mesh axis "context", k and v are the keys and
+    values of the tokens on this device, and the function all-gathers them.
 
     Return (out [B,T,N,H], rest [B,T,N]). `rest` is the part of each query's stick that no key takes: one minus the sum
     of the query's weights.

@@ -1,4 +1,4 @@
-"""Embedding, cross-entropy and argmax, also for a vocabulary that the mesh axis "tensor" divides among devices."""
+"""Embedding, cross-entropy and argmax, also for a vocabulary that is sharded over the mesh axis "tensor"."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ def _local(ids, count: int):
 def embedded(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Return the row of the embedding `table` for every token id.
 
-    If the mesh axis "tensor" divides the V rows, every device has a part of them and gets the whole result.
+    If the V rows are sharded over the mesh axis "tensor", every device has a part of the rows, and gets the whole
+    result.
     """
     if size("tensor") == 1:
         return table[tokens]
@@ -33,7 +34,8 @@ def embedded(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Arr
 def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
     """Compute the cross-entropy of every target: log(sum_v exp(logits_v)) - logits_target.
 
-    If the mesh axis "tensor" divides the V logits, every device has a part of them and gets the whole result.
+    If the V logits are sharded over the mesh axis "tensor", every device has a part of the logits, and gets the whole
+    result.
 
     >>> cross_entropy(jnp.zeros((1, 1, 4)), jnp.zeros((1, 1), jnp.int32)).tolist() == [[float(jnp.log(4.0))]]
     True
@@ -53,7 +55,8 @@ def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> 
 def is_most_likely(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Bool[Array, "B T"]:
     """Return True for every target that is the argmax of its logits. Of equal logits, the smallest token id counts.
 
-    If the mesh axis "tensor" divides the V logits, every device has a part of them and gets the whole result.
+    If the V logits are sharded over the mesh axis "tensor", every device has a part of the logits, and gets the whole
+    result.
 
     >>> is_most_likely(jnp.array([[[0.0, 2.0, 2.0]]]), jnp.array([[1]])).item()
     True

@@ -78,7 +78,7 @@ _sum_gradients.defvjp(lambda tree, axes: (tree, None), lambda axes, _, gradients
 def rows_of_device(x):
     """Return the rows of x that this device works on. Every device must have the complete array x.
 
-    The rows are divided over the mesh axes that shard the sequences of a batch. `all_rows` is the reverse.
+    The rows are sharded over the same mesh axes as the sequences of a batch. `all_rows` is the reverse.
     """
     axes = several(ROW_AXES)
     if not axes:
@@ -88,7 +88,7 @@ def rows_of_device(x):
 
 
 def all_rows(logits):
-    """All-gather the logits, and return them as [B,V]. Before, every device has a part of the rows and of V."""
+    """All-gather `logits`: this device has a part of the B rows and of the V columns. Return the whole array [B,V]."""
     if size("tensor") > 1:
         logits = lax.all_gather(logits, "tensor", axis=1, tiled=True)
     axes = several(ROW_AXES)
@@ -98,7 +98,7 @@ def all_rows(logits):
 def sums_of_all_rows(x):
     """Sum x [B,T] over the T tokens of each row. Return the sums [B] of the rows of all devices.
 
-    Every device has some rows of x, and the mesh axis "context" may divide the tokens of a row among devices.
+    Every device has some rows of x. The tokens of a row may be sharded over the mesh axis "context".
     """
     found = x.sum(1)
     if size("context") > 1:

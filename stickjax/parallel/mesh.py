@@ -63,9 +63,9 @@ def make_mesh(config: Config, devices=None, *, training: bool = True) -> Mesh | 
 def mesh_for_evaluation(config: Config, changed: Iterable[str] = ()) -> Mesh | None:
     """Make the mesh on which a trained model is evaluated or generates text: the mesh of its config.
 
-    The result is None, which means one device, in three cases: all axes of the mesh have size 1; the model reads
-    examples, such as a classifier; or the mesh of the run cannot be made here, for example because it needs more
-    devices. In the last case, the reason is printed on stderr.
+    The result is None, which means one device, in three cases: all axes of the mesh have size 1; the model is not a
+    language model, but reads examples, as a classifier does; or the mesh of the run cannot be made here, for example
+    because it needs more devices. In the last case, the reason is printed on stderr.
 
     Args:
       config: the config of the run, with the changes of the user.
@@ -84,7 +84,8 @@ def mesh_for_evaluation(config: Config, changed: Iterable[str] = ()) -> Mesh | N
             return make_mesh(config, training=False)
         if required:
             raise ValueError(
-                "a model that reads examples is evaluated on one device; leave out --mesh.* and --processes"
+                "a model that reads examples and not text, such as a classifier, is evaluated on one device; leave out "
+                "--mesh.* and --processes"
             )
     except ValueError as error:
         if required:

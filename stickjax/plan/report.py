@@ -19,8 +19,9 @@ def by_axes(compiled: Compiled) -> list[dict]:
     """Group the collectives of a step by `kind`, mesh `axes` and `local`. Return a dictionary for each group.
 
     The dictionary has `kind`, `axes` and `local` (whether the collectives stay within a host), and three sums over the
-    group: `count` is how often the collectives run in a step, `bytes` is their size on one device, and `sent` is the
-    number of bytes that one device sends in a step. The group with the largest `sent` comes first.
+    group: `count` is how often the collectives run in a step, `bytes` is their size on one device, added up over all
+    these runs, and `sent` is the number of bytes that one device sends in a step. The group with the largest `sent`
+    comes first.
     """
     groups = defaultdict(lambda: dict(count=0.0, bytes=0.0, sent=0.0))
     for c in compiled.collectives:

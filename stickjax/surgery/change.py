@@ -110,7 +110,8 @@ def prune(
     Args:
       model: a trained model. Modules that `extend` added are first merged into the old modules (see `merged`).
       use: {kind: [L, columns]}, as `usage.use` returns it: the number of (token, choice) pairs of each router column
-        in each layer. A kind ("ffn" or "attention") that is missing here, or in `count` or `threshold`, stays.
+        in each layer. If a kind ("ffn" or "attention") is missing here, or in `count` or `threshold`, none of its
+        modules is pruned.
       count: the number of modules that each layer keeps: its most used ones. One number, or {kind: number}.
       threshold: a layer keeps the modules that have at least this share of its (token, choice) pairs. If a token uses k
         modules, each layer keeps at least its k most used modules. One number, or {kind: number}.
@@ -140,7 +141,9 @@ def prune(
             "pruned modules are no longer there; use denominator='new'"
         )
     if missing := use.keys() - {kind.name for kind in kinds_of(config)}:
-        raise ValueError(f"the model has no modules (experts) of the kind {', '.join(sorted(missing))}, but `use` has")
+        raise ValueError(
+            f"the model has no modules (experts) of the kind {', '.join(sorted(missing))}, but `use` has counts of them"
+        )
     sizes = {}
     for kind in kinds_of(config):
         slot = slots(model, kind)

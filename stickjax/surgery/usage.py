@@ -135,7 +135,7 @@ def report(
       ValueError: the model has no modules, there are no sources, or the text of a source has fewer than T + 1 tokens.
     """
     if not sources:
-        raise ValueError("a report needs at least one source of text")
+        raise ValueError("a report needs at least one source of text, but `sources` is empty")
     alive = {kind.name: slots(model, kind) >= 0 for kind in kinds_of(model.config)}
     read = partial(batches_of, heldout=True, max_tokens=max_tokens)
     uses = {name: use(model, read(data)) for name, data in sources.items()}

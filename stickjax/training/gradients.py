@@ -66,7 +66,7 @@ def mesh_gradients(mesh: Mesh | None, gradients: Callable) -> Callable:
         grads, metrics = gradients(params, batch, jax.random.fold_in(key, index))
 
         def summed(leaf: Leaf):
-            # If an axis divides the parameter, the backward pass of its all-gather has summed over that axis already.
+            # If the parameter is sharded over an axis, the backward pass of its all-gather has summed over it already.
             axes = tuple(axis for axis in parts_of_batch if axis not in partition(leaf))
             return lax.psum(leaf.value, axes) if axes else leaf.value
 

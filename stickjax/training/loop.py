@@ -99,9 +99,9 @@ class Run:
     def validate(self, step: int, state: TrainState) -> tuple[dict[str, float], float | None]:
         """Measure the model on held-out data if a validation is due after step `step`.
 
-        Return (scores, score). `scores` is {name of a metric: value}. `score` is the loss, or minus the accuracy for a
-        model that reads examples; the checkpoint with the lowest one is the best. Return ({}, None) if no validation is
-        due.
+        Return (scores, score). `scores` is {name of a metric: value}. `score` is the loss, or minus
+        the accuracy for a model that reads examples, such as a classifier. The checkpoint with the lowest score is the
+        best. Return ({}, None) if no validation is due.
         """
         train = self.config.train
         if self.validation is None or (step % train.eval_every and step != train.steps):

@@ -15,8 +15,8 @@ class Result(NamedTuple):
     `finished`: whether the last step was reached.
     `tokens_per_second`: the speed, measured after the first step; None if fewer than two steps ran, or if `state` is
       None. The time of validations does not count.
-    `outside`: the share of the same wall time that was spent outside the jitted step, from 0 to 1; 0 if
-      `tokens_per_second` is None.
+    `outside`: the share of the wall time that was spent outside the jitted step, from 0 to 1. The time of the first
+      step and of validations does not count. It is 0 if `tokens_per_second` is None.
     `stopped_by`: the number of the signal that stopped the run before its last step, or 0.
     `run`: the run folder.
     """

@@ -73,7 +73,7 @@ def intervals(depth: int) -> tuple[np.ndarray, np.ndarray]:
 def edges(depth: int) -> list[tuple[int, int]]:
     """Return all pairs of nodes (i, j) where leaf j can follow leaf i in a tree: end(i) = start(j).
 
-    Their number is the sum of 2^(D-h) h^2 over h = 1 .. D. `intervals` defines start and end.
+    Their number is the sum of 2^(D-h) h^2 over h = 1 .. D, where D is `depth`. `intervals` defines start and end.
 
     >>> len(edges(3)), len(edges(8))
     (21, 1434)

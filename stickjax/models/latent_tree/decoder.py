@@ -80,14 +80,14 @@ class TreeDecoder(nnx.Module):
     r"""Computes the vectors and the scores of all nodes of a complete binary tree of depth D, level by level.
 
     All nodes share the parameters. A node has a vector x and a context c. With act(x) = tanh(LN(x)), and the root
-    vector r of the encoder, the root has x = act(r root + root_bias) and c = r. The children of a node have the vectors
-    y_1, y_2 and the contexts c_1, c_2:
+    vector r of the encoder, the root has x = act(r @ root + root_bias) and c = r. The children of a node have the
+    vectors y_1, y_2 and the contexts c_1, c_2:
 
-      [a_1, a_2, b_1, b_2] = relu([x; c] w_in + in_bias) w_out + out_bias
+      [a_1, a_2, b_1, b_2] = relu([x; c] @ w_in + in_bias) @ w_out + out_bias
       y_j = sigmoid(a_j) act(b_j) + (1 - sigmoid(a_j)) x,   c_j = Attend(y_j, bank).
 
     The node is a leaf with probability p, and has children with probability 1 - p, where [log p, log(1 - p)] is
-    log_softmax([x; c] leaf + leaf_bias). A leaf has the word w with the probability
+    log_softmax([x; c] @ leaf + leaf_bias). A leaf has the word w with the probability
 
       P(w) = softmax_w(N(unembed)_w . Attend(x, values)),   N(v) = tanh((v - mean) / standard deviation).
 

@@ -50,9 +50,9 @@ def _table(config: TreeConfig, key) -> nnx.Param:
 
 
 class OrderedMemoryEncoder(nnx.Module):
-    """A bidirectional GRU whose outputs an `OrderedMemory` reads. It induces a tree over the source.
+    """A bidirectional GRU whose outputs an `OrderedMemory` reads. The memory induces a tree over the source.
 
-    The root vector is the candidate for the highest slot at the last word; with `early_root`, at the
+    The root vector is the candidate for the highest slot at the last word; with `early_root` in the config, at the
     second-to-last word. Nodes attend to the candidates for all N slots at every word. `embed` is the embedding that the
     GRU reads; `values` is the embedding whose attention-weighted sum chooses the word of a node.
     """
@@ -79,9 +79,9 @@ class OrderedMemoryEncoder(nnx.Module):
 class TreeEncoder(nnx.Module):
     """A binary TreeLSTM that joins the words of the source in the order of its brackets.
 
-    A word has the vector h, its embedding, and the cell state c = 0. Subtrees (h, c) and (h', c') are joined with
+    For a single word, h is its embedding, and the cell state c is 0. Subtrees (h, c) and (h', c') are joined with
 
-      [i, f, f', o, u] = [h; h'] join + join_bias
+      [i, f, f', o, u] = [h; h'] @ join + join_bias
       c'' = sigmoid(i) tanh(u) + sigmoid(f) c + sigmoid(f') c',   h'' = sigmoid(o) tanh(c'').
 
     A batch has `brackets` [B,S]: how many brackets close after each word of the source

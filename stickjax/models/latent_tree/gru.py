@@ -11,8 +11,8 @@ from stickjax.models.layers import cast, uniform
 class BidirectionalGRU(nnx.Module):
     """One layer of a gated recurrent unit (arXiv 1406.1078) in both directions, with H/2 units per direction.
 
-    For an input x and the state h of one direction, with [a_r, a_z, a_n] = x input + input_bias and
-    [b_r, b_z, b_n] = h recurrent + recurrent_bias, the next state is
+    For an input x and the state h of one direction, with [a_r, a_z, a_n] = x @ input + input_bias and
+    [b_r, b_z, b_n] = h @ recurrent + recurrent_bias, the next state is
 
       (1 - z) n + z h,   r = sigmoid(a_r + b_r),   z = sigmoid(a_z + b_z),   n = tanh(a_n + r b_n).
 

@@ -1,7 +1,7 @@
 """The variant of Ordered Memory (arXiv 1910.13466) that the encoder of arXiv 2010.04704 uses.
 
-Its cell differs from the original's cell: the three gates of a unit are a softmax, and the activation is
-tanh(LayerNorm(x)).
+Its cell differs from the cell of the original Ordered Memory: the three gates of a unit are the results of one softmax,
+and the activation is tanh(LayerNorm(x)).
 """
 
 import jax
@@ -22,7 +22,7 @@ class SlotDistribution(nnx.Module):
     x is the projected word. m_i is the previous word's candidate for the content of slot i (`OrderedMemory`), and p' is
     the previous word's distribution over the slots. Then
 
-      q = LN(x query + query_bias),   k_i = LN(m_i key + key_bias)
+      q = LN(x @ query + query_bias),   k_i = LN(m_i @ key + key_bias)
       p_i is proportional to c_i exp((relu(q + k_i) . weight + bias) / sqrt(H)),
 
     where c_i = sum over j <= i + 1 of p'_j for i < N, and c_N = 1. A c_i below 1e-5 counts as 0:

@@ -21,8 +21,8 @@ def affine(x: Float[Array, "*b I"], weight, bias, config) -> Float[Array, "*b O"
 def dropped(x, rate: float, random: Array | None):
     """Apply dropout to x: set each value to zero with probability `rate`, and divide the others by 1 - rate.
 
-    `random` has random bytes with the shape of x (`layers.random_bytes`). If it is None, x is returned unchanged. The
-    rate is rounded to a multiple of 1/256.
+    `random` has random bytes with the shape of x (`layers.random_bytes`). If `random` is None, x is returned unchanged.
+    The rate is rounded to a multiple of 1/256.
     """
     level = round(256 * rate)
     if random is None or not level:
@@ -38,13 +38,14 @@ def split_key(key, count: int) -> list:
 class TreeAttention(nnx.Module):
     r"""The attention of the nodes of the tree to the source. It has one head.
 
-    The query of a node with the vector x is q = LN(x query + query_bias), and the key of a source vector z is
-    k = LN(z key + key_bias). With s_m = q . k_m / sqrt(H) over the keys m of the sentence, the weights are
+    The query of a node with the vector x is q = LN(x @ query + query_bias), and the key of a source vector z is
+    k = LN(z @ key + key_bias). With s_m = q . k_m / sqrt(H) over the keys m of the sentence, the weights are
 
     .. math:: softmax(s)_m \; \sigma(\log \textstyle\sum_m e^{s_m} - 2 \max_m s_m + \log 1000)
 
-    The weights sum to less than 1. The higher the scores, the smaller is the sum. The original code means to add 10^-3
-    to the denominator of a softmax, but subtracts the maximum of the scores twice.
+    The weights sum to less than 1. The higher the scores, the smaller is the sum. The formula is the formula of the
+    original code. That code means to add 10^-3 to the denominator of a softmax, but subtracts the maximum of the scores
+    twice.
     """
 
     def __init__(self, config, key):

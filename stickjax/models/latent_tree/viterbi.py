@@ -63,7 +63,7 @@ def viterbi(scores: Float[Array, "B n V"], limit: int) -> Derivation:
     if V < 2:
         raise ValueError(f"V={V} must be at least 2, because word 0 is padding")
     if limit < 1:
-        raise ValueError(f"limit={limit} must be at least 1")
+        raise ValueError(f"limit={limit}, the largest number of leaves of a tree, must be at least 1")
     T = min(limit, 2**depth)
     best_words = scores[..., 1:].argmax(-1).astype(jnp.int32) + 1
     own = scores[..., 1:].max(-1).T

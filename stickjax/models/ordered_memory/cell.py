@@ -154,7 +154,7 @@ def step(
       distribution: the module that computes p.
       weights: the parameters of the cell.
       memory: the memory after the previous token.
-      x: the projected token, LN(e w_in + in_bias) in `Encoder`.
+      x: the projected token, LN(e w_in + in_bias) in `Encoder`, where e is the embedding of the token.
       q: the query of the token (`Distribution.queries`).
       token_mask: False for padding.
       is_first: whether this is the first position of the array.

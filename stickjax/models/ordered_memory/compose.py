@@ -1,7 +1,7 @@
-"""The composition of a token with the slots of a memory, from the lowest slot with weight to the highest slot.
+"""The composition of a token with the slots of a memory, from the lowest slot that it uses to the highest slot.
 
 Ordered Memory spends nearly all its time here. The derivative is written by hand, for two reasons: the loops skip slots
-that no sentence of the batch uses, and the cell saves only two arrays per slot for the backward pass.
+that no sentence of the batch uses, and only two intermediate arrays per slot are saved for the backward pass.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,8 @@ class Weights(NamedTuple):
     """The parameters of the cell as arrays, in the type `config.dtype`.
 
     `w_in` [2H,4H], `in_bias` [4H], `w_out` [4H,4H] and `out_bias` [4H] belong to the `Cell`. `scale` and `shift` [H]
-    belong to the LayerNorm of the cell's output. `Encoder` projects the tokens with the same LayerNorm.
+    are the parameters of the LayerNorm of the cell's output. `Encoder` also applies this LayerNorm, with the same
+    parameters, to the projected tokens.
     """
 
     w_in: jax.Array
@@ -105,7 +106,10 @@ def _dropped(x, masks: Masks | None, name: str):
 
 
 def _mixed(gates, h, m, x, share, scale, shift):
-    """Return the candidate C_i of `compose`, from `gates` = [v, g, u, z] [B,4H], h = C_(i-1) and m = M_i."""
+    """Return the candidate C_i of `compose`. `gates` [B,4H] is [v, g, u, z], h is C_(i-1), m is M_i, `share` is s_i.
+
+    x is the token. `scale` and `shift` are the parameters of the LayerNorm.
+    """
     v, g, u, z = jnp.split(gates, 4, axis=-1)
     y = jax.nn.sigmoid(v) * h + jax.nn.sigmoid(g) * m + jax.nn.sigmoid(u) * z
     return x * (1 - share[:, None]) + (normalised(y, EPS) * scale[None] + shift[None]) * share[:, None]

@@ -138,7 +138,7 @@ def loss(
 
 
 def _mixture(config: SutConfig, router: str) -> ExpertsConfig:
-    """Return the config of the mixture that a router belongs to. `router` is its name, such as "encoder_ffn"."""
+    """Return the config of the experts that a router chooses. `router` is the router's name, such as "encoder_ffn"."""
     return config.experts if router.endswith("ffn") else config.attention_experts
 
 
