@@ -115,7 +115,7 @@ def lines_of(path: str | Path, lines: Iterable[int]) -> bytes:
     line of a table (.tsv or .csv), which has the names of the columns, is always copied. The new file can be used as
     `data.heldout_path`, for example.
 
-    Raises ValueError for a .csv file in which a value has several lines.
+    Raises ValueError for a .csv file in which a value contains a line break.
     """
     file = Path(path)
     is_table, kept = file.suffix.lower() in (".tsv", ".csv"), set(lines)
