@@ -168,7 +168,7 @@ def divided(rows: Sequence, part: str, valid_every: int, key: Callable = lambda 
         if part == "valid":
             raise ValueError(
                 "valid_every=0 leaves no examples for validation; "
-                "set data.valid_every=10, for example, to use one in ten"
+                "set data.valid_every=10, for example, to use one example in ten"
             )
         return rows
     keys = [key(row) for row in rows]
