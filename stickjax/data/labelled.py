@@ -124,8 +124,8 @@ class LabelledRows:
     def labels(self) -> tuple[str, ...]:
         """The labels in the order of their ids. They are read from the file `data.labels`.
 
-        If `data.labels` is None, they are the labels of the training rows, in sorted order. Then labels are sorted as
-        numbers if all of them are whole numbers.
+        If `data.labels` is None, they are the labels of the training rows, in sorted order: sorted as numbers if all
+        labels are whole numbers, otherwise as texts.
         """
         if self.data.labels is not None:
             return read_labels(self.data.labels)

@@ -20,8 +20,8 @@ def figure(xlabel: str, ylabel: str, titles=("",), *, xscale=None, yscale=None, 
     """Return (a new Matplotlib figure, its panels). The panels are Axes in one row, one for each of `titles`.
 
     `xscale` is the scale of the horizontal axis: the name of a Matplotlib scale, or a pair (name, options). `yscale` is
-    the same for the vertical axis. With `share`, all panels have the same axis limits. pyplot is not used, because its
-    state is global.
+    the scale of the vertical axis, in the same form. With `share`, all panels have the same axis limits. pyplot is not
+    used, because its state is global.
     """
     from matplotlib.figure import Figure
 
