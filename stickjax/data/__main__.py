@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run `tokenizer`, `tokenize` or `verify` with the arguments `argv`; None: take them from `sys.argv`.
 
     `tokenizer PATH [--vocab 8192] [--out FOLDER] [--text-field text]` trains a tokenizer on the text PATH, writes
-    FOLDER/tokenizer.json, and prints its number of tokens and its name.
+    FOLDER/tokenizer.json, and prints the vocabulary size and the name of the tokenizer.
 
     `tokenize SOURCE OUT [--tokenizer byte|tokenizer.json] [--eot TOKEN] [--text-field text]` converts the text SOURCE
     to the token file OUT. `verify OUT` computes the sha256 of a token file, and compares it with the sha256 that

@@ -83,7 +83,7 @@ def _check_column(schema, text_field: str, file: Path) -> None:
 
 
 def without_dataset_descriptions(files: list[Path]) -> list[Path]:
-    """Return `files` without the files of saved Hugging Face datasets that are not data, such as state.json.
+    """Return `files` without the description files of Hugging Face datasets, such as dataset_info.json.
 
     `Dataset.save_to_disk` writes a state.json with the names of the data files. If a folder has such a state.json, only
     the data files of this folder are kept. All files of other folders are kept.

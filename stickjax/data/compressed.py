@@ -76,9 +76,10 @@ class _Stream(io.RawIOBase):
 
 
 class _Checked(_Stream):
-    """The bytes of `source`, whose compression is `kind`. If reading raises one of `errors`, this raises ValueError.
+    """The bytes of the stream `source`, which decompresses the file at the path `file`.
 
-    The message names the file, and says whether its data are damaged or the disk has failed.
+    If reading from `source` raises one of `errors`, reading from this stream raises ValueError. The message names the
+    file and its compression `kind`, such as "gzip", and says whether the data are damaged or the disk has failed.
     """
 
     def __init__(self, source: BinaryIO, file: Path, kind: str, errors: tuple[type[Exception], ...]):

@@ -66,8 +66,8 @@ def _pack(documents: list[tuple[np.ndarray, int]], tokenizer: Tokenizer, source:
 def document_ends(tokens: np.ndarray, eot: int) -> np.ndarray:
     """Return the end of every document in a token stream: an increasing array of positions in `tokens` [n].
 
-    The end of a document is the position after its last token, which is `eot`. The last document may also end without
-    `eot`, at the end of the stream. The ids are read in blocks, because a token file may be larger than the memory.
+    The end of a document is the position after its token `eot`. If the last document has no `eot`, its end is the end
+    of the stream. The ids are read in blocks, because a token file may be larger than the memory.
     """
     blocks = range(0, len(tokens), _BLOCK)
     ends = np.concatenate([np.flatnonzero(tokens[b : b + _BLOCK] == eot) + b + 1 for b in blocks])
@@ -77,9 +77,9 @@ def document_ends(tokens: np.ndarray, eot: int) -> np.ndarray:
 def _cut(corpus: Corpus, heldout_every: int) -> tuple[Corpus, Corpus]:
     """Cut a stream of n tokens into a training part and a held-out part. Return both parts, as views of the stream.
 
-    The held-out part has about n / heldout_every tokens. The cut is at the first end of a document at or after the
-    position n - n / heldout_every. If this document end is the end of the stream, the cut is before the last document.
-    If the stream has a single document, the cut is inside the document, at the position n - n / heldout_every.
+    The cut is at the first end of a document at or after the position n - n / heldout_every. If this document end is
+    the end of the stream, the cut is before the last document, however long this document is. If the stream has a
+    single document, the cut is inside the document, at the position n - n / heldout_every.
     """
     tokens, eot, n = corpus.tokens, corpus.tokenizer.eot, len(corpus.tokens)
     if n < 2:
@@ -150,7 +150,10 @@ def _mix(corpora: Iterable[Corpus]) -> Corpus:
 
 
 def _joined(corpora: Sequence[Corpus]) -> Corpus:
-    """Concatenate several token streams. If a stream does not end with an end-of-text token, one is added after it."""
+    """Concatenate several token streams. An end-of-text token is added after each stream that does not end with one.
+
+    A single stream is returned unchanged.
+    """
     if len(corpora) == 1:
         return corpora[0]
     tokenizer, end = corpora[0].tokenizer, np.full(1, corpora[0].tokenizer.eot, corpora[0].tokens.dtype)
@@ -186,9 +189,9 @@ def load_corpus(config: DataConfig) -> tuple[Corpus, Corpus]:
     """Load the text that `config` names, and return two token streams: (for training, held out for evaluation).
 
     If `heldout_path` is set, the text of `path` is for training, and the text of `heldout_path` is held out. Otherwise
-    the documents 0, heldout_every, 2 * heldout_every, ... are held out. For a token file or a single document, the last
-    1 / heldout_every of the tokens is held out instead. Then both streams are views of one array. Each stream has at
-    least one token.
+    the documents 0, heldout_every, 2 * heldout_every, ... are held out. For a token file or a single document, about
+    the last 1 / heldout_every of the tokens is held out instead. Then both streams are views of one array. Each stream
+    has at least one token.
 
     Several sources, such as `source="stdlib,logic"`, are loaded one by one. Then the training streams of all sources
     are cut to the length of the shortest stream and concatenated, so that all sources have equal shares. The held-out

@@ -17,9 +17,9 @@ def encode_documents(
 ) -> Iterator[tuple[np.ndarray, int]]:
     """For every document in `texts`, in order, yield (token ids [n], number of bytes of the text).
 
-    The ids are the same as from `tokenizer.document(text)`. Documents are encoded in batches, because a tokenizer.json
-    encodes the documents of a batch in parallel, on all CPU cores. A batch ends as soon as it has about two million
-    characters or 4096 documents. Only one batch is in memory.
+    The ids are the same as from `tokenizer.document(text)`. Documents are encoded in batches, because a
+    `HuggingFaceTokenizer` encodes the documents of a batch in parallel, on all CPU cores. A batch ends as soon as it
+    has about two million characters or 4096 documents. Only one batch is in memory.
 
     `cache` is the folder of a `TokenCache`: a batch that was encoded before is read from there.
 
@@ -47,10 +47,10 @@ def _encoded(batch: list[str], encode: Callable[[list[str]], list[np.ndarray]]) 
 
 
 def with_progress(texts: Iterable[str], verb: str) -> Iterator[str]:
-    """Yield all `texts`, and write on stderr how many documents were read so far, at which speed.
+    """Yield all `texts`, and write the progress on stderr: the number of documents so far, and the speed.
 
-    In a terminal this is one line, which changes twice a second and disappears at the end. In a file or a pipe it is a
-    new line after every minute. `verb` is the first word of the line, such as "tokenize".
+    In a terminal, the progress is one line, which changes twice a second and disappears at the end. In a file or a
+    pipe, a new line is written every minute. `verb` is the first word of the line, such as "tokenize".
 
     >>> list(with_progress(["a", "b"], "read"))
     ['a', 'b']

@@ -57,8 +57,9 @@ def labelled_task(d: DataConfig, names: tuple[str, ...]) -> Task:
     A token id in these arrays is the id of the tokenizer plus one, because id 0 is padding. So V, the number of ids, is
     the `vocab_size` of the tokenizer plus one.
 
-    Raises ValueError if `d.right_field` is set although there is one name, or is None although there are two names.
-    Also raises it if the labels or the tokenizer cannot be read, or cannot be made from the training rows.
+    Raises ValueError if `names` has one name and `d.right_field` is set, or if `names` has two names and
+    `d.right_field` is None. Also raises it if the labels or the tokenizer cannot be read, or cannot be made from the
+    training rows.
     """
     if len(names) == 2 and d.right_field is None:
         raise ValueError("this model reads pairs: data.right_field must be the name of the field with the second text")
@@ -84,7 +85,7 @@ class LabelledRows:
 
     The training rows are needed for the labels if `data.labels` is None, and for the tokenizer if `data.tokenizer` is
     "words". A run folder contains its labels and its tokenizer as files, and the config of the run names these files.
-    So the held-out rows of a run can be read without the training rows, if `data.heldout_path` is another file.
+    So the held-out rows of a run can be read without the training rows, if `data.heldout_path` is set.
     """
 
     def __init__(self, data: DataConfig, names: tuple[str, ...]):
@@ -123,8 +124,8 @@ class LabelledRows:
     def labels(self) -> tuple[str, ...]:
         """The labels in the order of their ids. They are read from the file `data.labels`.
 
-        If `data.labels` is None, they are the labels of the training rows, in sorted order. Then labels are sorted as
-        numbers if all of them are whole numbers.
+        If `data.labels` is None, they are the labels of the training rows, in sorted order: sorted as numbers if all
+        labels are whole numbers, otherwise as texts.
         """
         if self.data.labels is not None:
             return read_labels(self.data.labels)

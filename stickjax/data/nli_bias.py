@@ -1,6 +1,6 @@
-"""Find words that give away the label of a row, and rows that a model labels wrongly if it reads only one text.
+"""Find words that reveal the label of a row, and rows that a model labels wrongly if it reads only one text.
 
-In a data set of sentence pairs, such as SNLI, the second sentence alone can give away the label (Tan, Shen, Huang and
+In a data set of sentence pairs, such as SNLI, the second sentence alone can reveal the label (Tan, Shen, Huang and
 Courville, 2019, arXiv 1906.09635; Gururangan et al., 2018, arXiv 1803.02324). `word_associations` lists such words.
 `filtered_rows` returns the rows that a model labels wrongly if it reads only the second sentence. A model that reads
 both sentences can then be evaluated on these rows.
@@ -95,9 +95,10 @@ def majority_share(labels: Sequence) -> float:
 
 
 def filtered_rows(rows: Sequence[Record], chosen: Sequence[str]) -> list[Record]:
-    """Return the rows for which a model chose a wrong label, such as a model that reads only one of two texts.
+    """Return the rows for which a model chose a wrong label.
 
-    `chosen` has the label that the model chose for each row. Raises ValueError if `rows` and `chosen` differ in length.
+    The model may be one that reads only one of the two texts of a row. `chosen` has the label that the model chose for
+    each row. Raises ValueError if `rows` and `chosen` differ in length.
 
     >>> rows = [Record(("it rains",), "yes", 2), Record(("it snows",), "no", 3)]
     >>> filtered_rows(rows, ["yes", "yes"])
@@ -115,7 +116,7 @@ def lines_of(path: str | Path, lines: Iterable[int]) -> bytes:
     line of a table (.tsv or .csv), which has the names of the columns, is always copied. The new file can be used as
     `data.heldout_path`, for example.
 
-    Raises ValueError for a .csv file in which a value has several lines.
+    Raises ValueError for a .csv file in which a value contains a line break.
     """
     file = Path(path)
     is_table, kept = file.suffix.lower() in (".tsv", ".csv"), set(lines)

@@ -143,7 +143,8 @@ def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) ->
 def begin_of_text(files: Mapping[str, bytes], folder: Path) -> str | None:
     """Return the text of the token "bos_token" that the files in a tokenizer's folder name, or None.
 
-    The token need not be in front of every text: `prefix_of` says what is. `files` and `folder` are as in `named`.
+    This token is not always put in front of a text: `prefix_of` returns the ids that are. `files` and `folder` are as
+    in `named`.
 
     >>> begin_of_text({"tokenizer_config.json": b'{"bos_token": {"content": "<s>"}}'}, Path("folder"))
     '<s>'

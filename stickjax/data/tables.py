@@ -139,7 +139,8 @@ def _check_field(where: str, option: str, field: str, known: Iterable[str]) -> N
     if field not in known:
         names = ", ".join(map(repr, known)) or "none"
         raise ValueError(
-            f"{where}: no field data.{option}={field!r}{nearest(field, known)}; the fields are {names:.100}"
+            f"{where}: no field {field!r}, which data.{option} names{nearest(field, known)}; "
+            f"the fields are {names:.100}"
         )
 
 

@@ -114,7 +114,7 @@ class Tokenizer(abc.ABC):
         return ids if len(ids) else np.array([self.eot], token_dtype(self.vocab_size))
 
     def save(self, folder: Path) -> None:
-        """Write the files of the tokenizer into a folder. Later, `load_tokenizer` can load it from its .json file."""
+        """Write the files of the tokenizer into a folder, for `load_tokenizer`. A `ByteTokenizer` has no files."""
         special_tokens.write_files(self.files, folder)
 
 

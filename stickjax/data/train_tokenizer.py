@@ -46,7 +46,7 @@ def train_tokenizer(
     path = Path(folder) / "tokenizer.json"
     if not SMALLEST <= vocab <= LARGEST:
         raise ValueError(
-            f"vocab={vocab} must be in {SMALLEST}..{LARGEST}; {SMALLEST} is the 256 bytes and the end of text"
+            f"vocab={vocab} must be in {SMALLEST}..{LARGEST}; the 256 bytes and the end of text are {SMALLEST} tokens"
         )
     _check_folder(path)
     try:

@@ -57,7 +57,7 @@ def induced_trees(model, config: Config, texts: Sequence[Text]) -> list[Tree] | 
 def _answers(config: Config, texts: Sequence[Text], answer: Callable[[dict], list]) -> list:
     """Return the answer for each text, in the order of `texts`.
 
-    `answer(batch)` returns the list of the answers for the examples of a batch, a dictionary of arrays.
+    A batch is a dictionary of arrays. `answer(batch)` returns the list of the answers for the examples of the batch.
     """
     task = task_of(config)
     names, encoders = task.inputs, [task.encode]

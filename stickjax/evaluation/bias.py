@@ -1,4 +1,4 @@
-"""Find the words that give away the label of a row, and write the held-out rows that a classifier labels wrongly.
+"""Find the words that reveal the label of a row, and write the held-out rows that a classifier labels wrongly.
 
 `python -m stickjax.evaluate RUN --filtered FILE` calls `report` for a classifier of labelled rows, such as a model that
 reads only the second of two texts (see `configs/nli_hypothesis_only.py`). The held-out rows are written into FILE.
@@ -39,7 +39,7 @@ def words_by_label(config: Config) -> dict[str, list[Association]]:
 
 
 def words_table(words: dict[str, list[Association]], count: int = 8) -> Table:
-    """Return a table of the words that give away a label, with a column per label.
+    """Return a table of the words that reveal a label, with a column per label.
 
     A column has the `count` words with the highest pointwise mutual information with the label. `words` is the result
     of `words_by_label`.
@@ -72,7 +72,7 @@ def _source(config: Config) -> Path:
 
 
 def report(model, config: Config, path: Path, say: Callable[[str], None], B: int = 128) -> None:
-    """Print the words that give away each label, and write the held-out rows that the model labels wrongly.
+    """Print the words that reveal each label, and write the held-out rows that the model labels wrongly.
 
     The rows are written into the file `path`, in the same format as the file of all held-out rows (see
     `stickjax.data.nli_bias.lines_of`). `say` is called with a line of progress, and B is the number of rows in one call

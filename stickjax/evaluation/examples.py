@@ -42,8 +42,8 @@ def accuracy(
       model: the module with the parameters.
       config: the config of the model; its data section names the source of the examples.
       part: which examples: "train", "valid", "test" or another part that the source has.
-      max_examples: the largest number of examples of a bucket that are used. They are drawn at random, and are the same
-        in every call.
+      max_examples: the largest number of examples that are used from each bucket. They are drawn at random, and are the
+        same in every call.
       B: the largest number of examples in one call of the model.
       say: a function that is called with a line of progress before each bucket is evaluated.
 

@@ -41,21 +41,25 @@ class HarnessModel:
         self._max_length, self._say = max_length, say
 
     def loglikelihood(self, requests: Sequence, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return (log-likelihood, is greedy) of each request with args (context, continuation)."""
+        """Return (log-likelihood, is greedy) of the continuation in each request.
+
+        The `args` of a request are (context, continuation). A continuation is greedy if each of its tokens is the most
+        likely one after the previous tokens.
+        """
         pairs = [asked.encoded_pair(self._tokenizer, *request.args) for request in requests]
         self._say(f"scoring {len(pairs):,} continuations")
         self._say_cut(sum(len(pair.context) + len(pair.continuation) > self._max_length + 1 for pair in pairs))
         return asked.log_likelihoods(self._model, pairs, self._max_length)
 
     def loglikelihood_rolling(self, requests: Sequence, disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of each request with args (text,)."""
+        """Return the log-likelihood of the text in each request. The `args` of a request are (text,)."""
         texts = [list(asked.rolling_pairs(self._tokenizer, *request.args, self._max_length)) for request in requests]
         self._say(f"scoring {len(texts):,} texts")
         scores = iter(asked.log_likelihoods(self._model, [pair for pairs in texts for pair in pairs], self._max_length))
         return [sum(next(scores)[0] for _ in pairs) for pairs in texts]
 
     def generate_until(self, requests: Sequence, disable_tqdm: bool = False) -> list[str]:
-        """Return the text that follows each request with args (context, options)."""
+        """Return the text that continues the context of each request. Its `args` are (context, options)."""
         groups: dict[asked.Sampling, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(asked.sampling(request.args[1]), []).append(i)
@@ -168,8 +172,9 @@ def run_tasks(
       tasks: names of tasks, groups or tags, or paths of YAML files of tasks.
       manager: the result of `task_manager(tasks)`.
       generate: the function `stickjax.generate.generate`.
-      num_fewshot: the number of solved examples in front of each question; None: the number of the task, or else 0.
-      limit: use only the first examples of each task, at most this number.
+      num_fewshot: the number of solved examples in front of each question; None: the number that the task
+        sets, or 0 if it sets none.
+      limit: the largest number of examples per task, from the first example on; None: all examples.
       max_length: the largest number of tokens that the model reads at once; None: the T of the config.
       say: a function that is called with lines of progress.
 
@@ -232,7 +237,8 @@ def table(results: dict[str, Scores]) -> Table:
     """Return a table with a row for each metric of each task. `results` is {name of a run: scores of its tasks}.
 
     The scores of a task are {"metric,filter": number}. The standard error of a metric has the name
-    "metric_stderr,filter". A filter is how a task reads an answer from a generated text; "none" is not shown.
+    "metric_stderr,filter". A filter is how a task reads an answer from a generated text; the filter "none" is not
+    shown.
     """
     several = len(results) > 1
     found = Table(title="lm-evaluation-harness")

@@ -30,7 +30,7 @@ def total_sums(model: nnx.Module, windows: np.ndarray, target_mask: np.ndarray, 
         of parts into which the mesh divides the texts of a batch.
 
     Returns:
-      The sums of `target_sums` over all batches.
+      The dictionary that `target_sums` returns for a batch, with every value summed over all batches.
 
     >>> from stickjax.config import ModelConfig
     >>> from stickjax.models.transformer import init

@@ -20,8 +20,8 @@ def figure(xlabel: str, ylabel: str, titles=("",), *, xscale=None, yscale=None, 
     """Return (a new Matplotlib figure, its panels). The panels are Axes in one row, one for each of `titles`.
 
     `xscale` is the scale of the horizontal axis: the name of a Matplotlib scale, or a pair (name, options). `yscale` is
-    the same for the vertical axis. With `share`, all panels have the same axis limits. pyplot is not used, because its
-    state is global.
+    the scale of the vertical axis, in the same form. With `share`, all panels have the same axis limits. pyplot is not
+    used, because its state is global.
     """
     from matplotlib.figure import Figure
 
@@ -111,7 +111,7 @@ def plot_length_curves(runs: dict[str, Records], path) -> None:
 
 
 def plot_training(runs: dict[str, Records], path) -> None:
-    """Plot the training loss in bits per token, and the learning rate, against the number of tokens trained.
+    """Plot the training loss in bits per token, and the learning rate, against the number of training tokens.
 
     If rows have a held-out loss, it is a second curve beside the training loss. If rows have the accuracy on the
     validation examples, it is a curve in a third panel.
@@ -254,7 +254,7 @@ def plot_module_use(use: dict[str, dict[str, Any]], information: dict[str, Any],
 
 
 def plot_schedule(schedules: dict[str, Callable], path, *, tokens_per_step, total_tokens, log=False) -> None:
-    """Plot learning rates against the number of tokens trained, with a line per schedule.
+    """Plot learning rates against the number of training tokens, with a line per schedule.
 
     `schedules` is {name: a function that returns the learning rate of a step}. A step has `tokens_per_step` tokens, and
     the plot ends at `total_tokens`. With `log`, both axes are logarithmic, so that a power law is a straight line.

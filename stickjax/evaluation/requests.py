@@ -1,4 +1,4 @@
-"""Score texts as the tasks of lm-evaluation-harness ask for it. The package lm_eval is not needed here.
+"""Compute the log-likelihoods that tasks of lm-evaluation-harness request. The package lm_eval is not needed here.
 
 A request is a pair of texts: a context, and a continuation whose log-likelihood is wanted. The texts are divided into
 tokens as in the harness, so that the numbers can be compared with numbers from the harness for other models.
@@ -46,8 +46,8 @@ def encoded_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     """Divide a context with its continuation into tokens, and return the token ids of both.
 
     Spaces at the end of the context are moved to the beginning of the continuation, because most tokenizers put a space
-    and the word after it into one token. The context with the continuation is encoded as one text. As many tokens as
-    the context alone has belong to the context. A context without tokens becomes `first_token`.
+    and the word after it into one token. The context with the continuation is encoded as one text. If the context alone
+    has n tokens, the first n tokens belong to the context. A context without tokens becomes `first_token`.
 
     Raises ValueError if the continuation has no tokens.
 
@@ -124,7 +124,10 @@ def log_likelihoods(
 
 
 class Sampling(NamedTuple):
-    """How a task wants texts to be continued: the options of `stickjax.generate.generate`, and the strings `stop`."""
+    """How a task wants texts to be continued: options of `stickjax.generate.generate`.
+
+    `stop`: strings that end a text.
+    """
 
     max_new_tokens: int = MAX_NEW_TOKENS
     stop: tuple[str, ...] = ()
@@ -136,7 +139,7 @@ class Sampling(NamedTuple):
 def sampling(options: dict) -> Sampling:
     """Read the entry `generation_kwargs` of a task of the harness.
 
-    Without a temperature above 0, or with do_sample false, always the most likely token is taken.
+    Without a temperature above 0, or with do_sample false, the most likely token is always taken.
 
     Raises ValueError for an option that `generate` does not have.
 
@@ -161,7 +164,7 @@ def sampling(options: dict) -> Sampling:
 
 
 def prompt_room(max_length: int, max_new_tokens: int) -> int:
-    """Return how many tokens a prompt may have, if the model reads at most `max_length` tokens and adds some of them.
+    """Return how many tokens a prompt may have, if `max_new_tokens` tokens after it must fit into `max_length` tokens.
 
     Raises ValueError if the new tokens leave no room for a prompt.
 
@@ -177,7 +180,7 @@ def prompt_room(max_length: int, max_new_tokens: int) -> int:
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
-    """Return the text before the first of the strings `stop`.
+    """Return the part of `text` before the first place where one of the strings `stop` begins.
 
     >>> cut("one. two, three", [",", "."])
     'one'

@@ -16,8 +16,8 @@ def plot_derivation(nodes: Sequence[int], words: Sequence[str], path, *, source=
       words: the word of every leaf.
       path: where to write the picture.
       source: the words of the source, for the attention.
-      attention: the attention weights [n,S] of the n nodes of the complete tree to the S source words
-        (`Production.attention` of one sentence), drawn below the tree; None: they are not drawn.
+      attention: the attention weights [n,S] of the n nodes of the complete tree to the S source words, drawn below the
+        tree. They are the field `attention` of `latent_tree.Production` for one sentence. None: they are not drawn.
 
     Raises ValueError if `nodes` and `words` differ in length.
     """

@@ -87,8 +87,8 @@ def _of_text(config: Config, corpus: Corpus) -> Validation:
 def _of_examples(config: Config, examples: Examples, source: str) -> Validation:
     """Return the validation of a model that reads examples: its accuracy on `examples`, the part "valid".
 
-    Examples are drawn at random, as many as have at most `train.eval_tokens` tokens together, but at least one. They
-    are the same in every run. `source` is the name of the examples in messages.
+    The examples that are used are drawn at random: as many as fit into `train.eval_tokens` tokens, but at least one.
+    They are the same in every run. `source` is the name of the examples in messages.
 
     Raises ValueError if there are no examples.
     """

@@ -53,7 +53,7 @@ class Restored(NamedTuple):
 
 
 class Checkpoints(contextlib.AbstractContextManager):
-    """The checkpoints of a run, in `run_folder/checkpoints/<step>`. `save` keeps the newest `keep` and the best.
+    """The checkpoints in `run_folder/checkpoints/<step>`: the `keep` newest ones, and the one with the best score.
 
     Only one training at a time may save into a run folder. So `with Checkpoints(folder)` takes the lock of the folder,
     and raises ValueError if another training has the lock. To restore a checkpoint, no lock is needed.
@@ -102,7 +102,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         return processes.shared(lambda: math.isfinite(score) and (best is None or score < self._score(best)))
 
     def save(self, step: int, state, extra: dict, score: float | None = None) -> None:
-        """Save a checkpoint. When this returns, `state` may be donated or changed.
+        """Save a checkpoint. When `save` returns, `state` may be donated or changed.
 
         The first save of this object waits until its checkpoint is written and verified. Every later save only waits
         for the previous save; its own checkpoint is written in the background. If training was resumed from an earlier
@@ -114,8 +114,8 @@ class Checkpoints(contextlib.AbstractContextManager):
             restored.
           state: any pytree of arrays, typed PRNG keys and numbers (stored as JAX arrays).
           extra: a dictionary of JSON values and bytes, which `restore` returns.
-          score: how good the state is: lower is better. The checkpoint with the lowest score is kept next to the newest
-            ones. None, or a number that is not finite: the checkpoint has no score.
+          score: how good the state is: lower is better. The checkpoint with the lowest score is kept in addition to the
+            newest ones. None, or a number that is not finite: the checkpoint has no score.
 
         Raises:
           ValueError: `step` is too small, or two leaves of `state` have the same name.

@@ -61,8 +61,8 @@ def new_folder(path: str | os.PathLike, push: bool) -> Iterator[Path]:
     """A context for a block that writes a folder: the folder `path`, or, with `push`, a model on the hub.
 
     The context yields a temporary folder. If the block succeeds, this folder becomes `path` (see `complete_folder`).
-    With `push`, it is uploaded in one commit instead, as the model with the name `path`. A model that does not exist
-    yet is created, and is private. If it exists, the parameters, the tokenizer and the config of its older version are
+    With `push`, the temporary folder is uploaded in one commit instead, as the model with the name `path`. If the hub
+    has no such model, a private one is created. If the hub has the model, its parameters, tokenizer and config are
     replaced, and its other files stay.
 
     Raises:

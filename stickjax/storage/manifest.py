@@ -1,4 +1,7 @@
-"""The manifest.json of a checkpoint: it describes the arrays, lists the files with checksums, and has other values."""
+"""The manifest.json of a checkpoint describes the arrays, and lists the files with their checksums.
+
+It also has the step, the score, and the dictionary `extra` of `Checkpoints.save`.
+"""
 
 import base64
 import json

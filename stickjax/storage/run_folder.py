@@ -334,8 +334,8 @@ def tokenizer_of(config: Config) -> Tokenizer | None:
 def _on_devices(leaf: Lazy, spec: jax.ShapeDtypeStruct) -> jax.Array:
     """Read an array from its file, and place it on devices, with the type and the sharding of `spec`.
 
-    The array is read once for each of its different parts on the devices. If it is stacked, only one part and one layer
-    are in the memory of the host at the same time.
+    The array is read once for each of its different parts on the devices. If the array is stacked (its first axis is
+    the axis of layers), only one part and one layer are in the memory of the host at the same time.
     """
 
     def part(index: tuple[slice, ...]) -> np.ndarray:

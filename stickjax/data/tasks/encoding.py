@@ -100,8 +100,9 @@ class Examples:
     Args:
       rows: a value for every example, such as its text. The function `arrays` makes the example from it.
       arrays: a function from a row to the example {name: array}.
-      texts: groups of array names. The arrays of a group contain token ids, and are padded with 0 to the same length.
-        For pairs, `texts` is (("left", "right"),). For translations, it is (("source",), ("target",)).
+      texts: groups of array names. The arrays of a group have a value for each token, such as its id, and are padded
+        with 0 to the same length. For pairs, `texts` is (("left", "right"),). For translations, it is
+        (("source", "brackets"), ("target",)).
       lengths: a function from a row to a tuple with one number for each group: the number of tokens of the longest text
         in the group. It must be given if there are `texts`.
     """
@@ -168,7 +169,7 @@ def divided(rows: Sequence, part: str, valid_every: int, key: Callable = lambda 
         if part == "valid":
             raise ValueError(
                 "valid_every=0 leaves no examples for validation; "
-                "set data.valid_every=10, for example, to use one in ten"
+                "set data.valid_every=10, for example, to use one example in ten"
             )
         return rows
     keys = [key(row) for row in rows]

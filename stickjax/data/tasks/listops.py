@@ -67,7 +67,8 @@ def generate(seed: int = 0, count: int = 100_000) -> Parts:
 def binary(text: str) -> str:
     """Return an expression with additional brackets "(" and ")", which make it a binary tree.
 
-    In every list, the brackets group the symbols in pairs from left to right.
+    A list consists of parts: its operator, digits and inner lists, and the last part `]`. The brackets group the first
+    two parts, then this group with the next part, and so on.
 
     >>> binary("[SM 6 5 ]")
     '( ( ( [SM 6 ) 5 ) ] )'

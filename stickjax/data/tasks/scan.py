@@ -3,8 +3,8 @@
 For example, the actions of the command `jump left and run` are `I_TURN_LEFT I_JUMP I_RUN`. There are 20,910 commands.
 
 A command is a phrase V, `V twice` or `V thrice`, or two of these joined by `and` or `after`. A phrase is `u`, `u left`,
-`u opposite left` or `u around left`, or the same with `right`. Here u is one of the verbs walk, look, run and jump; in
-front of a direction it may also be the verb turn.
+`u opposite left` or `u around left`, or the same with `right`. Here u is one of the verbs "walk", "look", "run" and
+"jump"; in front of a direction, u may also be the verb "turn".
 """
 
 import functools
@@ -87,12 +87,12 @@ def generate(split: str = "simple", seed: int = 0) -> Parts:
     `length`: commands of at most 22 actions are for training, and longer commands are for tests.
     `length_tuning`: commands of at most 18 actions are for training, and commands of 19 to 22 actions are for tests.
       All of them are training commands of `length`. So hyperparameters for `length` can be chosen on this split.
-    `add_jump`: commands without the word jump are for training, together with 1467 copies of the command `jump`. All
-      other commands are for tests.
-    `add_turn_left`: commands without the words turn left are for training, together with 2189 copies of the command
-      `turn left`. All other commands are for tests.
-    `around_right` (Loula, Baroni and Lake, 2018, arXiv 1807.07545): commands without the words around right are for
-      training, and commands with these words are for tests. Commands with the words turn around right are left out.
+    `add_jump`: commands without "jump" are for training, together with 1467 copies of the command "jump". All other
+      commands are for tests.
+    `add_turn_left`: commands without "turn left" are for training, together with 2189 copies of the command
+      "turn left". All other commands are for tests.
+    `around_right` (Loula, Baroni and Lake, 2018, arXiv 1807.07545): commands without "around right" are for training,
+      and commands with "around right" are for tests. Commands with "turn around right" are left out.
 
     Raises ValueError for an unknown split.
 

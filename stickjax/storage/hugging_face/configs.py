@@ -76,10 +76,10 @@ def to_model_config(tree: dict) -> tuple[ModelConfig, int | None]:
 def type_of(tree: dict) -> str:
     """Return the type of a config.json with the content `tree`: its `model_type`, or "stickbreaking_interleaved".
 
-    In the type stickbreaking, the tensor mlp.c_fc.weight has the rows of the gate and the rows that the gate
-    multiplies, called up. In files of 2024 they are two halves, [up; gate]. Later code stores gate and up rows in turn,
-    under the same name. The entry `use_interleaved_weights` says which of the two the file has. If it is missing, the
-    user must add it, because nothing else in the folder shows the order.
+    In the type stickbreaking, the tensor mlp.c_fc.weight has two kinds of rows: the gate rows, and the up rows, which
+    the gate multiplies. In the released model of 2024, all up rows come first, and then all gate rows. In later models,
+    gate and up rows alternate. The entry `use_interleaved_weights` is true if they alternate. If this entry is missing,
+    the user must add it, because nothing else in the folder shows the order.
 
     Raise ValueError if the model_type is unknown, or if it is "stickbreaking" and this entry is missing.
 

@@ -91,11 +91,11 @@ class Entries:
         return above // below
 
     def rope(self, theta: float = 10_000.0) -> dict:
-        """Return {field of ModelConfig: value} for the rotary positions.
+        """Return {field of ModelConfig: value} for the rotary positions: `rope_theta` and `rope_scaling`.
 
-        They are in the entries `rope_theta`, `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5).
-        `theta` is the base if the file has no `rope_theta`. Raise ValueError if two entries have different values, or
-        if a value is not supported.
+        The values come from the entries `rope_theta`, `rope_scaling` (transformers 4) and `rope_parameters`
+        (transformers 5). `theta` is the base if the file has no `rope_theta`. Raise ValueError if two entries have
+        different values, or if a value is not supported.
         """
         thetas, scalings = {self("rope_theta", float, None)} - {None}, []
         for name in ("rope_scaling", "rope_parameters"):

@@ -20,7 +20,7 @@ for each feed-forward expert. Then `expert` is the index of the expert, and only
 Three letters exist only for the type stickbreaking, and `part` is the index on their axes, too. P and Q: a tensor with
 the axis "KPH" has, for each of the K key heads, P = N / K + 2 heads: Q = N / K query heads, the key head and the value
 head. The axis N of the leaf with the queries is then the axis "KQ". U has the size 2, like the digit 2 of the leaf, but
-the two halves of the tensor are in the opposite order: its index is 1 - `part`.
+the two halves of the tensor are in the opposite order: the index on the axis U is 1 - `part`.
 """
 
 import functools

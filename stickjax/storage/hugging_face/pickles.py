@@ -119,7 +119,8 @@ class _Tensors(pickle._Unpickler):
         contiguous = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         if any(n > 1 and own != wanted for n, own, wanted in zip(shape, stride, contiguous, strict=True)):
             raise ValueError(
-                f"a tensor of {entry} has stride {stride} for shape {shape}: save it again after .contiguous()"
+                f"a tensor of {entry} is not contiguous: it has stride {stride} for shape {shape}; save it again after "
+                ".contiguous()"
             )
         size = dtype.itemsize if isinstance(dtype, np.dtype) else 1  # tensors of other types are never read
         if (offset + math.prod(shape)) > count or count * size > info.file_size:

@@ -1,6 +1,7 @@
-"""Read a config.json: one function per model_type returns {field of ModelConfig: value}. `get` reads its entries.
+"""Read a config.json: one function per model_type returns {field of ModelConfig: value}.
 
-The entries that a function does not read are errors, unless they are in the set `entries.IGNORED`.
+The argument `get` of these functions is an `Entries` object, which reads the entries of config.json. The entries that a
+function does not read are errors, unless they are in the set `entries.IGNORED`.
 """
 
 import dataclasses
@@ -88,8 +89,8 @@ def switch_weight(get: Entries, name: str, k: int) -> float:
 
     transformers adds coefficient * loss, where the loss is computed once, from the mean loads and the mean
     probabilities of all layers. This loss is k times as large as the loss of stickjax. stickjax adds weight * loss for
-    every layer. With weight = coefficient * k / L, the two sums are equal if all layers have the same means. Without
-    the entry, the weight is 0.
+    every layer. With weight = coefficient * k / L, both libraries add the same value if all layers have the same means.
+    Without the entry, the weight is 0.
     """
     L = get.either("num_hidden_layers", "num_layers", int)
     return get(name, float, 0.0) * k / max(L, 1)  # ModelConfig refuses L=0

@@ -78,8 +78,8 @@ def _each_expert(c: ModelConfig, moe: str, names: tuple[str, str, str]) -> list[
     """Return the rows of the router and of the experts, for a model type that has separate tensors for each expert.
 
     `moe` is the name of the module with the router and the experts. `names` are the names of the matrices of an expert:
-    (gate, up, down). The rows of one leaf come one after the other, because `names.tensors_from_leaves` keeps only the
-    layer of a leaf that it read last. In this order, it reads each layer once.
+    (gate, up, down). The rows of one leaf come one after the other, because `names.tensors_from_leaves` keeps only one
+    layer of one leaf in memory. In this order, it reads each layer of a leaf once.
     """
     gate, up, down = (f"{moe}.experts.%d.{name}.weight" for name in names)
     w_in = [("blocks/ffn/w_in", name, "F D", part) for part, name in enumerate((gate, up))]
@@ -138,7 +138,8 @@ def _stickbreaking_attn(c: ModelConfig) -> list[Row]:
 def _stickbreaking(c: ModelConfig, interleaved: bool = False) -> list[Row]:
     """Return the table of stickbreaking.
 
-    `interleaved`: True if the rows of the tensor c_fc are gate, up, gate, up, ...; False if all rows of up come first.
+    The tensor c_fc has gate rows, and up rows, which the gate multiplies. `interleaved`: True if gate and up rows
+    alternate; False if all up rows come first.
     """
     layer, c_attn = "transformer.h.{}", "transformer.h.{}.attn.c_attn"
     rows = [

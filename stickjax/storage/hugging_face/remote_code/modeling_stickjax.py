@@ -88,8 +88,8 @@ def rotary(x, positions, c):
 def visible(c, token_mask, T: int, rows: slice, keys: slice):
     """Return a mask [B,1,rows,keys]: True where a query of the slice `rows` sees a key of the slice `keys`.
 
-    The T queries belong to the last T of the S tokens. A query sees the keys to its left, at most `window` tokens away.
-    It sees its own key in softmax attention and with `attend_current`.
+    The T queries belong to the last T of the S tokens. A query sees the keys to its left, at most `window` tokens away
+    (None: at any distance). It sees its own key in softmax attention and with `attend_current`.
     """
     S, device = token_mask.shape[1], token_mask.device
     distance = torch.arange(S - T, S, device=device)[rows, None] - torch.arange(S, device=device)[keys]
@@ -189,7 +189,8 @@ class Attention(nn.Module):
 class Router(nn.Module):
     """Choose k experts for every token of x [B,T,D], and compute their gates.
 
-    Return the rows of the R = B * T tokens, k times each [R*k,D], the expert of every row [R*k], and the gates [R,k].
+    Return three arrays for the R = B * T tokens: the rows of x, each repeated k times [R*k,D]; the expert of every
+    repeated row [R*k]; and the gates [R,k].
 
     `network` says how the logits are computed: by a matrix (linear), by two layers (mlp), or as exp(log_scale) times
     the cosine similarity with a vector of each expert (gmm). `order` says whether the gates are the softmax of the k
