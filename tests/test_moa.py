@@ -26,9 +26,9 @@ HERE = Path(__file__).parent
 
 
 def every_expert(layer, x):
-    """Return the layer's output for x [B, T, D] by its definition.
+    """Return the output of the layer for x [B, T, D], computed from the definition of the layer.
 
-    Every expert computes all tokens; the gate is zero where an expert was not chosen.
+    Every expert computes all tokens. The gate of an expert is zero at a token that did not choose the expert.
     """
     c, (B, T, _) = layer.config, x.shape
     chosen, gates = choose_experts(
@@ -147,9 +147,9 @@ def test_shared_heads_are_softmax_attention_of_every_expert(kind):
 
 
 def test_training_balances_both_routers():
-    """A training step balances two routers, that of the experts and that of the attention heads.
+    """A training step balances two routers: the router of the experts and the router of the attention heads.
 
-    It reports the statistics of both, trains their weights, and moves their selection biases.
+    The step reports the statistics of both routers, trains their weights, and moves their selection biases.
     """
     model = ModelConfig(
         **SIZES,

@@ -404,7 +404,7 @@ def test_the_work_does_not_grow_with_the_number_of_experts():
 def test_traced_indices_outside_of_the_experts_are_no_expert(implementation):
     """Traced expert indices outside of 0 to E-1 mean "no expert", as the index E does.
 
-    They contribute nothing to the output, and their gates and rows get no gradient.
+    These choices contribute nothing to the output or to the gradient of x, and the gradients of their gates are zero.
     """
     case = Experts(T=6, E=5)
     *inputs, d_out = mlp_inputs(case, "swiglu")
@@ -428,9 +428,9 @@ def test_indices_of_any_integer_type(dtype):
 
 @pytest.mark.parametrize("D", [8, xla._WIDE])
 def test_the_backward_pass_keeps_the_inputs_and_in_wide_models_the_pre_activation(D):
-    """The backward pass saves only the inputs and the routing and, if D is large, also the pre-activation.
+    """For the backward pass, only the inputs and the routing are saved and, if D is large, also the pre-activation.
 
-    A remat policy can name the pre-activation to save it.
+    jax.checkpoint saves the pre-activation only if its policy names it.
     """
     T, F, E, k = 6, 20, 4, 2
     routing = route(np.array([[0, 1], [1, 2], [3, 0], [0, 3], [2, 1], [1, 0]]), E)

@@ -113,8 +113,8 @@ def test_accuracy_is_that_of_a_direct_count(pairs):
 def test_a_batch_is_as_wide_as_its_bucket_needs():
     """The width of an evaluation batch depends on its bucket of pairs, and not on the pairs that are drawn.
 
-    The pair that is drawn here has at most 40 tokens per sentence. The longest in its bucket has 43, so the width is
-    80.
+    The width is a multiple of 40. The pair that is drawn here has at most 40 tokens per sentence. The longest sentence
+    of its bucket has 43 tokens, so the width is 80.
     """
     ((batch, _),) = batches_of(PAIRS.replace({"data.examples": 20_000}), 8, 1, 1)
     assert batch["left"].shape == (1, 80) and (batch["left"] != 0).sum() <= 40
