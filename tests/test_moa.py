@@ -111,10 +111,10 @@ def test_the_shared_heads_are_those_of_the_original_layer():
 
 @pytest.mark.parametrize("kind", ["cross", "relative", "causal"])
 def test_shared_heads_are_softmax_attention_of_every_expert(kind):
-    """The layer equals softmax attention of each expert, computed with explicit arrays.
+    """The layer equals the sum of the gated softmax attention of its experts, computed with explicit arrays.
 
     `kind` says whether the keys come from another sequence, positions are relative, or the mask is causal. Padded keys
-    have no effect. With relative positions, all distances of 2 or more in one direction share one vector.
+    have no effect. With relative positions, all distances of 2 or more in one direction share one position vector.
     """
     B, T, S, config = 2, 7, 5 if kind == "cross" else 7, SutConfig(**SHARED, clip=3)
     layer = SharedHeads(config, jax.random.key(0), causal=kind == "causal", relative=kind == "relative")

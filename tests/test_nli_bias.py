@@ -1,4 +1,4 @@
-"""Words that give away a label: a generated file with planted words, and the rows that remain without them."""
+"""Words that give away a label are found, and the rows whose words do not give away the label are selected."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Test muP and the optimizer against AdamW, and that a training may go on with other schedules and batch sizes."""
+"""Test muP, the optimizer (against AdamW), and that a run can continue with another schedule or batch size."""
 
 import doctest
 

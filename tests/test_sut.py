@@ -250,9 +250,9 @@ def translation(B, T, key):
 
 
 def drawn(make, config):
-    """Return the model make(config, key) with random parameters, also where training would start from zero.
+    """Return the model make(config, key) with random parameters, also those whose initial value is zero.
 
-    NumPy draws them, so that nothing is compiled.
+    NumPy draws the parameters, so that nothing is compiled.
     """
     rng = np.random.default_rng(0)
 
@@ -304,7 +304,7 @@ def pair_gradients(model, batch, key):
 
 @pytest.fixture(scope="module")
 def classifier():
-    """Return a model that classifies pairs of sentences, a batch, and its jitted gradients on one device."""
+    """Return a model that classifies pairs of sentences, a batch, and the jitted function of the gradients."""
     return drawn(init, MODELS["pairs"][0]), pairs(16, 6, jax.random.key(1)), jax.jit(pair_gradients)
 
 
@@ -411,7 +411,7 @@ def test_the_type_of_the_computation_is_kept(name):
 
 
 def test_hidden_units_that_drop_out_have_a_path_of_their_own():
-    """Dropout of hidden units, which uses another code path, gives equal results at a rate of nearly zero."""
+    """Dropout of hidden units, which uses another code path, changes nothing at a rate of nearly zero."""
     config = SutConfig(**TINY, dropout=1e-9)
     experts = BiasedExperts(config, jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (1, 5, 16))

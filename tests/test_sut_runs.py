@@ -64,7 +64,8 @@ def test_batches_are_of_about_one_length_and_leave_out_less_than_one():
 def test_a_curriculum_begins_with_the_shortest():
     """With data.curriculum, training begins with the shortest pairs; later batches may contain longer ones.
 
-    After the curriculum, the order equals that of a training without one. Resuming in the middle changes nothing.
+    After the curriculum, the batches are the batches of a training without a curriculum. Resuming in the middle changes
+    nothing.
     """
     config, steps = PAIRS.replace({"data.curriculum": 30}), 30
     rows = pair_examples(config, "train").rows

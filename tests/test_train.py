@@ -41,7 +41,7 @@ def words(config: Config) -> list[str]:
 
 
 def rows(run) -> list[dict]:
-    """Return the metrics of a run as a list of rows, without `tokens_per_second`, which depends on the time."""
+    """Return the metrics of a run as a list of rows, without `tokens_per_second`, which differs between equal runs."""
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(run)]
 
 

@@ -64,7 +64,7 @@ def merge(_):
 def routed(_):
     """Return a function of rows and expert indices whose result depends on all outputs of `route`.
 
-    It adds to each row its expert, found from the sorted order.
+    The function adds to each row the index of its expert, which it computes from the sorted order.
     """
 
     def run(x, indices):
