@@ -26,9 +26,9 @@ HERE = Path(__file__).parent
 
 
 def every_expert(layer, x):
-    """Return the layer's output for x [B, T, D] by its definition.
+    """Return the output of the layer for x [B, T, D], computed from the definition of the layer.
 
-    Every expert computes all tokens; the gate is zero where an expert was not chosen.
+    Every expert computes all tokens. The gate of an expert is zero at a token that did not choose the expert.
     """
     c, (B, T, _) = layer.config, x.shape
     chosen, gates = choose_experts(
@@ -111,10 +111,10 @@ def test_the_shared_heads_are_those_of_the_original_layer():
 
 @pytest.mark.parametrize("kind", ["cross", "relative", "causal"])
 def test_shared_heads_are_softmax_attention_of_every_expert(kind):
-    """The layer equals softmax attention of each expert, computed with explicit arrays.
+    """The layer equals the sum of the gated softmax attention of its experts, computed with explicit arrays.
 
     `kind` says whether the keys come from another sequence, positions are relative, or the mask is causal. Padded keys
-    have no effect. With relative positions, all distances of 2 or more in one direction share one vector.
+    have no effect. With relative positions, all distances of 2 or more in one direction share one position vector.
     """
     B, T, S, config = 2, 7, 5 if kind == "cross" else 7, SutConfig(**SHARED, clip=3)
     layer = SharedHeads(config, jax.random.key(0), causal=kind == "causal", relative=kind == "relative")
@@ -147,9 +147,9 @@ def test_shared_heads_are_softmax_attention_of_every_expert(kind):
 
 
 def test_training_balances_both_routers():
-    """A training step balances two routers, that of the experts and that of the attention heads.
+    """A training step balances two routers: the router of the experts and the router of the attention heads.
 
-    It reports the statistics of both, trains their weights, and moves their selection biases.
+    The step reports the statistics of both routers, trains their weights, and moves their selection biases.
     """
     model = ModelConfig(
         **SIZES,

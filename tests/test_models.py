@@ -52,7 +52,8 @@ def tokens_of(config, B=2, T=13, seed=1):
 def by_embedding(model, config, segment_ids=None):
     """Return the logits as a function of an array `extra`, and zeros in the shape of `extra`.
 
-    `extra` [B, T, D] is added to the embeddings, so that the logits can be differentiated by each position.
+    `extra` [B, T, D] is added to the embeddings. So the derivative of the logits by `extra` is their derivative by the
+    embedding at each position.
     """
     tokens = tokens_of(config)
 
@@ -70,7 +71,7 @@ def by_embedding(model, config, segment_ids=None):
 
 
 def influence(config, segment_ids=None):
-    """Return an array [B, T, B, T]: how much the output at one position depends on the embedding at another.
+    """Return an array [B, T, B, T]: how much the output at each position depends on the embedding at each position.
 
     The first two axes are the output's batch entry and position, the last two those of the embedding. Zero means
     independent.

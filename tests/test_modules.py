@@ -123,9 +123,9 @@ def test_merged_is_the_same_function(model):
 
 @pytest.mark.parametrize("routing", TRAINABLE)
 def test_what_is_frozen_does_not_move(routing):
-    """Training leaves frozen parameters bitwise equal.
+    """Training does not change one bit of the frozen parameters.
 
-    This holds although every router has losses, and although the selection bias moves without a gradient.
+    The test uses router losses and selection biases, because a bias moves without a gradient.
     """
     changes = dict(bias_rate=0.01, switch_weight=0.1)
     model = CONFIG

@@ -1,4 +1,4 @@
-"""Modules can be added, frozen, pruned and concentrated from the command line."""
+"""The command line can add, freeze and prune modules (experts), and train a model so that it uses few modules."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from stickjax.surgery.__main__ import main
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Train a tiny model for two steps on two generated tasks; return its folder, and the path of the run in it."""
+    """Train a tiny model for two steps on two generated tasks; return a temporary folder and the run folder in it."""
     folder = tmp_path_factory.mktemp("modules")
     data = DataConfig(source="logic,recall", examples=300, T=24, B=2)
     optim = OptimConfig(schedule="constant", peak_lr=0.01)

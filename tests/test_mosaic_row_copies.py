@@ -17,8 +17,9 @@ from pallas_kernels import mosaic_row_copies, platform
 def move(x, source_rows, target_rows, out_rows: int, columns: int = 64):
     """Copy rows of x through shared memory to rows of a new array with `out_rows` rows.
 
-    Row source_rows[i] of x becomes row target_rows[i] of the result; rows that are not written are NaN. A block copies
-    64 rows, `columns` columns at a time.
+    Row source_rows[i] of x becomes row target_rows[i] of the result. If source_rows[i] is -1, the row becomes zeros. If
+    target_rows[i] is -1, nothing is written. Rows that are not written are NaN. A block copies 64 rows, in steps of
+    `columns` columns.
     """
     blocks = source_rows.shape[0] // 64
 

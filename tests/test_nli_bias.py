@@ -1,4 +1,4 @@
-"""Words that give away a label: a generated file with planted words, and the rows that remain without them."""
+"""Words that give away a label are found, and the rows whose words do not give away the label are selected."""
 
 import json
 import math
@@ -17,10 +17,10 @@ PLANTED = {"contradiction": ["nobody", "cat"], "entailment": ["outdoors", "least
 
 
 def biased(count: int, seed: int = 0) -> list[dict]:
-    """Return rows in which half of the hypotheses have a word that is planted for their label.
+    """Return rows in which about half of the hypotheses have a planted word.
 
-    One planted word in ten has a wrong label. The premises say nothing about the label. Rare words have one label, by
-    accident.
+    With probability 0.9, this word belongs to the label of the row, else to a random label. The premises say nothing
+    about the label. Each rare word occurs in one row, so only with one label.
     """
     random = Random(seed)
     found = []
@@ -53,7 +53,7 @@ def test_the_planted_words_are_found(data):
     for label, words in PLANTED.items():
         first = found[label]
         assert {one.word for one in first[:2]} == set(words)
-        assert first[1].pmi > 1 > 0.4 > first[2].pmi, "and no other word is near them"
+        assert first[1].pmi > 1 > 0.4 > first[2].pmi, "the values of all other words must be far below"
     premises = word_associations((row.texts[0], row.label) for row in rows)
     assert max(one.pmi for words in premises.values() for one in words) < 0.4
 
@@ -61,15 +61,15 @@ def test_the_planted_words_are_found(data):
 def test_the_formula_and_its_bounds():
     rows = [("a b", "x")] * 6 + [("a a", "y")] * 2 + [("c", "y")] * 4
     found = {one.word: one for one in word_associations(rows, min_count=1, smoothing=3)["x"]}
-    assert found.keys() == {"a", "b"}, "c has a negative value"
-    assert (found["a"].together, found["a"].rows) == (6, 8), "a word counts once in a text"
+    assert found.keys() == {"a", "b"}, "c must be left out, because its value for x is negative"
+    assert (found["a"].together, found["a"].rows) == (6, 8), "a word that occurs twice in a text must count once"
     assert found["a"].pmi == pytest.approx(math.log2((6 + 3 / 2) / (8 + 3) / (1 / 2)))
     assert found["b"].pmi == pytest.approx(math.log2((6 + 3 / 2) / (6 + 3) / (1 / 2)))
     bare = {one.word: one.pmi for one in word_associations(rows, min_count=1, smoothing=0)["x"]}
     assert bare["b"] == 1 and bare["a"] == pytest.approx(math.log2(6 / 8 * 2))
     assert [one.word for one in word_associations(rows, min_count=7)["x"]] == ["a"]
     rare = word_associations([("rare", "x"), *[("a", "x"), ("b", "y")] * 50], min_count=1)["x"]
-    assert [one.word for one in rare] == ["a", "rare"], "smoothing pulls a word that was seen once to 0"
+    assert [one.word for one in rare] == ["a", "rare"], "smoothing must rank a word that was seen once last"
 
 
 def test_the_filtered_rows_are_those_that_the_words_do_not_give_away(data, tmp_path):

@@ -107,7 +107,7 @@ def compare(stored: str, now: str) -> str | None:
     """Return a message with the first line that differs between the stored output and the new output, or None.
 
     Words and whole numbers must be equal. A number with a decimal point may be half to twice the stored one, or differ
-    by 0.1. Numbers with an exponent, texts that match `VARIES`, and the widths of gaps are not compared.
+    by 0.1. Numbers with an exponent, texts that match `VARIES`, and white space are not compared.
     """
     for text, other in zip_lines(stored, now):
         words, others = (re.findall(r"[\w#~.']+|\S", NUMBER.sub("#", VARIES.sub("~", line))) for line in (text, other))

@@ -26,7 +26,7 @@ def hopper(monkeypatch):
 
 
 def chosen(case: Stick, dtype: str) -> str:
-    """Return which implementation dispatch chooses for an attention call that names none, and why, as a sentence."""
+    """Return a sentence that names the implementation that dispatch chooses for an attention call, and the reason."""
     sentence = explain("stick_breaking_attention", *case.arrays(dtype), **case.options())
     return sentence.removeprefix("stick_breaking_attention: ")
 
@@ -64,7 +64,7 @@ def test_what_the_kernels_do_not_take_is_refused_before_one_is_chosen(case, dtyp
 
 
 def test_experts_without_a_name(hopper):
-    """The chosen implementation of expert_mlp is correct if a token has more choices than there are experts.
+    """The implementation that dispatch chooses for expert_mlp is correct if a token has k=2 choices of E=1 expert.
 
     All numbers are positive, so that sums over the choices do not cancel to nearly zero.
     """

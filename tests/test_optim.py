@@ -1,4 +1,4 @@
-"""Test muP and the optimizer against AdamW, and that a training may go on with other schedules and batch sizes."""
+"""Test muP, the optimizer (against AdamW), and that a run can continue with another schedule or batch size."""
 
 import doctest
 
@@ -128,8 +128,9 @@ def mup_step(model, **changes):
 def test_mup_learning_rates_and_decay_by_numbers(scale_decay):
     """With muP at m_width=4, each kind of parameter gets the right learning rate and weight decay.
 
-    Adam's first step is the sign of the gradient, so the expected step is 1 + decay * p for a parameter p. A matrix
-    gets a quarter of it, vectors get no decay, and frozen parameters get no step.
+    Adam's first step is the sign of the gradient. With the weight decay, the step of a parameter p is 1 + decay * p.
+    The step of a matrix is a quarter of this, and with `scale_decay` its decay is four times as large. Vectors get no
+    decay, and frozen parameters get no step.
     """
     found = mup_step(Model(), **{"optim.scale_decay": scale_decay, "optim.weight_decay": 0.1})
     matrix = (1 + 0.1 * 2.0 * (4 if scale_decay else 1)) / 4

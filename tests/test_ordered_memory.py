@@ -1,4 +1,4 @@
-"""Ordered Memory: the numbers of the original, derivatives, padding, induced trees, and training runs."""
+"""Ordered Memory: equality with the original code, derivatives, padding, induced trees, and training runs."""
 
 import dataclasses
 from functools import cache
@@ -28,7 +28,8 @@ SMALL = OrderedMemoryConfig(V=12, D=6, H=5, N=3, classes=7)
 def original():
     """Return our encoder with the weights of the original code, and four stored arrays of the original code.
 
-    They are the input x [B,T,D], the token mask [B,T], the outputs, and p [B,T,N].
+    The arrays are the input x [B,T,D], the token mask [B,T], the outputs, and the probabilities p [B,T,N] of the N
+    memory slots.
     """
     with np.load(ORACLE, allow_pickle=False) as arrays:
         a = dict(arrays)
@@ -82,7 +83,7 @@ def test_rows_do_not_depend_on_their_batch():
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("lowest", [0, 2, 4])
 def test_the_derivative_of_compose(dropout, lowest):
-    """The handwritten derivative agrees with finite differences in float64, also if the lowest slots have share 0."""
+    """The handwritten derivative agrees with finite differences in float64, also if the lowest slots have weight 0."""
     N, B, H = 4, 3, 2
     with jax.enable_x64(True):
         rng = np.random.default_rng(lowest)
@@ -147,7 +148,7 @@ def test_the_distribution_is_finite_for_saturated_logits():
 
 
 def test_more_slots_at_evaluation_hold_deeper_sentences():
-    """A model reads with `evaluation_N` slots when it is not trained, and its parameters do not depend on N."""
+    """Evaluation uses `evaluation_N` memory slots, training N. The parameters do not depend on the number of slots."""
     family, wide = family_of(SMALL), dataclasses.replace(SMALL, evaluation_N=9)
     narrow_model, model = (family.init(c, jax.random.key(0)) for c in (SMALL, wide))
     batch = {"left": jnp.array([[3, 4, 5, 6, 7, 8]]), "right": jnp.array([[3, 4, 5, 6, 7, 8]])}

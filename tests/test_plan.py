@@ -1,4 +1,4 @@
-"""Test the command `stickjax plan`: its work and collectives equal counts by hand, and its bytes are exact."""
+"""Test the command `stickjax plan`: its FLOPs and collectives equal counts by hand, and its bytes are exact."""
 
 import json
 import re

@@ -54,7 +54,10 @@ def test_bytes_are_exact(planned):
 
 
 def test_work_is_the_kernels_and_the_rest(planned):
-    """The FLOPs of a step on 64 devices equal the FLOPs of one device with as many rows as each of the 64 has."""
+    """A step has the same total number of FLOPs on 64 devices and on one device.
+
+    In both cases, a device computes 4 rows of each microbatch.
+    """
     config, _, step = planned
     alone = config.replace({"mesh.fsdp": 1, "train.accumulate": config.data.B // 4})
     machine = aot.absent_machine(chips.chip("h200"), 1, 1)

@@ -94,7 +94,7 @@ def page() -> str:
 
 
 def test_the_page_is_what_the_tests_run():
-    """docs/reference/proven.md equals the page that the tests' lists give.
+    """docs/reference/proven.md equals the page that this file computes from the cases of the tests.
 
     After a change, `python tests/test_proven.py` writes the page again.
     """

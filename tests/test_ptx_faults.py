@@ -36,7 +36,7 @@ def error(change=lambda program: program) -> float:
 def replaced(pattern: str, new: str, first: int = 0, count: int | None = 1):
     """Return a change of the PTX that replaces matches of the regular expression `pattern` by `new`.
 
-    It replaces `count` matches, beginning with match number `first`; all of them if `count` is None.
+    It replaces `count` matches, beginning with match number `first`, counted from 0. None: all matches from there on.
     """
 
     def change(program):
@@ -66,7 +66,7 @@ def changed_map(place: int, **changes):
 
 
 def arrivals(place: int, more: int):
-    """Return a change of the PTX after which mbarrier number `place` expects `more` more arrivals than before."""
+    """Return a change of the PTX that adds `more` to the number of arrivals that mbarrier number `place` expects."""
 
     def change(program):
         inits = re.findall(r"(mbarrier\.init\S* \[%r\d+\], )(%r\d+);", program.ptx)
@@ -158,7 +158,7 @@ def _keys_and_values_in_one_place(ptx: str) -> str:
 
 
 def _another_sum(ptx: str) -> str:
-    """Change the PTX so that one instruction reads the second register of the first product instead of the first."""
+    """Change one instruction so that it reads the second accumulator register of the first wgmma, not the first one."""
     first, second = re.search(r"wgmma\.mma_async\S* \{(%r\d+),(%r\d+)", ptx).groups()
     changed, count = re.subn(rf"(mul\.f32 \t%r\d+, %r\d+), {first};", rf"\1, {second};", ptx, count=1)
     assert count

@@ -26,8 +26,8 @@ def each_thread(body: str, threads: int = 32, **options) -> np.ndarray:
 def test_lanes_leave_a_loop_one_by_one_and_meet_again():
     """Lanes that leave a loop after different numbers of rounds execute the instruction after the loop together.
 
-    Each lane counts the Collatz steps of its number in the loop. After it, neighbouring lanes exchange their counts by
-    a shuffle.
+    In the loop, each lane counts the Collatz steps of its number. After the loop, neighbouring lanes exchange their
+    counts by a shuffle.
     """
     out = each_thread(
         """mov.u32 %r59, 0; add.u32 %r1, %r60, 1;
@@ -117,9 +117,9 @@ def test_two_warps_need_a_barrier_to_exchange_numbers():
 
 
 def reduction(stride: int) -> str:
-    """Return a body of PTX in which the four warps of each warpgroup add one number per warp through 16 bytes.
+    """Return a body of PTX in which each warpgroup adds one number per warp through 16 bytes of shared memory.
 
-    `stride`: the distance between the bytes of two warpgroups; below 16, they overlap.
+    `stride`: the distance between the 16 bytes of one warpgroup and the next. If it is below 16, they overlap.
     """
     return f"""shr.u32 %r1, %r61, 2; mad.lo.u32 %r2, %r1, {stride}, %r63; and.b32 %r3, %r61, 3; shl.b32 %r3, %r3, 2;
         add.u32 %r4, %r2, %r3; add.u32 %r5, %r1, 1; setp.eq.u32 %p1, %r62, 0;
@@ -136,7 +136,8 @@ def test_two_warpgroups_may_not_reduce_through_the_same_bytes():
 def test_warps_of_a_unit_reach_a_barrier_at_different_times():
     """Warps of one unit can be at different barriers: some already at bar.sync, others still at an mbarrier.
 
-    Warps 4 and 5 wait for arrivals of warps 0 to 3, while warps 6 and 7 are already at bar.sync.
+    A unit is four warps that the PTX machine executes together, here warps 4 to 7. Warps 4 and 5 wait for arrivals of
+    warps 0 to 3, while warps 6 and 7 are already at bar.sync.
     """
     body = """setp.eq.u32 %p0, %r60, 0; @%p0 mbarrier.init.shared.b64 [%r63+1024], 128; bar.sync 0;
         shr.u32 %r1, %r61, 1; setp.ne.u32 %p1, %r1, 2; @%p1 bra OTHERS;

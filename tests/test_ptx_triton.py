@@ -9,7 +9,7 @@ from pallas_kernels import stick_breaking_attention, triton_call
 
 pytestmark = pytest.mark.skipif(
     not triton_call.is_installed() or triton_call.is_interpreted(),
-    reason="compiles with triton and jax-triton, in a process that interprets nothing: make test-ptx",
+    reason="needs triton and jax-triton, and a process that interprets no Triton kernel: make test-ptx",
 )
 CASE = Stick(T=100, N=4, K=2, H=32, Hv=64)
 

@@ -1,8 +1,9 @@
 """The config.json of each published model loads unchanged, and the model has the published number of parameters.
 
-Entries without an effect are kept here, because users load the whole file. In PUBLISHED, a source of the form
-owner/name is a model repository on the Hugging Face hub, and "safetensors" means that the number of parameters is the
-number in its files. A number that is a text, such as "3.51B", is from a model card or a paper, and rounded or cut off.
+The configs here keep the entries that have no effect, because users load the whole config.json. In PUBLISHED, a source
+of the form owner/name is a model repository on the Hugging Face hub, and "safetensors" means that the number of
+parameters was counted in the safetensors files of the repository. A number of parameters that is a string, such as
+"3.51B", is from a model card or a paper, and is rounded or truncated.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """While a step is traced, dispatch records which implementations its ops chose.
 
-This works for every family, on a mesh, and when JAX reuses an earlier trace.
+This works for decoders and Sparse Universal Transformers, on a mesh, and when JAX reuses an earlier trace.
 """
 
 import threading

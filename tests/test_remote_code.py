@@ -113,7 +113,7 @@ def answers(models, python, tmp_path_factory):
 
 @pytest.mark.parametrize("name", [*MODELS, *TYPES])
 def test_pytorch_computes_the_same(answers, name):
-    """PyTorch and stickjax have equal logits for left-padded rows, and `generate` of PyTorch takes their argmax."""
+    """PyTorch and stickjax have equal logits for left-padded rows, and `generate` chooses the largest logits."""
     model, found, saved = answers[name]
     greedy, T = found["greedy"], TOKENS.shape[1]
     np.testing.assert_array_equal(greedy[:, :T], TOKENS)
@@ -153,7 +153,10 @@ for T, S in (150, 150), (30, 150), (1, 150):
 
 
 def test_blocks_of_keys_do_not_change_the_result(python):
-    """The texts of the other tests fit in one block of keys. Here 150 keys are divided into three blocks."""
+    """Attention in three blocks of keys equals attention in one block.
+
+    There are 150 keys. The texts of the other tests fit in one block.
+    """
     folder = Path(stickjax.storage.hugging_face.__file__).parent
     done = subprocess.run([python, "-c", BLOCKS, str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

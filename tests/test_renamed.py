@@ -88,9 +88,9 @@ BEFORE = [
 
 @pytest.mark.parametrize("stored, expected", BEFORE, ids=["both", "heads", "dense", "sut"])
 def test_a_stored_model_of_the_version_before_is_read(stored, expected, caplog):
-    """A model config that the previous version has stored is read as the config that it means today, without a message.
+    """A model config that the previous version has stored is read as the equivalent new config, without a message.
 
-    Old fields that held for all experts, such as bias_rate, are now fields of each mixture of experts.
+    Old fields that applied to all experts, such as bias_rate, are now fields of each mixture of experts.
     """
     assert Config.from_dict({"model": stored}).model == expected and not caplog.messages
     with warnings.catch_warnings(record=True) as found:

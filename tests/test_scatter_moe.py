@@ -42,7 +42,7 @@ ACTIVATIONS = (*POINTWISE, *GATED)
 
 
 def _activate(name, h):
-    """Return act(h) for the activation `name`, and its vjp: a function from the cotangent of act(h) to that of h.
+    """Return act(h) for the activation `name`, and a function from the cotangent of act(h) to the cotangent of h.
 
     `h` is [rows, columns]. A gated activation takes the gate and the value from the two halves of the columns.
     """
@@ -175,7 +175,8 @@ def test_double_precision(implementation, x64):
 def test_many_rows_are_taken_in_pieces(E):
     """The XLA implementation is correct if it computes the rows in several pieces.
 
-    The first expert has most of the rows, more than the pieces hold. A quarter of the tokens have no expert.
+    The first expert has most of the rows, more than all pieces together hold, so the other rows are computed in blocks.
+    A quarter of the tokens have no expert.
     """
     case = Experts(T=1300 * E, k=1, E=E, D=4, F=4)
     T = np.arange(case.T)[:, None]
@@ -316,9 +317,9 @@ def test_routing_is_a_stable_sort(name, wide, monkeypatch):
 
 
 def test_routing_of_many_rows_does_not_pack():
-    """`route` sorts pairs that are packed into one int32 only if they fit, and uses argsort otherwise.
+    """`route` packs each (token, choice) pair into one int32 and sorts these; if they do not fit, it uses argsort.
 
-    A packed number holds the expert and the index of the (token, choice) pair, so (E + 1) * T * k must be below 2^31.
+    A packed number holds the expert and the index of the pair, so (E + 1) * T * k must be below 2^31.
     """
 
     def packs(T, E):
@@ -404,7 +405,7 @@ def test_the_work_does_not_grow_with_the_number_of_experts():
 def test_traced_indices_outside_of_the_experts_are_no_expert(implementation):
     """Traced expert indices outside of 0 to E-1 mean "no expert", as the index E does.
 
-    They contribute nothing to the output, and their gates and rows get no gradient.
+    These choices contribute nothing to the output or to the gradient of x, and the gradients of their gates are zero.
     """
     case = Experts(T=6, E=5)
     *inputs, d_out = mlp_inputs(case, "swiglu")
@@ -428,9 +429,9 @@ def test_indices_of_any_integer_type(dtype):
 
 @pytest.mark.parametrize("D", [8, xla._WIDE])
 def test_the_backward_pass_keeps_the_inputs_and_in_wide_models_the_pre_activation(D):
-    """The backward pass saves only the inputs and the routing and, if D is large, also the pre-activation.
+    """For the backward pass, only the inputs and the routing are saved and, if D is large, also the pre-activation.
 
-    A remat policy can name the pre-activation to save it.
+    jax.checkpoint saves the pre-activation only if its policy names it.
     """
     T, F, E, k = 6, 20, 4, 2
     routing = route(np.array([[0, 1], [1, 2], [3, 0], [0, 3], [2, 1], [1, 0]]), E)

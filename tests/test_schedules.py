@@ -1,4 +1,4 @@
-"""Test the Power schedule against the numbers and the seven traps of its specification."""
+"""Test the Power schedule: the numbers of its specification, and the seven mistakes that the specification warns of."""
 
 import math
 
@@ -41,9 +41,9 @@ HALF_DIGIT = 5e-10  # the golden values are printed with nine decimals
 def place_in_decay(decay) -> float:
     """Return the tolerance for the learning rate in the decay, relative to the rate at its beginning.
 
-    `decay` is the shape of the decay. In float32 the token count n has an error of about 6e-8 of the run, so the
-    position x in the decay has an error of 6e-7. The shape "sqrt" uses sqrt(x), whose error at x = 0 is the root of
-    that.
+    `decay` is the shape of the decay. In float32, the token count has an error of about 6e-8 of the run. The decay is
+    a tenth of the run, so the position x in the decay, from 0 to 1, has an error of 6e-7. The shape "sqrt" uses
+    sqrt(x), whose error near x = 0 is sqrt(6e-7) = 8e-4.
     """
     return 8e-4 if decay == "sqrt" else 2e-6
 
@@ -105,7 +105,7 @@ def test_against_the_equations_in_float64(decay, ratio):
     np.testing.assert_allclose(value[~stable], expected[~stable], rtol=0, atol=place_in_decay(decay) * law(begin))
 
 
-# The traps of the specification, in its order.
+# The mistakes that the specification warns of (its "traps"), in the order of the specification.
 
 
 def test_trap_1_tokens_of_a_long_run_do_not_overflow():

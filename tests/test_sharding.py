@@ -139,7 +139,7 @@ def test_steps_are_those_of_one_device(name, mesh):
 def test_accumulation_on_a_mesh():
     """With microbatches on a mesh, the metrics and parameters equal those of one device.
 
-    The router losses are means over a microbatch, so the device uses the same microbatches.
+    The router losses are means over a microbatch, so the run on one device uses the same microbatches.
     """
     config = experiment(dataclasses.replace(MODELS["heads"], L=1)).replace({"train.accumulate": 2, "train.steps": 3})
     assert_same(config.replace({"mesh.data": 2, "mesh.context": 2, "mesh.tensor": 2}), alone(config))

@@ -43,6 +43,8 @@ def _run(arrays, scale, cotangents, given, options):
 def results(arrays, options, cotangents, scale=None) -> dict:
     """Run one attention call and return a dict of out, rem, log_rem, d_query, d_key, d_value and d_scale.
 
+    `rem` is what remains of the stick after all keys, and `log_rem` its logarithm. The entries with `d_` are gradients.
+
     Args:
       arrays: query, key and value.
       options: the other arguments of the call.
@@ -62,8 +64,8 @@ def results(arrays, options, cotangents, scale=None) -> dict:
 def random_cotangents(arrays, skips: bool) -> tuple:
     """Return random cotangents of out, rem and log_rem, in the type of the inputs.
 
-    This type avoids a rounding that would count as an error. If `skips`, the call uses early exit, and the cotangent of
-    log_rem is zero: early exit stops before log_rem has its final value.
+    A wider type would be rounded to the type of the outputs, and the rounding would count as an error. If `skips`, the
+    call uses early exit, and the cotangent of log_rem is zero: early exit stops before log_rem has its final value.
     """
     shape, rng = arrays[0].shape[:3], np.random.default_rng(1)
     shapes = (*shape, arrays[2].shape[-1]), shape, shape
@@ -73,9 +75,9 @@ def random_cotangents(arrays, skips: bool) -> tuple:
 
 @lru_cache(maxsize=64)
 def expected(case: Stick, dtype: str, skips: bool) -> dict:
-    """Return the results of the reference for a case, computed in float64.
+    """Return the results of the reference for a case, computed in float64 from inputs and cotangents of type `dtype`.
 
-    Inputs and cotangents are rounded to `dtype` before. `skips`: whether the call under test uses early exit.
+    `skips`: whether the call under test uses early exit.
     """
     arrays = case.arrays(dtype)
     cotangents = random_cotangents(arrays, skips)
@@ -88,7 +90,8 @@ def expected(case: Stick, dtype: str, skips: bool) -> dict:
 def assert_close_d_scale(value, wanted: dict, query, tolerance: float) -> None:
     """Assert that `value`, a gradient of the scale, is close to wanted["d_scale"].
 
-    It is one large sum that can be nearly zero, so the tolerance is relative to the size of its terms.
+    This gradient is a sum of many terms that can cancel to nearly zero, so the tolerance is relative to the size of the
+    terms.
     """
     want = wanted["d_scale"]
     terms = float(np.linalg.norm(np.asarray(wanted["d_query"]) * np.asarray(query, np.float64)))
@@ -475,8 +478,8 @@ def test_log1p_by_multiply_adds():
 def test_the_gradient_at_a_logit_of_zero(options):
     """The gradient is correct where all logits are zero, so that every key takes half of the remaining stick.
 
-    A softplus that is computed from absolute values would have a kink there. A difference quotient gives the expected
-    value.
+    A softplus that is computed from the absolute value of the logit could have a wrong derivative at zero. A difference
+    quotient gives the expected value.
     """
 
     def total(query):

@@ -71,7 +71,7 @@ FEATURES = {
 
 @contextlib.contextmanager
 def at_home(implementation: str):
-    """Trace as on the device for which an implementation is made: an H200 for mosaic, an A100 for triton."""
+    """Trace as on a device for the implementation: an H200 for mosaic, an A100 for triton, otherwise this device."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.enable_x64(True))
         if implementation in GPUS:

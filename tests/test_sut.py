@@ -107,10 +107,10 @@ def test_every_step_is_that_of_the_original_encoder(name):
 
 @pytest.fixture(scope="module")
 def encoder():
-    """Return the original post-norm encoder, its input x, the token mask, and a dict of jitted functions that run it.
+    """Return our encoder with the original post-norm weights, its input x, the token mask, and a dict of functions.
 
-    The keys of the dict say whether the loop stops as soon as all tokens have halted. The tokens halt at different
-    steps.
+    Each function runs the encoder. Its key in the dict is True if the loop stops as soon as all tokens have halted. The
+    tokens halt at different steps.
     """
     stack, x, real, _ = original_encoder("encoder_post_norm")
     segments = jnp.where(real, 0, -1)
@@ -131,10 +131,9 @@ def halting_soon(encoder):
 
 @pytest.mark.parametrize("bias", [0.0, 2.0])
 def test_depth_at_the_start_is_that_of_equal_coins(bias):
-    """Before training, the expected depth of a token is that of L coin tosses.
+    """Before training, a token halts at each of the first L - 1 steps with the same probability, else at step L.
 
-    A token halts at each step with probability 1/2, or with the probability that `halting_bias` gives. Tokens that are
-    left halt at the last step.
+    The probability is 1/2 if `halting_bias` is 0. The expected depth must agree with these coin tosses.
     """
     config, L = SutConfig(D=4, H=2, halting_bias=bias), 5
     x, real = jnp.ones((2, 3, 4)), jnp.arange(3)[None] < jnp.array([[3], [1]])
@@ -197,10 +196,10 @@ def test_neither_padding_nor_halted_tokens_change_others(encoder, halting_soon):
 
 
 def test_mutual_information_is_that_of_all_steps_together(encoder, halting_soon):
-    """The router statistics of all steps together give one mutual information, that of the attention's router.
+    """The statistic `mutual_information` of the attention's router is computed over all steps together.
 
-    It is H(e|x) - H(e) for experts e, over all pairs x = (token, step). Each pair is weighted by the probability that
-    the token still runs.
+    The statistic is H(e|x) - H(e), which is minus the mutual information of the experts e and the pairs x = (token,
+    step). Each pair is weighted by the probability that the token still runs.
     """
     stack, x, real, _ = encoder
     router = stack.block.attention.router
@@ -251,9 +250,9 @@ def translation(B, T, key):
 
 
 def drawn(make, config):
-    """Return the model make(config, key) with random parameters, also where training would start from zero.
+    """Return the model make(config, key) with random parameters, also those whose initial value is zero.
 
-    NumPy draws them, so that nothing is compiled.
+    NumPy draws the parameters, so that nothing is compiled.
     """
     rng = np.random.default_rng(0)
 
@@ -305,7 +304,7 @@ def pair_gradients(model, batch, key):
 
 @pytest.fixture(scope="module")
 def classifier():
-    """Return a model that classifies pairs of sentences, a batch, and its jitted gradients on one device."""
+    """Return a model that classifies pairs of sentences, a batch, and the jitted function of the gradients."""
     return drawn(init, MODELS["pairs"][0]), pairs(16, 6, jax.random.key(1)), jax.jit(pair_gradients)
 
 
@@ -400,9 +399,9 @@ def test_no_token_depends_on_later_ones_or_on_other_documents():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_type_of_the_computation_is_kept(name):
-    """With dtype bfloat16, every carry of the loop keeps this type.
+    """With dtype bfloat16, the model can be traced, so every carry of the loop keeps its type from step to step.
 
-    Routing, halting and losses are in float32.
+    The floating-point outputs, such as logits and statistics, are in float32.
     """
     config, make, batch, f = MODELS[name]
     config = dataclasses.replace(config, dtype="bfloat16")
@@ -412,7 +411,7 @@ def test_the_type_of_the_computation_is_kept(name):
 
 
 def test_hidden_units_that_drop_out_have_a_path_of_their_own():
-    """Dropout of hidden units, which uses another code path, gives equal results at a rate of nearly zero."""
+    """Dropout of hidden units, which uses another code path, changes nothing at a rate of nearly zero."""
     config = SutConfig(**TINY, dropout=1e-9)
     experts = BiasedExperts(config, jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (1, 5, 16))

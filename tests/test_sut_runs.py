@@ -64,7 +64,8 @@ def test_batches_are_of_about_one_length_and_leave_out_less_than_one():
 def test_a_curriculum_begins_with_the_shortest():
     """With data.curriculum, training begins with the shortest pairs; later batches may contain longer ones.
 
-    After the curriculum, the order equals that of a training without one. Resuming in the middle changes nothing.
+    After the curriculum, the batches are the batches of a training without a curriculum. Resuming in the middle changes
+    nothing.
     """
     config, steps = PAIRS.replace({"data.curriculum": 30}), 30
     rows = pair_examples(config, "train").rows
@@ -113,8 +114,8 @@ def test_accuracy_is_that_of_a_direct_count(pairs):
 def test_a_batch_is_as_wide_as_its_bucket_needs():
     """The width of an evaluation batch depends on its bucket of pairs, and not on the pairs that are drawn.
 
-    The pair that is drawn here has at most 40 tokens per sentence. The longest in its bucket has 43, so the width is
-    80.
+    The width is a multiple of 40. The pair that is drawn here has at most 40 tokens per sentence. The longest sentence
+    of its bucket has 43 tokens, so the width is 80.
     """
     ((batch, _),) = batches_of(PAIRS.replace({"data.examples": 20_000}), 8, 1, 1)
     assert batch["left"].shape == (1, 80) and (batch["left"] != 0).sum() <= 40

@@ -1,6 +1,6 @@
 """Sweeps: with muP, the activations and the best learning rate do not depend on the width; without muP they do.
 
-The first tests use a small residual network, because it is fast. The last ones use the model.
+The first tests use a small residual network, because it is fast. The last tests use the language model.
 """
 
 import doctest
@@ -34,8 +34,8 @@ WIDTHS = [64, 256]
 def network(width, mup, learning_rate):
     """Return (parameters, optimizer, a function from parameters to (loss, activations)) of a small residual network.
 
-    It predicts a permutation of V tokens, and has an embedding, L residual layers and an output matrix. `mup`: whether
-    it is scaled by muP.
+    The network predicts a permutation of V tokens. It has an embedding, L residual layers and an output matrix. V and L
+    are constants of this file. `mup`: whether the network is scaled by muP.
     """
     m_width = width / BASE if mup else 1.0
     changes = {"model.m_width": m_width, "optim.schedule": "constant", "optim.peak_lr": learning_rate}
@@ -124,7 +124,7 @@ RATES = 2.0 ** np.arange(-11, 0)
 def losses(width, mup):
     """Return a dict from each learning rate in RATES to the loss after five steps of the small network.
 
-    All rates train at once: each multiplies the update of learning rate 1.
+    One vmap trains with all rates: each update is computed for learning rate 1 and multiplied by the rate.
     """
     params, optimizer, forward = network(width, mup, 1.0)
 
@@ -152,10 +152,10 @@ def test_the_best_learning_rate_stays_with_mup_only():
 
 
 def sweep(noise=0.0, **changes):
-    """Return the records of an invented learning-rate sweep at three batch sizes.
+    """Return the records of an invented learning-rate sweep at four training lengths and three batch sizes.
 
-    The best rates follow the law gamma = 4.6 T^-0.51 exactly, or with a random factor if `noise` is above 0. `changes`
-    replace entries of the records.
+    At batch size B, the best learning rate after T tokens is B * 4.6 * T^-0.51. If `noise` is above 0, the best rate is
+    multiplied by a random factor. `changes` replace entries of the records.
     """
     random = np.random.default_rng(0)
     return [
@@ -298,7 +298,7 @@ def test_sweeps_of_the_model():
 
 @pytest.fixture
 def toy(monkeypatch):
-    """Make the command `sweep` use the small network instead of the model."""
+    """Make the command line of `stickjax.sweeps` use the small network instead of the language model."""
     monkeypatch.setattr(models, "transformer", lambda config, width, mup: network(width, mup, 0.005))
     monkeypatch.setattr(models, "final_loss", lambda config, width, rate, mup: losses(width, mup)[rate])
     loss = lambda n, rate: math.log(rate / n**-0.5) ** 2  # noqa: E731

@@ -1,4 +1,4 @@
-"""`pallas_kernels.testing.differences` reports wrong results with their place, and accepts correct ones."""
+"""`pallas_kernels.testing.differences` reports wrong results with their position, and accepts correct ones."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ scaled.defvjp(lambda x, factor: (2 * x, factor), lambda factor, d: (2 * factor *
 
 
 def op(x, y, *, implementation, power=1, output=lambda a: a, gradient=1.0):
-    """Return first = (x y)^power and second = 2 x, as a test op with two implementations.
+    """A test op with two implementations, which returns first = (x y)^power and second = 2 x.
 
     With implementation="bad", first becomes output(first), and the gradient of second is multiplied by `gradient`.
     """

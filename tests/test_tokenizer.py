@@ -35,9 +35,9 @@ def byte_level(special=(), plain=(), pieces=()):
 
 
 def llama():
-    """Return a BPE tokenizer like SentencePiece's in Llama, with a token for every byte.
+    """Return a BPE tokenizer like Llama's SentencePiece tokenizer, with a token for every byte.
 
-    It adds a space before the text, which the decoder removes.
+    It adds a space before the text. The decoder removes this space.
     """
     pieces = [*SPECIAL, *"\u2581helowrd.", *(f"<0x{b:02X}>" for b in range(256))]
     vocabulary, merges = {piece: i for i, piece in enumerate(pieces)}, []
@@ -59,7 +59,7 @@ def llama():
 def unigram():
     """Return a unigram tokenizer like T5's, which adds an end-of-text token to every text.
 
-    The special tokens are also pieces of its vocabulary.
+    The special tokens are also pieces of the unigram vocabulary.
     """
     pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("<|user|>", 0.0), ("\u2581hello", -2.0), ("\u2581", -3.0)]
     pieces += [(letter, -4.0) for letter in "helowrd.</s>|u"]

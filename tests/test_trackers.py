@@ -29,7 +29,7 @@ def finish(): calls.append(("finish",))
 
 @contextlib.contextmanager
 def package(name: str, folder, monkeypatch):
-    """Install a package that records its calls, in place of the tracker `name`."""
+    """Replace the package of the tracker `name` by a fake that records its calls."""
     (folder / f"{name}.py").write_text(FAKE)
     with monkeypatch.context() as patch:
         patch.syspath_prepend(folder)

@@ -41,7 +41,7 @@ def words(config: Config) -> list[str]:
 
 
 def rows(run) -> list[dict]:
-    """Return the metrics of a run as a list of rows, without `tokens_per_second`, which depends on the time."""
+    """Return the metrics of a run as a list of rows, without `tokens_per_second`, which differs between equal runs."""
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(run)]
 
 
@@ -186,8 +186,8 @@ def stable(tmp_path_factory):
 def test_a_branch_decays_over_its_own_tokens_whatever_their_batch(stable, tmp_path, B, T):
     """A branch with another batch size decays over exactly the tokens that it trains.
 
-    The schedule uses the tokens that were counted: for B=1, T=32 the run has 1024 + 8 * 32. The formula steps * B * T
-    would give 512.
+    The schedule uses the tokens that were counted: for B=1, T=32 they are 1024 of the old run and 8 * 32 of the branch.
+    The formula steps * B * T = 16 * 32 would give 512.
     """
     changes = {"data.B": B, "data.T": T, "train.steps": 16, "optim.warmup_tokens": 512, "optim.decay_tokens": 8 * B * T}
     fit(PLAIN.replace(changes), str(tmp_path / "run"), branch=f"{stable}@8", quiet=True)

@@ -64,7 +64,7 @@ def merge(_):
 def routed(_):
     """Return a function of rows and expert indices whose result depends on all outputs of `route`.
 
-    It adds to each row its expert, found from the sorted order.
+    The function adds to each row the index of its expert, which it computes from the sorted order.
     """
 
     def run(x, indices):
@@ -109,7 +109,10 @@ def loss(f, floats, others):
 
 
 def value_and_gradients(f):
-    """Return a function of f's arguments that returns f's output and the gradients of the floating-point arguments."""
+    """Return a function of f's arguments that returns f's output and the gradients of `loss`.
+
+    The gradients are for the floating-point arguments, which come first.
+    """
 
     def run(*arrays):
         floats = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -327,12 +330,12 @@ def test_nothing_is_sent_on_an_auto_mesh(options, gradients):
 
 
 def explicit(*shape):
-    """Return a mesh of this shape with axes "data" and "model" of type Explicit, JAX's default."""
+    """Return a mesh of the shape `shape` with axes "data" and "model" of type Explicit, JAX's default."""
     return jax.make_mesh(shape, ("data", "model"), devices=jax.devices()[: np.prod(shape)])
 
 
 def refusals():
-    """Return a dict from an error message to a call that must raise it.
+    """Return a dict from the beginning of an error message to a call that must raise this error.
 
     In each call, an array is partitioned along an axis that the op does not support, or two arrays do not fit together.
     """
@@ -378,7 +381,7 @@ def test_what_is_no_map_is_refused_in_one_line():
 
 
 def test_some_axes_manual_and_others_automatic():
-    """An op works inside a shard_map over some mesh axes, while XLA partitions along the other, Auto axes."""
+    """An op works inside a shard_map over some mesh axes, while XLA partitions along the other axes, of type Auto."""
     _, arrays, specs = OPS["expert_mlp"]
     where = mesh(AxisType.Auto)
     some = jax.shard_map(mlp("xla"), mesh=where, in_specs=specs, out_specs=ROWS, axis_names={"data"})

@@ -90,7 +90,8 @@ def test_every_case_of_the_portable_list_is_taken_or_refused_with_a_reason(insta
 def test_the_sum_over_nearer_keys_keeps_its_digits_beside_large_numbers(keys):
     """`sum_of_nearer` keeps the digits of small sums: for each key, it adds the numbers of the keys on its right.
 
-    The numbers go from 160 on the left to 2^-24. The total minus the sum on the left would lose all digits.
+    The numbers go from 160 on the left to 2^-24 on the right. A kernel that subtracted the sum on the left from the
+    total would lose all digits of a small sum.
     """
     rng = np.random.default_rng(0)
     x = np.sort(2 ** rng.uniform(-24, 7, (16, keys)), axis=1)[:, ::-1]

@@ -54,7 +54,7 @@ def rows(run, *without: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def validated(tmp_path_factory):
-    """Train SMALL with validation. Return (run folder, last state, rows that `on_metrics` got, compilations)."""
+    """Train SMALL with validation. Return folder, last state, rows that `on_metrics` got, number of compilations."""
     run, seen, before = str(tmp_path_factory.mktemp("validated") / "run"), [], target_sums._cache_size()
     result = fit(SMALL.replace(VALIDATED), run, quiet=True, on_metrics=seen.append)
     return run, result.state, seen, target_sums._cache_size() - before
@@ -90,7 +90,10 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("at", [5, 10])
 def test_stopped_and_started_again_it_has_the_same_numbers(validated, tmp_path, monkeypatch, at):
-    """The run ends without a save at step `at`: after its row is written, and before its checkpoint is saved."""
+    """A run that fails at step `at` and is started again has the numbers of a run without an interruption.
+
+    The first run fails after its row of metrics is written and before its checkpoint is saved.
+    """
 
     def end(row):
         if row["step"] == at:

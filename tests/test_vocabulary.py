@@ -1,6 +1,6 @@
 """The vocabulary size V comes from the tokenizer unless the config gives it.
 
-It is rounded up so that the mesh can partition it.
+The size from the tokenizer is rounded up so that the mesh can partition it.
 """
 
 import json

@@ -3,11 +3,12 @@
 Each folder must contain a model and a file inputs.npz with three arrays: `tokens` [B,T]; `mask` [B,T], which is 0 for
 padding on the left and 1 for tokens; and the number `steps` of new tokens. The program writes outputs.npz with three
 arrays: the logits `logits` [B,T,V] of the model in float32; the logits `bfloat16` [B,T,V] of the model in bfloat16; and
-`greedy` [B,T+steps], each row of `tokens` with the new tokens that `generate`, with its cache, chooses greedily. The
-program also saves the model into the folder FOLDER-saved.
+`greedy` [B,T+steps], each row of `tokens` with the new tokens that `generate` chooses greedily. The program also saves
+the model into the folder FOLDER-saved.
 
 The package flash-linear-attention computes models of the type stickbreaking_attn. Its kernels need a GPU, so this
-program replaces them by the reference attention of the package and by functions of PyTorch. These models have no cache.
+program replaces them by the reference attention of the package and by functions of PyTorch. For these models,
+`generate` uses no cache.
 """
 
 import json
