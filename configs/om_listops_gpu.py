@@ -3,7 +3,7 @@
 python -m stickjax.train configs/om_listops_gpu.py
 python -m stickjax.evaluate runs/om_listops_gpu
 
-The model is trained on lists of at most 50 tokens, and can be evaluated on longer ones.
+The model is trained on lists of at most 50 tokens, and can be evaluated on longer lists.
 """
 
 from stickjax import Config, DataConfig, OptimConfig, TrainConfig

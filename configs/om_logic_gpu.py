@@ -3,11 +3,11 @@
 python -m stickjax.train configs/om_logic_gpu.py
 python -m stickjax.evaluate runs/om_logic_gpu
 
-The training sentences have 0 to 6 operators. Evaluation also has sentences with more operators. It uses 24 memory
-slots, which is twice the number in training.
+The training sentences have 0 to 6 operators. The test sentences may have more operators, so the model uses 24 memory
+slots in evaluation, and 12 in training.
 
 The original code trains for 50 epochs, and halves the learning rate when the validation accuracy stops rising. Here the
-learning rate follows a cosine over the same number of steps.
+learning rate follows a cosine over 50 epochs.
 """
 
 from stickjax import Config, DataConfig, OptimConfig, TrainConfig

@@ -9,10 +9,10 @@ the time by a quarter. Measured on two CPU cores on 2026-11-28: 52 minutes of wa
 minutes of CPU time.
 
 The model is trained on pairs of sentences with 0 to 6 operators. The table has a column for each number of operators,
-and these rows: "accuracy": on held-out pairs, in percent; "commonest label": the percentage of pairs that have it;
-"depth": the mean number of blocks applied to a token; "published": the accuracy in percent of the original model (arXiv
-2310.07096), which was also trained on 0 to 6 operators. Each column has 512 pairs, except 0 (all 6 pairs) and 1 (all
-409 pairs):
+and these rows: "accuracy": on held-out pairs, in percent; "commonest label": the percentage of pairs with the
+most frequent label; "depth": the mean number of blocks applied to a token; "published": the accuracy in percent of the
+original model (arXiv 2310.07096), which was also trained on 0 to 6 operators. Each column has 512 pairs, except 0 (all
+6 pairs) and 1 (all 409 pairs):
 
     operators           0    1    2    3    4    5    6    7    8    9   10   11   12
     accuracy          100  100   96   93   88   86   79   77   66   64   61   59   55

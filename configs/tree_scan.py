@@ -10,8 +10,8 @@ of other splits have up to 48 actions:
 python -m stickjax.train configs/tree_scan.py --data.split=add_jump --data.T=48 --run runs/tree_jump
 
 The sizes, the dropout rates and the optimizer come from the original code (arXiv 2010.04704), except for the depth (7
-instead of 8) and the learning rate: the original code halves it when the validation accuracy stops rising, and here it
-follows a cosine.
+instead of 8) and the learning rate. The original code halves the learning rate when the validation accuracy stops
+rising. Here the learning rate follows a cosine.
 """
 
 from stickjax import Config, DataConfig, OptimConfig, TrainConfig

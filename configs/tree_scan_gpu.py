@@ -3,8 +3,8 @@
 python -m stickjax.train configs/tree_scan_gpu.py
 python -m stickjax.evaluate runs/tree_scan_gpu
 
-The original halves the learning rate when the validation accuracy stops rising. Here the learning rate follows a cosine
-over the same number of epochs.
+The original code halves the learning rate when the validation accuracy stops rising. Here the learning rate follows a
+cosine over 50 epochs.
 """
 
 from stickjax import Config, DataConfig, OptimConfig, TrainConfig

@@ -114,7 +114,8 @@ def load(
       mesh: the devices that hold the parameters, and on which `evaluate` and `generate` run. None: the first device. A
         `jax.sharding.Mesh` that `stickjax.parallel.mesh.make_mesh` made: all devices of the mesh. "run": the mesh in
         the config of the run, with the `changes`, such as {"mesh.fsdp": 8}. If `changes` has no field of the mesh, the
-        first device is used for a model that reads examples, or if this mesh cannot be made on this machine.
+        first device is used instead in two cases: the model reads examples, such as a classifier; or the mesh of the
+        config cannot be made on this machine.
 
     Returns:
       `TrainedModel` with the fields `model` (the module with the parameters: for a decoder, `model(tokens)` returns an
@@ -191,8 +192,8 @@ def register(what, name: str | None = None) -> None:
         the field `family` of its config class contains its name.
 
     Raises:
-      ValueError: another family or variant has the same name; a `Family` comes with a `name`, or an `AttentionVariant`
-        without one; or `what` is neither a `Family` nor a variant.
+      ValueError: another family or variant has the same name; `name` is given for a family, or missing for a variant;
+        or `what` is neither a `Family` nor an `AttentionVariant`.
     """
     from stickjax.config.attention import AttentionVariant, register_attention
     from stickjax.models.families import Family

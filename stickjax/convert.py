@@ -103,7 +103,7 @@ def convert(
       push: True to write the Hugging Face folder to the hub. `path` is then the name of the model, such as "org/name".
 
     Returns:
-      A line for the terminal that says what was written and how many parameters it has.
+      A line for the terminal that says what was written and how many parameters the model has.
 
     Raises:
       ValueError: the model cannot be read or written, for the reasons that `stickjax.load` and `export` list. Then

@@ -3,8 +3,8 @@
 python -m stickjax.evaluate RUN [RUN ...] [--lengths 1,2,4] [--plot PNG] [--mesh.fsdp=8]
 
 For a model that reads examples, such as a classifier, the command computes the accuracy instead (see
-`stickjax.evaluation.examples`). For a Universal Transformer on the test part of logic, it computes the accuracy at
-several halting thresholds (see `stickjax.evaluation.pairs`).
+`stickjax.evaluation.examples`). For a Universal Transformer on the test examples of the data source "logic", the
+command computes the accuracy at several halting thresholds (see `stickjax.evaluation.pairs`).
 
 With --tasks, the command runs tasks of lm-evaluation-harness instead (see `stickjax.evaluation.harness`).
 
@@ -73,8 +73,8 @@ def evaluate(
       lengths: the values of m. Each must divide the largest one. If no document has m * T tokens, m is left out. The
         smallest m is never left out.
       max_tokens: the largest number of tokens to predict. At least one window is used, even if it has more tokens.
-      batch_tokens: the largest number of tokens in one call of the model. At least one piece is used. On a mesh, it is
-        at least one piece for every part into which the mesh divides the sequences of a batch.
+      batch_tokens: the largest number of tokens in one call of the model. A call has at least one piece, even if the
+        piece has more tokens. On a mesh that divides a batch into n parts, a call has at least n pieces.
       say: a function that is called with a line of progress before each length is evaluated.
 
     Returns:
@@ -222,7 +222,8 @@ def _kind(configs: Iterable[Config], part: str) -> str:
         return "text"
     if len(sources := {config.data.source for config in configs}) > 1:
         raise ValueError(
-            f"runs on {' and '.join(sorted(sources))} cannot be compared; evaluate them in separate commands"
+            f"runs on the data sources {' and '.join(sorted(sources))} cannot be compared; evaluate them in separate "
+            "commands"
         )
     return "halting" if part == "test" and all(map(accuracy.scores_halting, configs)) else "examples"
 
@@ -252,7 +253,7 @@ def _show(kind: str, results: dict[str, Records], bucket_name: str, picture: Pat
 
     No curves are drawn if `picture` is None, or if all examples are in one bucket. `kind` is the result of `_kind`, and
     `results` is {name of a run: its records}. A bucket is a group of examples of about the same length. `bucket_name`
-    is what the number of a bucket counts, such as "operators"; "" if all examples are in one bucket.
+    is what the number of a bucket counts, such as "operators"; "" if all examples are in one bucket, or for "text".
     """
     if kind == "text":
         print_table(table(results))

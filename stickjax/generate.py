@@ -1,4 +1,4 @@
-"""Generate text with a trained model. One call reads the prompts; then each new token is one jitted decode step.
+"""Generate text with a trained model. One call of the model reads all prompts; each next call adds a token to each.
 
 python -m stickjax.generate RUN --prompt "def main(" [--temperature 0.8] [--stop TEXT ...] [--mesh.tensor=8]
 """
@@ -95,10 +95,10 @@ def generate(
 
 
 def _with_whole_sequences(model: nnx.Module) -> tuple[nnx.Module, Mesh | None]:
-    """Return (model, mesh). In this mesh, the axis "context" has size 1, and its devices belong to the axis "data".
+    """Return (model, mesh) for a mesh in which the devices of the axis "context" have moved to the axis "data".
 
     Generation does not divide sequences over "context". The parameters stay on their devices, because no parameter is
-    divided over these two axes. On a single device, the mesh is None.
+    divided over these two axes. On a single device, the returned mesh is None.
 
     Raises ValueError for a model that generates no text.
     """

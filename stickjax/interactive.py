@@ -104,7 +104,7 @@ class TrainedModel(Loaded):
           stop: strings or special tokens that end a text; the text does not contain them.
           special_tokens: True to encode the special tokens in a prompt, such as <|user|>, as special tokens; False to
             encode them as ordinary text.
-          on_text: `on_text(row, piece)` is called with each new piece of the text of prompt number `row`.
+          on_text: `on_text(row, piece)` is called with each new piece of text for the prompt with the index `row`.
 
         Raises:
           ValueError: an option is out of range, the model has no tokenizer, or the model cannot generate text.

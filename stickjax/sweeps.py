@@ -149,10 +149,12 @@ def learning_rate_sweep(
 class PowerLaw(NamedTuple):
     """The result of `fit_power_law`: the law gamma = a T^b.
 
-    T is the training length in tokens. gamma is the best learning rate divided by the batch size beta.
+    T is the training length in tokens. gamma is the best learning rate divided by the batch size beta, which is counted
+    in sequences of 4096 tokens.
 
     `a`, `b`: the constants of the law.
-    `best`: the record of the best run for every pair of T and beta, with the refined learning rate.
+    `best`: for every pair of T and beta, the record of the run with the smallest loss. Its learning rate is replaced by
+      the minimum of the parabola that `fit_power_law` describes.
     `residuals`: the error of the law for each record in `best`: ln(measured gamma) - ln(a T^b).
     """
 

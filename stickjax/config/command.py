@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
     def add_process_options(self) -> None:
-        """Add the options by which several processes find one another: the arguments of `processes.initialize`."""
+        """Add --coordinator, --processes and --process, by which the processes of a run find one another."""
         self.add_argument("--coordinator", metavar="HOST:PORT", help="address at which process 0 listens")
         self.add_argument("--processes", type=int, metavar="N", help="number of processes, each with its own devices")
         self.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
@@ -192,7 +192,8 @@ def say_error(line: str) -> None:
 def end_on_interrupt() -> None:
     """Make Ctrl-C print "interrupted" and end this process at once, without a traceback.
 
-    While a function that `command` wraps is running, Ctrl-C raises KeyboardInterrupt instead.
+    While a function that `command` wraps is running, Ctrl-C raises KeyboardInterrupt instead. If this process ignores
+    Ctrl-C, as under nohup, it continues to ignore Ctrl-C.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise the signal is ignored, as under nohup
         signal.signal(signal.SIGINT, _end)

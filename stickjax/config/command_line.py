@@ -42,7 +42,8 @@ def parse_changes(config: Config, argv: list[str]) -> dict[str, Any]:
     """Parse the changes of config fields on a command line: `--section.field=value` or `--section.field value`.
 
     Args:
-      config: the config to change. It is only used to check the keys and to convert the values to their types.
+      config: the config to which the changes belong. Its fields say which keys are known, and which types the values
+        have. `config` itself is not changed.
       argv: the words of the command line.
 
     Returns:
@@ -134,7 +135,7 @@ def load_config(path: str) -> Config:
 
 
 def config_name(path: str | os.PathLike) -> str:
-    """Return the name of a config: the name of its file, or for a config.json the name of its folder.
+    """Return the name of a config: the name of its file without .py, or for a config.json the name of its folder.
 
     >>> config_name("configs/tiny.py"), config_name("runs/base/config.json")
     ('tiny', 'base')
@@ -160,8 +161,8 @@ def read_json(path: str | os.PathLike) -> Config:
 def _run(file: Path) -> Config:
     """Run a Python file, call its function `get_config()` and return the config.
 
-    Raise ValueError for any error in the file. The message has the file. If a line of the file raised the error, the
-    message also has the number of this line.
+    Raise ValueError for any error in the file. The message begins with the path of the file. If a line of the file
+    raised the error, the message also has the number of this line.
     """
     try:
         get_config = runpy.run_path(str(file)).get("get_config")

@@ -120,7 +120,10 @@ class DataConfig:
     def _check_mixture(self) -> None:
         if self.mixture is None:
             if "mixture" in self.sources:
-                raise ValueError(f"source={self.source!r} needs a table: set data.mixture, or another data.source")
+                raise ValueError(
+                    f"source={self.source!r} needs data.mixture, a list of rows SOURCE:PATH:WEIGHT or SOURCE:WEIGHT, "
+                    "such as text:books:5,stdlib:2; set data.mixture, or another data.source"
+                )
             return
         if self.source != "mixture":
             raise ValueError(

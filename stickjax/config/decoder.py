@@ -116,12 +116,15 @@ class ModelConfig(FamilyConfig):
             raise ValueError(f"N={self.N} query heads must be a multiple of K={self.K} key heads")
         self.experts.check("experts", self.experts.k)
         if self.attention_experts.shared:
-            raise ValueError(f"attention_experts.shared={self.attention_experts.shared} must be 0: only experts has it")
+            raise ValueError(
+                f"attention_experts.shared={self.attention_experts.shared} must be 0: only the experts of the "
+                "feed-forward network can have a shared network (experts.shared)"
+            )
         chosen = self.N // self.K if self.attention_experts.E else 0
         if self.attention_experts.k not in (0, chosen):
             raise ValueError(
                 f"attention_experts.k={self.attention_experts.k} must be {chosen}: "
-                "N / K with attention experts, 0 without"
+                "N / K with attention experts, or 0 if attention_experts.E=0"
             )
         self.attention_experts.check("attention_experts", chosen)
         if self.attention_experts.E:
@@ -152,7 +155,7 @@ class ModelConfig(FamilyConfig):
             wrong = (
                 "query_key_value_bias=True" if self.query_key_value_bias else f"query_key_norm={self.query_key_norm!r}"
             )
-            raise ValueError(f"{wrong} needs attention_experts.E=0: attention experts do not have it")
+            raise ValueError(f"{wrong} needs attention_experts.E=0: attention experts do not support it")
         if self.head_norm:
             raise ValueError("head_norm=True needs attention_experts.E=0: attention experts need head_norm=False")
         if self.remainder == "bias":

@@ -1,7 +1,8 @@
 """The config of one experiment as nested frozen dataclasses. Every field has a default, a type and a help text.
 
 A field of one capital letter, such as D or L, is the size of an axis (docs/reference/letters.md). `Config.to_json`
-stores a config, and `Config.from_dict` reads it. `stickjax.config.command_line` parses changes on a command line.
+returns a config as JSON text, and `Config.from_dict` makes a config from the parsed JSON. The module
+`stickjax.config.command_line` parses changes of a config on a command line.
 """
 
 import dataclasses
@@ -173,9 +174,9 @@ class Config:
     def replace(self, changes: dict[str, Any]) -> "Config":
         """Return a copy of the config with changes such as {"data.B": 8, "model.experts.E": 4}.
 
-        The new config is checked after all changes are made, so several fields can change together. A mixture replaces
-        the source and the path, and another source replaces the mixture. Raise ValueError for an unknown field or a
-        wrong value.
+        The new config is checked after all changes are made, so several fields can change together. If data.mixture is
+        set, data.source becomes "mixture" and data.path becomes None. If data.source is set to another source,
+        data.mixture becomes None. Raise ValueError for an unknown field or a wrong value.
         """
         sections: dict[str, dict] = {}
         for key, value in _with_one_source(changes).items():
@@ -245,10 +246,10 @@ class Config:
 
 
 def _with_one_source(changes: dict[str, Any]) -> dict[str, Any]:
-    """Return `changes`, {"section.field": value}, with further changes if they have a mixture or another source.
+    """Return `changes`, {"section.field": value}, with further changes if data.mixture or data.source is changed.
 
-    A mixture also sets data.source to "mixture" and data.path to None. Another source also sets data.mixture to None. A
-    field that `changes` already has keeps its value.
+    A mixture that is not None also sets data.source to "mixture" and data.path to None. Without such a mixture, a
+    source other than "mixture" also sets data.mixture to None. A field that `changes` already has keeps its value.
     """
     if changes.get("data.mixture") is not None:
         return {"data.source": "mixture", "data.path": None} | changes

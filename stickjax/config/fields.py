@@ -108,7 +108,7 @@ def _made(kind: type, name: str, values: Any):
 
 
 def accept_former_names(config: type) -> type:
-    """Make a dataclass accept former names of its fields too, as arguments and as attributes. A class decorator.
+    """A class decorator: the dataclass also accepts the former names of its fields, as arguments and as attributes.
 
     Each use of a former name gives a FutureWarning with the present name.
     """
@@ -172,8 +172,8 @@ def checked(name: str, value, kinds: tuple, bounds: dict) -> Any:
     """Check the type and the bounds of `value`. Return the value as one of the types `kinds`, such as 1.0 for 1.
 
     `bounds` is {name of a bound: limit}, where the names are at_least, above, at_most and below. Raise ValueError if
-    the value has another type or is outside its bounds. Also raise it for an empty text, a whole number above 10^15,
-    and a float that is not finite or does not fit into float32. The message begins with `name`, the name of the field.
+    the value has another type, is outside its bounds, is an empty text, is a whole number above 10^15, or is a float
+    that is not finite or does not fit into float32. The message begins with `name`, the name of the field.
 
     >>> checked("top_p", 1, (float,), {"above": 0, "at_most": 1})
     1.0
@@ -264,7 +264,7 @@ def same_definition(one, other) -> bool:
 
 
 def one_of(name: str, value, choices) -> None:
-    """Raise ValueError if `value` is not one of `choices`. The message begins with `name`, and suggests a choice."""
+    """Raise ValueError if `value` is not one of `choices`. The message begins with `name` and lists the choices."""
     if value not in choices:
         raise ValueError(
             f"{name}={shown(value)} is not one of {', '.join(map(repr, choices))}{nearest(str(value), choices)}"

@@ -46,7 +46,7 @@ def mixture_of(value: Any) -> tuple[Part, ...] | None:
     try:
         rows = [_row(text) for text in value.split(",")] if isinstance(value, str) else value
         if not isinstance(rows, list | tuple) or not rows:
-            raise ValueError("it must be a table with a row (source, path, weight) for every source")
+            raise ValueError("data.mixture must be a list with a row (source, path, weight) for every source")
         parts = tuple(_part(row) for row in rows)
         for i, part in enumerate(parts):
             if part[:2] in [other[:2] for other in parts[:i]]:

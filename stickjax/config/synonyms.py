@@ -1,7 +1,8 @@
 """Suggest the right option or config field for a wrong word, such as data.B for "batch_size".
 
-If the name of an option or field is almost equal to the word, it is suggested. Otherwise, if the word is the name of a
-setting in other programs (SYNONYMS), this setting is suggested. Otherwise another similar name is suggested.
+If the name of an option or field is almost equal to the word, this name is suggested. Otherwise, if other programs use
+the word for a setting that exists here under another name (SYNONYMS), the name here is suggested. Otherwise the most
+similar name is suggested, if any name is similar.
 """
 
 import difflib

@@ -96,9 +96,9 @@ class SutConfig(FamilyConfig):
 
     @property
     def causal(self) -> bool:
-        """Whether self-attention is causal in language models and in classifiers: True for stick-breaking attention.
+        """Whether self-attention is causal in classifiers: True for stick-breaking attention, False for softmax.
 
-        Softmax attention is causal in language models, but not in classifiers.
+        In language models, self-attention is always causal.
         """
         return self.attention == "stick_breaking"
 

@@ -13,15 +13,15 @@ WARP = 32
 
 
 def _flushed(x):
-    """Return float32 numbers x with denormal ones replaced by zero of the same sign, as the modifier `.ftz` does."""
+    """Return the float32 numbers x. A denormal number becomes a zero of its sign, as with the PTX modifier `.ftz`."""
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
 
 
 def _elementwise(decoder, x, kind, function, out_kind=None, ftz=False):
     """Decode instruction x, which computes d = function(a, b, ..) in each lane, into the function that executes it.
 
-    The first operand is d, of type `out_kind` (None: `kind`); the others have type `kind`. `ftz`: replace denormal
-    numbers by zero.
+    The first operand is d, of type `out_kind` (None: `kind`). The other operands have type `kind`. With `ftz`, denormal
+    numbers in the operands and in the result become zero.
     """
     write = decoder.write(x.operands[0], out_kind or kind)
     reads = [decoder.read(operand, kind) for operand in x.operands[1:]]

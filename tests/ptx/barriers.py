@@ -1,4 +1,7 @@
-"""The barriers of a thread block: the sixteen named barriers (bar.sync, bar.red), and mbarriers in shared memory."""
+"""The barriers of a thread block: the sixteen named barriers (bar.sync, bar.red), and mbarriers in shared memory.
+
+A unit `u` is up to four warps of a block, whose lanes execute each instruction together (see machine.py).
+"""
 
 import numpy as np
 
@@ -11,10 +14,10 @@ BLOCKED = "blocked"  # the result of an instruction that must wait: its strand t
 
 
 def full_warps(u, mask, text: str) -> np.ndarray:
-    """Return the numbers of the warps that execute an instruction.
+    """Return the numbers in the block of the warps that execute an instruction.
 
-    `u` is the unit of warps, `mask` [lanes] says which of its lanes execute the instruction `text` (None: all). Raises
-    DivergentBarrier if only some lanes of a warp do.
+    `mask` [lanes] says which lanes of the unit `u` execute the instruction `text`; None: all. Raises DivergentBarrier
+    if only some lanes of a warp execute it.
     """
     if mask is None:
         return u.warps
@@ -35,7 +38,7 @@ class NamedBarrier:
     def open(self, clocks) -> None:
         """Let all waiting warps continue.
 
-        What one of them has done before it arrived is then ordered before what any of them does next.
+        All accesses of these warps before the barrier are then ordered before all their accesses after the barrier.
         """
         for u, warps in self.parties:
             clocks.acquire(list(warps), self.known)
@@ -46,8 +49,8 @@ class NamedBarrier:
 class Mbarrier:
     """The state of an mbarrier in shared memory.
 
-    `count` is the number of arrivals per phase, `pending` the arrivals that the current phase still needs, `bytes` the
-    bytes of copies that it still waits for, and `phase` the number of complete phases.
+    `count` is the number of arrivals per phase. The current phase still needs `pending` arrivals and `bytes` bytes of
+    copies. `phase` is the number of complete phases.
     """
 
     def __init__(self, index: int, name: str, count: int):
@@ -56,9 +59,10 @@ class Mbarrier:
         self.known = self.released = None
 
     def arrive(self, known, arrivals: int) -> bool:
-        """Count `arrivals` arrivals of warps; return whether they complete the phase.
+        """Count `arrivals` arrivals of warps. Return whether the phase is now complete.
 
-        `known` are the vector clocks of these warps, which the waiting warps receive at the end of the phase.
+        `known` are the vector clocks of the arriving warps, from `Clocks.publish`. The warps that wait for the phase
+        acquire these clocks.
         """
         self.known = known if self.known is None else tuple(map(np.maximum, self.known, known))
         self.pending -= arrivals
@@ -86,7 +90,8 @@ def named_barrier(decoder, x, match, operands, *, vote=None):
     The function (unit, mask) returns BLOCKED until the expected number of threads has arrived, and None after that.
 
     Args:
-      operands: the number of the barrier and, if not all threads of the block take part, their number.
+      operands: the operand with the number of the barrier, and perhaps an operand with the number of threads that take
+        part. Without this second operand, all threads of the block take part.
       vote: the reduction of bar.red; None for bar.sync.
     """
     number = decoder.read(operands[0], "u32")
@@ -139,7 +144,10 @@ def bar_sync(decoder, x, match):
 
 
 class _Vote:
-    """The reduction of bar.red: whether a predicate is true in any lane (or), or in all lanes (and), of all warps."""
+    """The reduction of bar.red over all lanes of all warps that arrive at the barrier.
+
+    `how` is "or": whether a predicate is true in any lane; or "and": whether the predicate is true in all lanes.
+    """
 
     def __init__(self, write, read, how):
         self.write, self.read, self.how = write, read, how
@@ -171,9 +179,11 @@ def warp_barrier(decoder, x, match):
 
 
 def lanes_of(u, mask, *values):
-    """Return each of `values` as an array over the lanes that take part, and then the number of each lane's warp.
+    """Return `values` in the lanes that execute an instruction, and the number in the block of each lane's warp.
 
-    `mask` [lanes] says which lanes of the unit `u` take part; None: all.
+    Each of `values` is an array [lanes] or one number. `mask` [lanes] says which lanes of the unit `u` execute the
+    instruction; None: all. Return one array for each of `values`, and a last array with the numbers of the warps. These
+    arrays have an element for each lane that executes the instruction.
     """
     lanes = np.arange(u.lanes) if mask is None else np.flatnonzero(mask)
     return *(np.broadcast_to(v, (u.lanes,))[lanes] for v in values), u.warps[lanes // WARP]
@@ -200,9 +210,10 @@ def mbarrier_init(decoder, x, match):
 
 
 def find_mbarrier(u, address: int, warps, text: str) -> Mbarrier:
-    """Return the mbarrier at this address of shared memory, for the instruction `text`.
+    """Return the mbarrier at an address of shared memory that `warps` of the unit `u` use in the instruction `text`.
 
-    Raises Fault if there is none, or if no barrier orders its initialisation before this use by `warps`.
+    Raises Fault if no mbarrier is at this address, or if no barrier orders the initialisation of the mbarrier before
+    its use.
     """
     if int(address) not in u.block.mbarriers:
         raise Fault(f"no mbarrier at byte {int(address) - SHARED} of shared memory: {text}")
@@ -250,9 +261,9 @@ def mbarrier_expect(decoder, x, match):
 def mbarrier_wait(decoder, x, match):
     """Decode instruction x, an mbarrier.try_wait or test_wait, into the function that executes it.
 
-    It blocks until the phase of the given parity is complete, as the loop around this instruction in the PTX would. If
-    the lanes wait for several phases and at least one is complete, nothing blocks: the instruction returns false in the
-    other lanes, and their loop repeats it.
+    The function blocks until the phase of the given parity is complete, as the loop around this instruction in the PTX
+    would. If the lanes wait for several phases and at least one of these phases is complete, the function does not
+    block. Its result is then false in the lanes whose phase is not complete, and these lanes repeat the instruction.
     """
     target, address, parity = x.operands[:3]
     write, address, parity = decoder.write(target, "pred"), decoder.pointer(address), decoder.read(parity, "u32")
@@ -302,6 +313,6 @@ def proxy_fence(decoder, x, match):
 def other_fence(decoder, x, match):
     """Decode instruction x, a fence that has no effect in this machine.
 
-    Mbarriers are used in order here, clocks advance at barriers, and global memory has no clocks.
+    The machine does not check whether a kernel has these fences.
     """
     return lambda u, mask: None

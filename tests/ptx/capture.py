@@ -23,8 +23,8 @@ def run(function: Callable, *arrays, launch: Callable | None = None, program_of:
 
     Args:
       function: a function of pytrees of arrays, which may contain Mosaic kernels.
-      launch: a function (program, arrays) that runs a kernel. The arrays are the kernel's inputs and then its outputs,
-        which it writes in place. None: `machine.launch`.
+      launch: a function (program, arrays) that runs a kernel. `arrays` has the inputs of the kernel, and after them its
+        outputs, which `launch` writes in place. None: `machine.launch`.
       program_of: a function that turns an MLIR module of Mosaic GPU into a Program.
     """
     if launch is None:
@@ -48,7 +48,7 @@ def kernels_launched_by(launch: Callable, program_of: Callable = compile_kernel)
     """Inside this context, compile functions as for a Hopper GPU, and run their Mosaic kernels by `launch`.
 
     The list that is yielded receives the Program of every kernel that is lowered. At the end, the context raises the
-    first error that `launch` has raised. The arguments are those of `run`.
+    first error that `launch` has raised. `launch` and `program_of` have the same meaning as in `run`.
     """
     from jax._src.pallas import mpmd
     from jax._src.pallas.mosaic_gpu import pallas_call_registration as registration
@@ -77,7 +77,7 @@ def kernels_launched_by(launch: Callable, program_of: Callable = compile_kernel)
 class Host:
     """Launches programs from inside XLA's CPU code, by a callback.
 
-    It keeps the exceptions of the launches, because XLA would turn them into text.
+    A `Host` keeps the exceptions of the launches, because XLA would turn them into text.
     """
 
     def __init__(self, launch: Callable):
@@ -86,7 +86,7 @@ class Host:
     def call(self, ctx, program: Program, *arguments):
         """Emit the code of a callback that launches `program`, in a lowering rule for a kernel call.
 
-        `ctx` and `arguments` are those of the lowering rule. The result is the outputs of the kernel.
+        `ctx` and `arguments` are the arguments of the lowering rule. Return the MLIR values of the kernel's outputs.
         """
         from jax._src.interpreters import mlir
 
@@ -113,7 +113,7 @@ class Host:
 def _poisoned(x) -> np.ndarray:
     """Return an output array of x's shape and type that is full of NaN or, for integers, of 99.
 
-    An element that the kernel does not write then does not look like a result.
+    So an element that the kernel does not write is not mistaken for a result.
     """
     return np.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 99, x.dtype)
 
@@ -121,8 +121,8 @@ def _poisoned(x) -> np.ndarray:
 def barrier_names(kernel) -> tuple[str, ...]:
     """Return the names of a kernel's mbarriers, in the order in which the compiled kernel initialises them.
 
-    `kernel` is the jaxpr of the kernel. Barriers of equal type and size form one group, at the place of the first of
-    them and in reverse order.
+    `kernel` is the jaxpr of the kernel. Barriers of the same type and size form a group, which the compiled kernel
+    initialises together, in reverse order. The groups come in the order of their first barriers in the jaxpr.
     """
     from jax._src.pallas.mosaic_gpu import core
 

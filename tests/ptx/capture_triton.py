@@ -21,7 +21,10 @@ NULL = bytes(8)  # a null pointer, for the parameters that Triton adds for debug
 
 
 class _Kernel(NamedTuple):
-    """A compiled Triton kernel: the first arguments, in order, that jax-triton passes to its launch library."""
+    """A compiled Triton kernel: its name, warps per block, blocks per cluster, bytes of shared memory, and PTX.
+
+    jax-triton passes these values, in this order, to its launch library.
+    """
 
     name: str
     warps: int
@@ -67,9 +70,10 @@ def kernels_launched_by(launch: Callable, device: str = "NVIDIA A100") -> Iterat
     host, found = Host(launch), []
 
     def lower(ctx, *arguments, **parameters):
-        """Lower a kernel call by jax-triton's rule, which compiles the kernel, with two parts of it replaced.
+        """Lower a kernel call by the lowering rule of jax-triton, which compiles the kernel.
 
-        The launch library only records the kernel, and the emitted code calls the host instead of a GPU.
+        Two parts of the rule are replaced: the launch library only records the kernel, and the emitted code calls
+        `host` instead of a GPU.
         """
 
         def launched(kernel, *grid_and_parameters):
@@ -115,10 +119,10 @@ def _kernel(name, warps, clusters, shared, ptx, _, __, *scratch):
 
 
 def _program(kernel: _Kernel, grid: tuple[int, int, int], zeroed: list[int]) -> Program:
-    """Return the Program of a kernel.
+    """Return the Program of a kernel. Its parameters are the arrays in their order, and then Triton's null pointers.
 
-    Its parameters are the arrays in their order and then null pointers, which Triton adds. `zeroed` has a number for
-    each array, which is not 0 if the array must be zero before the launch.
+    `zeroed` has a number for each array: 0 if the array may have any content before the launch. Raises
+    NotImplementedError for another number, which means that the array must be zero before the launch.
     """
     if any(zeroed):
         raise NotImplementedError(

@@ -2,8 +2,10 @@
 
 An actor is something that accesses shared memory: a warp, the tensor cores on behalf of a warpgroup, the copy engine
 that reads for a warp, the asynchronous copies of a warp, or the copies that complete on one mbarrier. Every actor has a
-time, a counter. `seen[w, a]` is a time of actor a: warp w is ordered after all accesses of a up to this time. `fenced`
-is the same for the asynchronous proxy, through which the copy engine and the tensor cores access memory;
+time, a counter. `seen[w, a]` is a time of actor a: warp w is ordered after all accesses of a up to this time.
+
+The copy engine and the tensor cores access memory through the asynchronous proxy. `fenced[w, a]` is also a time of
+actor a: the accesses through this proxy on behalf of warp w are ordered after all accesses of a up to this time.
 fence.proxy.async raises `fenced` to `seen`.
 """
 
@@ -15,7 +17,7 @@ MBARRIERS = 128  # the most mbarriers that a block may have
 class Clocks:
     """The vector clocks of one block.
 
-    Actors that read memory have the lowest numbers, because a write must be compared only with the reads of these.
+    Actors that read memory have the lowest numbers, because a write is compared only with the reads of these actors.
     """
 
     def __init__(self, warps: int):
@@ -38,7 +40,7 @@ class Clocks:
     def tick(self, warps) -> None:
         """Advance the time of these warps by one, after a release or a fence.
 
-        Their later accesses then have a later time than the accesses that they have published.
+        The next accesses of these warps then have a later time than the accesses before the release or the fence.
         """
         self.seen[warps, warps] += 1
 
@@ -47,9 +49,9 @@ class Clocks:
         self.tick(warps)
 
     def publish(self, warps) -> tuple[np.ndarray, np.ndarray]:
-        """Return the clocks (seen, fenced) of these warps joined by maximum, for other warps to acquire.
+        """Return (seen, fenced), each the maximum over the clocks of these warps, for other warps to acquire.
 
-        Then advance the time of these warps.
+        Also advance the time of these warps by one.
         """
         known = self.seen[warps].max(0), self.fenced[warps].max(0)
         self.tick(warps)
@@ -64,10 +66,10 @@ class Clocks:
         self.seen[warps, actor] = np.maximum(self.seen[warps, actor], time)
 
     def joined(self, warps) -> int:
-        """Return the number of an extra row of the clocks that stands for several warps that act together.
+        """Return the index of an extra row of `seen` and `fenced`, which stands for these warps when they act together.
 
-        Its clocks are the minimum over these warps: an access is ordered before it only if it is ordered before each of
-        them.
+        The times in this row are the minimum over the warps. So an earlier access is ordered before the common action
+        only if it is ordered before the next access of every warp.
         """
         least = [matrix[warps].min(0) for matrix in (self.seen, self.fenced)]
         self.seen[-1], self.fenced[-1] = least

@@ -1,4 +1,7 @@
-"""PTX instructions that move data: loads, stores, cp.async, and the bulk copies of the copy engine."""
+"""PTX instructions that move data: loads, stores, cp.async, and the bulk copies of the copy engine.
+
+A unit `u` is up to four warps of a block, whose lanes execute each instruction together (see machine.py).
+"""
 
 from functools import cache
 
@@ -61,8 +64,8 @@ _ACCESS = (
 def _is_shared(addresses: np.ndarray, space: str | None, text: str) -> bool:
     """Return whether an instruction accesses shared memory, given the addresses of its lanes.
 
-    `space` is the state space in the name of the instruction `text`, or None. Raises Fault if the addresses are in both
-    memories or not in `space`.
+    `space` is the state space in the name of the instruction `text`, or None. Raises Fault if some addresses are in
+    shared memory and others in global memory, or if the addresses are not in `space`.
     """
     below = addresses < PARAMETERS
     if below.all() != below.any():
@@ -214,10 +217,10 @@ def prefetch(decoder, x, match):
 
 
 def swizzled(addresses: np.ndarray, span: int) -> np.ndarray:
-    """Return the addresses at which a swizzled copy stores the bytes of these addresses.
+    """Return the addresses at which a swizzled copy stores the bytes that a plain copy stores at `addresses`.
 
-    In a row r of 128 bytes, the chunk c of 16 bytes is stored at chunk c ^ (r % chunks). `chunks` is the number of
-    chunks in `span` bytes, the span of the swizzle: 1, 2, 4 or 8.
+    Memory is divided into rows of 128 bytes, and a row into chunks of 16 bytes. Chunk c of row r is stored at chunk
+    c ^ (r % n) of this row, where n = span / 16. `span` is the span of the swizzle, 16 (no swizzle), 32, 64 or 128.
     """
     bits = {16: 0, 32: 1, 64: 3, 128: 7}[span]
     return addresses ^ ((addresses >> 7 & bits) << 4)
@@ -225,10 +228,10 @@ def swizzled(addresses: np.ndarray, span: int) -> np.ndarray:
 
 @cache
 def _box(tensor: TensorMap) -> tuple[list[np.ndarray], int]:
-    """Return the indices along each dimension of a box, and the bytes of the box.
+    """Return a list of the indices along each dimension of a box, and the number of bytes of the box.
 
-    A box is the part of an array that one copy moves. Each index array has the shape to broadcast against the others,
-    so that the outermost dimension is the first axis.
+    A box is the part of an array that one copy moves. The list begins with the innermost dimension. Its index arrays
+    broadcast to the shape of the box, in which the outermost dimension is the first axis.
     """
     rank = len(tensor.box)
     grids = [np.arange(n).reshape((-1,) + (1,) * d) for d, n in enumerate(tensor.box)]
@@ -237,9 +240,10 @@ def _box(tensor: TensorMap) -> tuple[list[np.ndarray], int]:
 
 
 def _elements(tensor: TensorMap, coordinates) -> tuple[np.ndarray, np.ndarray]:
-    """Return the byte offset in the array, and whether it is inside the array, of each element of a box.
+    """Return (offset, inside) for the elements of a box: the byte offset in the array, and whether the array has it.
 
-    `coordinates` is the position of the box in the array. The innermost dimension varies fastest.
+    `coordinates` is the position of the box in the array, with the innermost dimension first. In both results, the
+    elements are in the order in which the innermost dimension varies fastest.
     """
     offset, inside = np.int64(tensor.offset), np.bool_(True)
     for grid, start, size, stride in zip(_box(tensor)[0], coordinates, tensor.sizes, tensor.strides, strict=True):
@@ -279,7 +283,7 @@ def _coordinates(decoder, operand: Operand, rank: int, text: str):
 
 
 def _each_lane(u, mask, *values):
-    """Return one tuple for each lane of unit `u` that takes part: (*values of the lane, number of its warp)."""
+    """Return a tuple for each lane of unit `u` in `mask`: the `values` of the lane, and the number of its warp."""
     return [tuple(map(int, row)) for row in zip(*lanes_of(u, mask, *values), strict=True)]
 
 

@@ -10,7 +10,7 @@ class Race(Fault):
 
 
 class MissingProxyFence(Fault):
-    """Raised if the copy engine or the tensor cores access bytes that threads wrote, with no proxy fence between."""
+    """Raised if the copy engine or tensor cores access bytes that threads wrote, and no proxy fence came in between."""
 
 
 class Deadlock(Fault):
@@ -18,4 +18,8 @@ class Deadlock(Fault):
 
 
 class DivergentBarrier(Fault):
-    """Raised if only some lanes of a warp or warpgroup execute an instruction that needs all of its lanes."""
+    """Raised if only some lanes of a warp or warpgroup execute an instruction that all its lanes must execute.
+
+    Also raised if the instructions of a named barrier expect different numbers of threads, if more threads arrive than
+    expected, or if the lanes of one instruction name different barriers.
+    """

@@ -130,8 +130,9 @@ class _Host:
     def _tensor_map(self, address, base, kind, rank, sizes, strides, swizzle, box):
         """Record a tensor map, as the host code's call of mosaic_gpu_init_tma_desc would make it.
 
-        Mosaic orders the dimensions from the outermost to the innermost and counts strides in elements. `TensorMap` has
-        the opposite order, and bytes.
+        `sizes`, `strides` and `box` are addresses of arrays with one number per dimension. Mosaic orders the dimensions
+        from the outermost to the innermost, and counts strides in elements. `TensorMap` orders the dimensions from the
+        innermost to the outermost, and counts strides in bytes.
         """
         inwards = [[self.memory[start + 8 * i] for i in reversed(range(rank))] for start in (sizes, strides, box)]
         itemsize = ITEMSIZES[kind]
@@ -167,7 +168,7 @@ def _fields(struct: str) -> list[str]:
 
 
 def _size(kind: str) -> int:
-    """Return the bytes of an LLVM type, given its name.
+    """Return the number of bytes of the LLVM type with the name `kind`.
 
     Fields of a structure have no padding between them: in the host code they have 8 bytes, and arrays of bytes come
     last.

@@ -1,7 +1,8 @@
-"""python -m tests.ptx.kept [--check]: write the PTX of a few small kernels to tests/ptx/kept, or compare it.
+"""python -m tests.ptx.kept [--check]: write the PTX of a few small kernels to the folder tests/ptx/kept.
 
 The stored kernels let the tests of the PTX machine run without the CUDA wheels, which compile kernels. With --check,
-the exit status is 1 if a stored kernel differs from the current one.
+nothing is written: the current kernels are compared with the stored kernels, and the exit status is 1 if they differ. A
+stored kernel from other package versions is not compared.
 """
 
 import argparse
@@ -72,7 +73,7 @@ CASES: dict[str, Callable[[], Case]] = {"attention": attention, "experts": exper
 
 
 def current() -> dict[str, Program]:
-    """Compile the kernels of CASES; return them by the name of the file in which they are stored.
+    """Compile the kernels of CASES. Return {name of the stored files, without the ending: the kernel}.
 
     Raises MissingWheels if jax[cuda13] is not installed.
     """
@@ -91,7 +92,7 @@ def load(name: str) -> Program:
 
 
 def program_of(module) -> Program:
-    """Return the stored program of a kernel, found by the name of its MLIR module, instead of compiling it.
+    """Return the stored program of a kernel, instead of compiling the kernel. The name of `module` selects the program.
 
     Use it as the argument `program_of` of `capture.run`, for functions of CASES.
     """
@@ -130,7 +131,7 @@ def write(name: str, program: Program) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ptx.kept", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--check", action="store_true", help="compare only; kernels of other versions are left out")
+    parser.add_argument("--check", action="store_true", help="only compare; skip kernels from other package versions")
     arguments = parser.parse_args(argv)
     FOLDER.mkdir(exist_ok=True)
     differs = 0

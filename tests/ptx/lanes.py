@@ -1,4 +1,7 @@
-"""PTX instructions that exchange registers between the lanes of a warp, and instructions on bits and bytes."""
+"""PTX instructions that exchange registers between the lanes of a warp, and instructions on bits and bytes.
+
+A unit `u` is up to four warps of a block, whose lanes execute each instruction together (see machine.py).
+"""
 
 import numpy as np
 
@@ -10,16 +13,17 @@ from .faults import Fault
 def _lanes_present(u, mask, text, members) -> np.ndarray:
     """Return a bool array [warps, 32] that says which lanes execute the instruction `text`.
 
-    `members` is the member mask of the instruction, whose bits are the lanes that must execute it. Raises Fault if
-    other lanes execute it, or if one of these lanes does not.
+    `mask` [lanes] says which lanes of the unit `u` execute the instruction; None: all. `members` is the member mask of
+    the instruction: bit i is set if lane i of the warp must execute it. Raises Fault if the lanes that execute the
+    instruction are not the lanes of the member mask.
     """
     present = (np.ones(u.lanes, bool) if mask is None else mask).reshape(-1, WARP)
     members = np.broadcast_to(np.asarray(members, np.uint32), (u.lanes,)).reshape(-1, WARP)
     is_named = (members[:, :, None] >> np.arange(WARP, dtype=np.uint32)) & np.uint32(1) == 1  # [warps, by, lane]
     if (present[:, :, None] & is_named & ~present[:, None, :]).any():
-        raise Fault(f"{u.name}: the member mask names lanes that are elsewhere: {text}")
+        raise Fault(f"{u.name}: the member mask names lanes that do not execute this instruction: {text}")
     if (present[:, :, None] & ~is_named & present[:, None, :]).any():
-        raise Fault(f"{u.name}: the member mask does not name all lanes that execute this: {text}")
+        raise Fault(f"{u.name}: the member mask does not name all lanes that execute this instruction: {text}")
     return present
 
 
@@ -56,7 +60,7 @@ def shuffle(decoder, x, match):
 def elect(decoder, x, match):
     """Decode instruction x, an elect.sync, into the function that executes it.
 
-    It chooses one lane of each warp: the lowest that takes part.
+    An elect.sync chooses one lane of each warp: the lowest lane that executes it.
     """
     target, members = x.operands
     leader, chosen = target.parts
@@ -117,8 +121,8 @@ def bit_field(decoder, x, match):
 def three_input_logic(decoder, x, match):
     """Decode instruction x, a lop3, into the function that executes it.
 
-    A lop3 is any bitwise function of three operands a, b and c. Bit 4 a + 2 b + c of the fifth operand is its result
-    for bits a, b and c.
+    A lop3 is any bitwise function of three operands a, b and c. Bit 4 a + 2 b + c of the last operand is the result for
+    the bits a, b and c.
     """
     write = decoder.write(x.operands[0], "b32")
     reads = [decoder.read(o, "b32") for o in x.operands[1:4]]
@@ -140,9 +144,9 @@ def three_input_logic(decoder, x, match):
 def permute_bytes(decoder, x, match):
     """Decode instruction x, a prmt, into the function that executes it.
 
-    A prmt selects four of the eight bytes of two registers. Its selector has four bits for each byte of the result.
-    Three of them are the number of the selected byte. If the fourth is set, all bits of the result are the sign bit of
-    the selected byte.
+    A prmt selects four of the eight bytes of two registers. The last operand has four bits for each byte of the result.
+    The lowest three bits are the number of the selected byte. If the fourth bit is set, the byte of the result does not
+    become the selected byte, but eight copies of the sign bit of the selected byte.
     """
     write, a, b, choice = decoder.write(x.operands[0], "b32"), *(decoder.read(o, "b32") for o in x.operands[1:])
 

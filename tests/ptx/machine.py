@@ -1,8 +1,9 @@
 """The PTX machine: `launch` runs a program on arrays, one thread block after the other.
 
-Four warps of a block form a unit, whose lanes execute each instruction together. If lanes branch differently, each
-branch becomes a strand, with a mask of its lanes. The strand at the earliest instruction runs first, and two strands at
-the same instruction merge. While a strand waits, the others run. The order of execution is the same in every run.
+Up to four warps of a block form a unit, whose lanes execute each instruction together. If lanes branch differently,
+each branch becomes a strand, with a mask of its lanes. The strand at the earliest instruction runs first. Two strands
+at the same instruction merge, unless one of them waits at a barrier. While a strand waits, the other strands run. The
+order of execution is the same in every run.
 """
 
 from functools import lru_cache
@@ -26,7 +27,10 @@ _DTYPES = {"b16": np.uint16, "b32": np.uint32, "b64": np.uint64, "pred": np.bool
 
 
 class Strand:
-    """A group of lanes of a unit that are at the same instruction. `mask` [lanes] says which; None: all."""
+    """A group of lanes of a unit that are at the same instruction, number `at`.
+
+    `mask` [lanes] says which lanes of the unit are in the group; None: all.
+    """
 
     def __init__(self, at: int, mask: np.ndarray | None):
         self.at, self.mask, self.is_waiting = at, mask, False
@@ -123,7 +127,7 @@ class Unit:
     def _wait(self, strand: Strand, mask: np.ndarray | None) -> None:
         """Make a strand wait at its instruction; `mask` says which lanes execute the instruction.
 
-        Warps without such a lane continue at the next instruction, as a new strand.
+        The warps of the strand in which no lane executes it continue at the next instruction, as a new strand.
         """
         if mask is not None:
             everyone = np.ones(self.lanes, bool) if strand.mask is None else strand.mask
@@ -142,9 +146,9 @@ class Unit:
         return f"warps {', '.join(warps)} of block {self.block.place}"
 
     def _jump(self, strand: Strand, mask: np.ndarray | None, target: int) -> None:
-        """Move the lanes in `mask` to instruction number `target`, or end them if it is END.
+        """Move the lanes in `mask` (None: all lanes of the strand) to instruction number `target`.
 
-        The other lanes of the strand continue at the next instruction.
+        If `target` is END, these lanes end. The other lanes of the strand continue at the next instruction.
         """
         everyone = np.ones(self.lanes, bool) if strand.mask is None else strand.mask
         gone = everyone if mask is None else mask & everyone
@@ -239,10 +243,10 @@ def launch(program: Program, arrays: list[np.ndarray], *, equal_writes: bool = F
       program: the PTX of a kernel and how it is launched.
       arrays: contiguous arrays. The parameters and tensor maps of the program refer to them by index.
       equal_writes: allow warps to write the same value to the same byte of shared memory without an order. Triton's
-        warps do this if a tile has fewer rows than they need.
+        warps do this if a tile has fewer rows than the warps need.
     Raises:
       UnknownInstruction: the machine does not support an instruction of the program. No instruction has run then.
-      Fault: the program does something whose result is undefined on the chip, or it waits for ever.
+      Fault: the program does something whose result is undefined on the chip, or the program waits for ever.
     """
     kernel = _parsed(program.ptx)
     memory = GlobalMemory(arrays)

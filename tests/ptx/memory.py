@@ -1,6 +1,6 @@
 """The memory of a launch: the arrays in global memory, and the shared memory of a block.
 
-Shared memory records for each byte who has accessed it and when, so that races are found.
+Shared memory records for each byte which warp or copy has accessed the byte and when, so that races are found.
 """
 
 import numpy as np
@@ -116,7 +116,7 @@ class SharedMemory:
     def offsets(self, addresses: np.ndarray, size: int, text: str) -> np.ndarray:
         """Return the offsets of all bytes that the instruction `text` accesses, with `size` bytes at each address.
 
-        Raises Fault if they are outside of shared memory, or if an address is not a multiple of `size`.
+        Raises Fault if a byte is outside of shared memory, or if an address is not a multiple of `size`.
         """
         offsets = np.asarray(addresses, np.int64) - SHARED
         if offsets.min() < 0 or offsets.max() + size > self.size:
@@ -132,10 +132,10 @@ class SharedMemory:
         Raises Race, MissingProxyFence or Fault if the access is wrong.
 
         Args:
-          actors: who reads, as numbers of `Clocks`: one per byte, or one for all.
-          warps: the warps on whose behalf the actors read, one per byte or one for all.
+          actors: the readers, each by its index in `Clocks`: one index per byte, or one index for all bytes.
+          warps: the number of the warp on whose behalf an actor reads: one per byte, or one for all bytes.
           is_proxy: whether the copy engine or the tensor cores read.
-          time: the time of the actor; by default the time of the warps.
+          time: the time of the read on the clock of the actor. None: the present time of `warps`.
         """
         seen = self.clocks.seen
         if is_proxy and not self.is_written[at].all():
@@ -162,7 +162,7 @@ class SharedMemory:
 
         Args:
           actors: the writers, each by its index in `Clocks`: one index per byte, or one index for all bytes.
-          warps: the warps on whose behalf the actors write, one per byte or one for all.
+          warps: the number of the warp on whose behalf an actor writes: one per byte, or one for all bytes.
           is_proxy: whether the copy engine writes.
           time: the time of the write on the clock of the actor. None: the present time of `warps`.
         """

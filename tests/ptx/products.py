@@ -1,8 +1,10 @@
 """PTX instructions of the tensor cores: matrix products, and loads and stores of matrix fragments.
 
-Hopper's wgmma is asynchronous. Until a thread has waited for the group of a wgmma, it must not access the registers of
-the wgmma, and must not write its operands in shared memory. In which order a tensor core adds is undefined; here it is
-NumPy's.
+Hopper's wgmma is asynchronous. Before a thread has waited for the group of a wgmma, the thread must not access the
+registers of this wgmma, and must not write to its operands in shared memory. The chip does not define the order in
+which a tensor core adds; the machine adds in the order of NumPy.
+
+A unit `u` is up to four warps of a block, whose lanes execute each instruction together (see machine.py).
 """
 
 from functools import cache
@@ -34,9 +36,9 @@ def _numbers(bits: np.ndarray, kind: str) -> np.ndarray:
 
 @cache
 def _accumulator(columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (row, column): where each register of a wgmma accumulator [64, columns] belongs, for every thread.
+    """Return (row, column): the place of each register of each thread in a wgmma accumulator [64, columns].
 
-    Both are integer arrays that broadcast to [registers, 128 threads].
+    Both are integer arrays [registers, 128 threads].
     """
     thread, register = np.arange(WARPGROUP)[None], np.arange(columns // 2)[:, None]
     row = thread // WARP * 16 + thread % WARP // 4 + register // 2 % 2 * 8
@@ -45,7 +47,7 @@ def _accumulator(columns: int) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _fragment() -> tuple[np.ndarray, np.ndarray]:
-    """Return (row, column): where the 16-bit numbers of a wgmma operand A [64, 16] in registers belong.
+    """Return (row, column): the place in a wgmma operand A [64, 16] of each 16-bit number that the registers hold.
 
     Both are integer arrays [4 registers, 2 halves of a register, 128 threads].
     """
@@ -57,13 +59,14 @@ def _fragment() -> tuple[np.ndarray, np.ndarray]:
 def matrix_bytes(descriptor: int, rows: int, depth: int, is_transposed: bool, text: str) -> np.ndarray:
     """Return the offsets in shared memory of the elements of a wgmma operand, an int array [rows, depth].
 
-    The elements have 16 bits; an offset is that of the first byte.
+    An element has 16 bits. Its offset is the offset of its first byte.
 
     Args:
       descriptor: the matrix descriptor of the operand, as wgmma gets it.
       rows: the number of rows of A or of columns of B.
       depth: the size of the axis over which the product sums.
-      is_transposed: whether elements are contiguous along the rows; otherwise along the depth.
+      is_transposed: True if the elements with the same depth index are contiguous in memory; False if the elements of
+        a row are.
       text: the instruction, for error messages.
     """
     start = (descriptor & 0x3FFF) << 4
@@ -125,8 +128,8 @@ def wgmma_wait(decoder, x, match):
 def wgmma(decoder, x, match):
     """Decode instruction x, a wgmma.mma_async, into the function that executes it.
 
-    It computes D = A @ B, or D = A @ B + D if its predicate is true. A [64, 16] is in registers or in shared memory, B
-    [16, n] in shared memory, and D [64, n] in registers.
+    A wgmma computes D = A @ B, or D = A @ B + D if its predicate operand is true. A [64, 16] is in registers or in
+    shared memory, B [16, n] in shared memory, and D [64, n] in registers.
     """
     columns, kind = int(match["n"]), match["a"]
     target, a, b, adds, *flags = x.operands
@@ -156,7 +159,7 @@ def wgmma(decoder, x, match):
             raise Fault(f"{u.name} wrote {min(missing)} after its last wgmma.fence: {x.text}")
         running = u.in_flight.keys()
         if clash := factors & running & u.results or results & running - u.results:
-            raise Fault(f"{u.name}: {min(clash)} is of another use (operand or result) in a running wgmma: {x.text}")
+            raise Fault(f"{u.name}: a running wgmma uses {min(clash)} in another way (operand or result): {x.text}")
         if in_registers:
             values = np.stack([np.broadcast_to(read(u), (u.lanes,)) for read in a_reads])
             halves = np.ascontiguousarray(values).view(np.uint16).reshape(4, WARPGROUP, 2).transpose(0, 2, 1)
@@ -199,8 +202,8 @@ def _operand(u, descriptor: int, rows: int, is_transposed: int, kind: str, actor
       u: the unit of warps that executes the wgmma.
       descriptor, rows, is_transposed: as for `matrix_bytes`.
       kind: the type of the elements, bf16 or f16.
-      actor: the number of the tensor cores in `Clocks`.
-      group: the group of the product, which is the time of the tensor cores.
+      actor: the index of the tensor cores in the vector clocks (see clocks.py).
+      group: the number of the group of the wgmma. It is also the time of the read on the clock of the tensor cores.
       text: the instruction, for error messages.
     """
     shared = u.block.shared
@@ -216,7 +219,10 @@ def _operand(u, descriptor: int, rows: int, is_transposed: int, kind: str, actor
 
 @cache
 def _matrix_lanes(is_transposed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return (row, column) of the two elements that each lane holds of an 8 x 8 matrix, arrays [32 lanes, 2]."""
+    """Return (row, column), two arrays [32 lanes, 2]: the places of the two elements of an 8 x 8 matrix in each lane.
+
+    `is_transposed`: the instruction has the modifier .trans, which exchanges rows and columns.
+    """
     lane, half = np.arange(WARP)[:, None], np.arange(2)[None]
     row, column = np.broadcast_to(lane // 4, (WARP, 2)), lane % 4 * 2 + half
     return (column, row) if is_transposed else (row, column)
@@ -231,10 +237,19 @@ def _require_registers(operand: Operand, count: int, text: str) -> None:
 
 
 def _row_bytes(u, mask, pointer, count: int, text: str):
-    """Return where ldmatrix or stmatrix accesses shared memory: `count` matrices of 8 x 8 elements for each warp.
+    """Return which bytes of shared memory an ldmatrix or stmatrix accesses: `count` 8 x 8 matrices for each warp.
 
-    `pointer` gives the address of a row of a matrix in each lane. Returns three arrays: the byte offsets [warps, count,
-    8 rows, 16 bytes], the warp of each byte in the same shape, and the index of each warp in the unit.
+    Args:
+      u, mask: the unit, and a bool array [lanes]: which lanes of the unit execute the instruction; None: all.
+      pointer: a function from the unit to one address per lane. Lane 8 m + r of a warp has the address of row r of
+        matrix m.
+      count: the number of matrices.
+      text: the instruction, for error messages.
+
+    Returns:
+      Three integer arrays, where W is the number of warps that execute the instruction. [W, count, 8 rows, 16 bytes]:
+      the offset of each byte in shared memory. An array of the same shape: for each byte, the number in the block of
+      the warp that accesses it. [W]: the position of each of these warps in the unit, from 0 to 3.
     """
     warps = full_warps(u, mask, text)
     places = warps - u.warps[0]
@@ -299,9 +314,9 @@ def mma(decoder, x, match):
     group, place = lane // 4, lane % 4
 
     def matrix(u, reads, rows):
-        """Return an operand as float32 [warps, rows, depth], read from its registers.
+        """Return A, or B transposed, as float32 [warps, rows, k]. `reads` are functions that read its registers.
 
-        The registers are ordered by half of the depth, and in each half by group of 8 rows.
+        The registers with the first half of the axis k come first. In each half, the first 8 rows come first.
         """
         result = np.empty((u.lanes // WARP, rows, depth), np.float32)
         halves = rows // 8

@@ -4,7 +4,10 @@ from typing import NamedTuple
 
 
 class TensorMap(NamedTuple):
-    """The copy engine's description of an array, from which it copies boxes. The innermost dimension comes first."""
+    """The description of an array from or to which the copy engine copies boxes, which are parts of the array.
+
+    In `sizes`, `strides` and `box`, the innermost dimension comes first.
+    """
 
     array: int  # the index of the array among the arrays of the launch
     offset: int  # the offset of the first element, in bytes

@@ -1,9 +1,9 @@
-"""Handwritten programs for the tests of the PTX machine: `run` makes a kernel of a few lines of PTX and runs it.
+"""Handwritten programs for the tests of the PTX machine: `run` makes a kernel from a few lines of PTX and runs it.
 
 The lines, called the body, may use the registers %p0 to %p15, %h0 to %h31 (16 bits), %r0 to %r63, %f0 to %f63 and %d0
-to %d63 (64 bits). When the body begins, these registers have values: %d0, %d1, .. the addresses of the arrays, %d60 the
-address of the tensor maps, %r60 the number of the thread, %r61 of its warp, %r62 of its lane in the warp, and %r63 the
-address of shared memory.
+to %d63 (64 bits). When the body begins, these registers have values: %d0, %d1, .. the addresses of the arrays; %d60 the
+address of the tensor maps, if there are any; %r60 the number of the thread in the block; %r61 the number of its warp in
+the block; %r62 the number of its lane in the warp; and %r63 the address of shared memory.
 """
 
 import itertools
@@ -86,10 +86,11 @@ def apply(text: str, out: str, kinds: list[str], cases: list[tuple], *, odd_lane
     """Run instructions on many cases, one case per lane; return the result of each case.
 
     Args:
-      text: the instructions, with {d} for the register of the result and {0}, {1}, .. for those of the operands.
+      text: the instructions, with {d} for the register of the result, and {0}, {1}, .. for the operands' registers.
       out, kinds: the type of the result, and the types of the operands.
       cases: a tuple of operands for each case.
-      odd_lanes_only: make the predicate of the instructions false in the even lanes, whose result is then MASKED_OFF.
+      odd_lanes_only: make the predicate of the instructions false in the even lanes. The result of an even lane is then
+        the lowest bits of MASKED_OFF, or 0 for the type "pred".
     """
     threads = -(-len(cases) // 32) * 32
     padded = list(itertools.islice(itertools.cycle(cases), threads))
