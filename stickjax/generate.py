@@ -1,4 +1,6 @@
-"""Generate text with a trained model. One call of the model reads all prompts; each next call adds a token to each.
+"""Generate text with a trained model.
+
+The first call of the model reads all prompts. Each further call, a jitted decode step, adds one token to every prompt.
 
 python -m stickjax.generate RUN --prompt "def main(" [--temperature 0.8] [--stop TEXT ...] [--mesh.tensor=8]
 """

@@ -138,8 +138,9 @@ class Processes:
 def _forwarded(processes: Processes):
     """Return a context in which a SIGTERM, SIGINT or SIGHUP to this process sends SIGTERM to all training processes.
 
-    If this process has received one of these signals before, a SIGINT (Ctrl-C) sends SIGKILL instead. The context
-    yields a list. The number of every received signal is appended to this list.
+    If this process has received one of these signals before, a SIGINT (Ctrl-C) sends SIGKILL instead. If this process
+    ignores SIGHUP, as under nohup, SIGHUP stays ignored. The context yields a list. The number of every received signal
+    is appended to this list.
     """
     got: list[int] = []
 

@@ -37,14 +37,17 @@ class FamilyConfig:
         if not isinstance(name, str):
             raise TypeError(f"{cls.__name__}.family must have a default, a string: the name of the model family")
         if not same_definition(MODEL_CONFIGS.get(name, cls), cls):
-            raise TypeError(f"family={name!r} of {cls.__name__} is already taken by {MODEL_CONFIGS[name].__name__}")
+            raise TypeError(
+                f"{cls.__name__}.family={name!r} is the family of {MODEL_CONFIGS[name].__name__}; choose another name"
+            )
         MODEL_CONFIGS[name] = cls
 
     @property
     def vocabulary(self) -> int:
         """The vocabulary size: V, or 257 if V is None, for the byte tokenizer (256 bytes and the end-of-text token).
 
-        A training run first replaces None by the number of ids of its tokenizer (see `with_vocabulary`).
+        A training run first replaces V=None by the number of ids of its tokenizer (see
+        `stickjax.models.vocabulary_size.with_vocabulary`).
         """
         return BYTES if self.V is None else self.V
 

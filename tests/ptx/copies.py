@@ -240,7 +240,7 @@ def _box(tensor: TensorMap) -> tuple[list[np.ndarray], int]:
 
 
 def _elements(tensor: TensorMap, coordinates) -> tuple[np.ndarray, np.ndarray]:
-    """Return (offset, inside) for the elements of a box: the byte offset in the array, and whether the array has it.
+    """Return (offset, inside): for each element of a box, its byte offset in the array, and whether the array has it.
 
     `coordinates` is the position of the box in the array, with the innermost dimension first. In both results, the
     elements are in the order in which the innermost dimension varies fastest.

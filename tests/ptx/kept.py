@@ -73,7 +73,7 @@ CASES: dict[str, Callable[[], Case]] = {"attention": attention, "experts": exper
 
 
 def current() -> dict[str, Program]:
-    """Compile the kernels of CASES. Return {name of the stored files, without the ending: the kernel}.
+    """Compile the kernels of CASES. Return {NAME: kernel}; the files NAME.ptx and NAME.json store the kernel.
 
     Raises MissingWheels if jax[cuda13] is not installed.
     """

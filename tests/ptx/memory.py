@@ -1,6 +1,6 @@
 """The memory of a launch: the arrays in global memory, and the shared memory of a block.
 
-Shared memory records for each byte which warp or copy has accessed the byte and when, so that races are found.
+Shared memory records for each byte which actors (see clocks.py) accessed the byte and when, so that races are found.
 """
 
 import numpy as np

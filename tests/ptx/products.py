@@ -219,7 +219,7 @@ def _operand(u, descriptor: int, rows: int, is_transposed: int, kind: str, actor
 
 @cache
 def _matrix_lanes(is_transposed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return (row, column), two arrays [32 lanes, 2]: the places of the two elements of an 8 x 8 matrix in each lane.
+    """Return (row, column), arrays [32 lanes, 2]: the places in an 8 x 8 matrix of the two elements that a lane holds.
 
     `is_transposed`: the instruction has the modifier .trans, which exchanges rows and columns.
     """
@@ -247,9 +247,10 @@ def _row_bytes(u, mask, pointer, count: int, text: str):
       text: the instruction, for error messages.
 
     Returns:
-      Three integer arrays, where W is the number of warps that execute the instruction. [W, count, 8 rows, 16 bytes]:
-      the offset of each byte in shared memory. An array of the same shape: for each byte, the number in the block of
-      the warp that accesses it. [W]: the position of each of these warps in the unit, from 0 to 3.
+      (offsets, warps, places), three integer arrays. W is the number of warps that execute the instruction.
+      offsets: [W, count, 8 rows, 16 bytes], the offset of each byte in shared memory.
+      warps: the shape of `offsets`; for each byte, the number in the block of the warp that accesses the byte.
+      places: [W], the position of each of the W warps in the unit, from 0 to 3.
     """
     warps = full_warps(u, mask, text)
     places = warps - u.warps[0]

@@ -62,7 +62,7 @@ def run(body: str, *arrays: np.ndarray, threads=32, grid=1, shared=4096, maps: t
 
 
 def encode(kind: str, value) -> int:
-    """Return the bits of a number as a value of type `kind`, such as s32 or f32."""
+    """Return the bits that represent the number `value` in the type `kind`, such as "s32" or "f32"."""
     if kind == "f32":
         with np.errstate(over="ignore"):
             return int(np.float32(value).view(np.uint32))
@@ -70,7 +70,7 @@ def encode(kind: str, value) -> int:
 
 
 def decode(kind: str, bits: int):
-    """Return the Python number whose bits as a value of type `kind` are `bits`."""
+    """Return the Python number that `bits` represent in the type `kind`."""
     if kind == "f32":
         return float(np.uint32(bits).view(np.float32))
     bits &= (1 << BITS[kind]) - 1
