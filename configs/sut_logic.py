@@ -5,8 +5,8 @@ python -m stickjax.train configs/sut_logic.py --mesh.data=2
 python -m stickjax.evaluate runs/sut_logic --max-pairs 512
 
 The first line makes two virtual devices, which use two CPU cores. It also puts arrays into huge pages, which reduces
-the time by a quarter. Measured on two CPU cores on 2026-11-28: 52 minutes of wall time while tests were running, 88
-minutes of CPU time.
+the time by a quarter. Training took 52 minutes of wall time and 88 minutes of CPU time on two CPU cores, while tests
+were also running (2026-11-28).
 
 The model is trained on pairs of sentences with 0 to 6 operators. The table has a column for each number of operators,
 and these rows: "accuracy": on held-out pairs, in percent; "commonest label": the percentage of pairs with the

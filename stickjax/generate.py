@@ -48,8 +48,8 @@ def generate(
     """Return the token ids that follow each of B prompts, drawn from softmax(logits / temperature).
 
     A row is a prompt with its new tokens. With the same options, the new tokens of a row depend only on its prompt, its
-    index and the seed. If the model is sharded on a mesh, all its devices compute the rows together, and every process
-    must make the same call.
+    index and the seed. If the model is sharded on a mesh, all devices of the mesh compute the rows together, and every
+    process must make the same call.
 
     Args:
       model: the module with the parameters, such as `stickjax.load(run).model`.

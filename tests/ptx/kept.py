@@ -42,8 +42,8 @@ def _random(rng, *shape):
 def attention() -> Case:
     """Return a case with the forward pass of attention on 330 tokens.
 
-    It has six tiles of 64 queries in three thread blocks, and six tiles of 64 keys, more than shared memory holds at
-    once.
+    The kernel has six tiles of 64 queries, in three thread blocks, and six tiles of 64 keys. Shared memory cannot hold
+    all six tiles of keys at once.
     """
     rng = np.random.default_rng(0)
 
