@@ -222,8 +222,8 @@ def _copies(array, rows, column, tile):
     """Yield the addresses of every chunk of 16 bytes that one thread copies between `array` and `tile`.
 
     `array` [R, D] and the row numbers `rows`, int32 [M], are in global memory. `tile` [M, C] is in shared memory. Row r
-    of the tile corresponds to array[rows[r], column : column + C]. For each chunk, this function sets three
-    attributes of a `_Thread` object, and yields the object:
+    of the tile corresponds to array[rows[r], column : column + C]. For each chunk, this function yields a
+    `_Thread` object with four attributes:
 
     `shared`, `step`: their sum is the address of the chunk in shared memory. `step` is a Python number of bytes.
     `far`: the address of the chunk in global memory.

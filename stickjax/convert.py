@@ -125,7 +125,8 @@ def convert(
     files = tokenizer.files if tokenizer else read_files(Path(config.data.tokenizer).parent)
     with new_folder(path, push) as folder:
         if to_run:
-            note = "" if tokenizer else ", without a tokenizer.json; to use text, copy one into this folder"
+            if tokenizer is None:
+                note = ", without a tokenizer.json; to use text, copy one into this folder, or set data.tokenizer=byte"
             write_files(files, folder)
             write_config(folder, config.replace({"data.tokenizer": str(Path(path).absolute() / "tokenizer.json")}))
             write_safetensors(folder / MODEL_FILE, leaves)

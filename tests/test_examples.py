@@ -185,7 +185,7 @@ def test_data_that_do_not_fit_the_model(families, kind, options, message):
             dict(source="scan", split="add_jmp"),
             "source='scan': split='add_jmp' is not one of .*did you mean 'add_jump'",
         ),
-        (dict(source="listops", split="A"), "split='A' is not used by source='listops'; logic and scan have splits"),
+        (dict(source="listops", split="A"), "split='A' is not used by source='listops'; only logic and scan have"),
         (dict(source="logic,scan", split="A"), "split='A' is not used by source='logic,scan'"),
         (dict(source="scan", valid_every=1), "valid_every=1 leaves no example for training"),
     ],

@@ -28,7 +28,7 @@ def test_saturated_logits_give_the_limits_and_their_gradients(options, dtype):
 
 
 @every_implementation
-def test_logits_that_overflow_are_finite_where_they_are_masked(options):
+def test_gradients_are_finite_if_masked_logits_overflow(options):
     """The gradients are finite if the logits of masked keys overflow to infinity or NaN."""
     query = jnp.full((1, 6, 1, 32), 1e25).at[..., 1::2].multiply(-1)
     key = jnp.full((1, 6, 1, 32), 1e25).at[:, :3].set(1e-30)  # the last query sees only the first three keys

@@ -64,7 +64,7 @@ class Kind(NamedTuple):
     def columns_of_tile(self) -> int:
         """The number of columns of a tile of the result: 256 in `product`, and 128 in the other kernels.
 
-        There is one exception: in `activated`, if the activation is gated and `Plan.columns` is 128, the number is 256.
-        The exception has no effect, because a tile with 128 columns has all columns of the result too.
+        There is one exception: in `activated` with a gated activation, if the result has only 128 columns
+        (`Plan.columns`), the number is 256. This has no effect: a tile covers the whole width of the result anyway.
         """
         return self.per_tile * COLUMNS if self.apart == COLUMNS else COLUMNS

@@ -166,7 +166,10 @@ class DataConfig:
         if self.split is not None:
             if self.source not in SPLITS:
                 known = " and ".join(SPLITS)
-                raise ValueError(f"split={self.split!r} is not used by source={self.source!r}; {known} have splits")
+                raise ValueError(
+                    f"split={self.split!r} is not used by source={self.source!r}; only {known} have splits, so leave "
+                    "data.split out"
+                )
             one_of(f"source={self.source!r}: split", self.split, SPLITS[self.source])
 
     @property

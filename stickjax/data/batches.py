@@ -255,7 +255,8 @@ def text_data(config: Config) -> TrainingData:
     about = dict(hash=corpora[0].hash, source=corpora[0].source, summary=corpora[0].summary())
     if d.mixture is not None:
         about = _about_mixture(corpora, d)
-    about["summary"] += f"; {heldout.documents:,} documents ({len(heldout.tokens):,} tokens) are held out"
+    noun, verb = ("document", "is") if heldout.documents == 1 else ("documents", "are")
+    about["summary"] += f"; {heldout.documents:,} {noun} ({len(heldout.tokens):,} tokens) {verb} held out"
     return TrainingData(
         loader, {"V": heldout.tokenizer.vocab_size}, **about, tokenizer=heldout.tokenizer,
         heldout_source=heldout.source, heldout_hash=heldout.hash, heldout=heldout,

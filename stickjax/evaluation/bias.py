@@ -67,7 +67,7 @@ def check_filtered(config: Config, path: Path) -> None:
 
 
 def _source(config: Config) -> Path:
-    """Return the path of the file with the held-out rows."""
+    """Return the path of the data file from which the held-out rows are read."""
     return Path(config.data.path if config.data.heldout_path is None else config.data.heldout_path)
 
 

@@ -71,11 +71,12 @@ def encoded_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
 
 
 def rolling_pairs(tokenizer: Tokenizer, text: str, max_length: int) -> Iterator[Pair]:
-    """Divide a text into pairs, so that each of its tokens is predicted once, from up to `max_length` tokens.
+    """Divide a text into pairs (context, tokens to predict), so that each token of the text is predicted once.
 
-    The model reads at most `max_length` tokens at once. The first pair predicts the first `max_length` tokens, after
-    `first_token`. Each of the next pairs predicts the next `max_length` tokens. The last pair may predict fewer tokens;
-    its context then has earlier tokens, so that the model reads `max_length` tokens too.
+    The model reads a pair without its last token: at most `max_length` tokens. Every pair predicts `max_length` tokens;
+    only the last pair may predict fewer. The context of the first pair is the `first_token` of the tokenizer. The
+    context of a later pair is the token before the predicted tokens. If the last of several pairs predicts fewer
+    tokens, its context has more of the earlier tokens, so that the model reads `max_length` tokens again.
 
     If the tokenizer puts a begin-of-text token in front of the text, this token is predicted too, as in the harness.
 

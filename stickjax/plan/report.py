@@ -131,7 +131,7 @@ def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, C
             print("would fit     no change of remat or microbatches: state and batch alone take too much memory")
         elif not changes:
             print("would fit     nothing that was tried: more remat, smaller microbatches, a larger mesh.fsdp")
-    for assumption in estimate.ASSUMPTIONS:
+    for assumption in estimate.ASSUMPTIONS if machine.chip is not None else ():
         print(f"assumed       {assumption}")
 
 

@@ -113,9 +113,9 @@ def check_program(compiled: jax.stages.Compiled, what: str, mesh: Mesh | None = 
     results, free = memory.output_size_in_bytes - memory.alias_size_in_bytes, free_memory(mesh)
     if free is not None and results + temporaries > free.bytes:
         raise ValueError(
-            f"{what} does NOT fit into memory: {gib(arguments)} arguments + {gib(temporaries)} temporaries, peak "
-            f"{gib(arguments + results + temporaries)} with the results, but only {gib(free.bytes)} are free "
-            f"in addition to the arguments ({free.source}); {_WHAT_TO_DO}"
+            f"{what} does NOT fit into memory: its results and temporaries need {gib(results + temporaries)} in "
+            f"addition to {gib(arguments)} of arguments, but only {gib(free.bytes)} are free ({free.source}); "
+            f"{_WHAT_TO_DO}"
         )
 
 

@@ -268,6 +268,8 @@ def fit(
         or a new parameter is not finite. The last good checkpoint is kept.
       OSError: a checkpoint or the metrics could not be written.
     """
+    if branch is not None and Path(split_branch(branch)[0]).resolve() == Path(run).resolve():
+        raise ValueError(f"--from {branch} and --run {run} name the same folder; a branch needs a folder of its own")
     config = with_own_files(run, config)
     data = training_data(config)
     if (Path(run) / "config.json").exists():

@@ -6,7 +6,10 @@ from transformers import PretrainedConfig
 
 
 class StickjaxConfig(PretrainedConfig):
-    """The config.json of the folder. `model` is the config of the decoder: {field of `stickjax.ModelConfig`: value}."""
+    """The config.json of the exported folder.
+
+    `model` is the config of the decoder: {field of `stickjax.ModelConfig`: value}.
+    """
 
     model_type = "stickjax"
 
