@@ -199,9 +199,9 @@ def _rule(node: Node, mesh, values, results) -> SdyShardingRule:
 
     `values` and `results` are the types of the arrays and of the results; only their shapes are read. `node.maps` puts
     axes into groups. Axes in the same group are sharded over the same mesh axes. In a group, every size is a multiple
-    of the smallest size: the number N of query heads is a multiple of the number K of key heads. XLA shards all axes of
-    a group as it shards the smallest one, so the number of shards is at most the smallest size. An axis without a group
-    is not sharded.
+    of the smallest size: for example, the number N of query heads is a multiple of the number K of key heads. XLA
+    shards all axes of a group as it shards the smallest axis, so the number of shards is at most the smallest size. An
+    axis without a group is not sharded.
     """
     shapes = [tuple(value.shape) for value in (*values, *results)]
     least, factors, whole, sizes = {}, [[] for _ in shapes], [], {}

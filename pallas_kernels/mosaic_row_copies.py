@@ -2,7 +2,7 @@
 
 The rows of one expert may be anywhere in the array. So for every row of a tile, the kernel has the index of this row in
 the array: its row number. Hopper's copy engine copies only consecutive rows. So the threads of a warpgroup copy single
-rows, in chunks of 16 bytes. Each kernel operation has a GPU body and an interpreter body: code for a GPU, and code for
+rows, in chunks of 16 bytes. Each of these copies has a GPU body and an interpreter body: code for a GPU, and code for
 the Mosaic GPU interpreter. docs/design/expert_kernels.md explains the barriers around these copies.
 
 In shared memory, a tile has the layout that the tensor cores read. It consists of atoms of 8 rows x 128 bytes. The
@@ -176,7 +176,7 @@ def _write_rows(tile, rows, column, target) -> None:
 def _asm(text: str) -> None:
     """Run the PTX instruction `text` in every thread of the warpgroup. In the interpreter, do nothing.
 
-    The instruction has no registers as operands. Its operands are numbers in `text`.
+    The instruction must not have registers as operands. It may have numbers, which are written in `text`.
     """
     if platform.is_interpreted():
         return

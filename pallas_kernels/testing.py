@@ -92,7 +92,7 @@ class Differences(tuple[Difference, ...]):
 
 
 def relative_error(value, expected) -> float:
-    """Return |value - expected| / |expected| in the L2 norm.
+    """Return |value - expected| / |expected| in the L2 norm. An |expected| below 1e-30 counts as 1e-30.
 
     Raise ValueError if the two shapes differ, or if `expected` has a NaN or an infinity.
 

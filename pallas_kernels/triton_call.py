@@ -32,7 +32,7 @@ def interpret() -> Iterator[None]:
     """In this context, run Triton kernels on the CPU, in Triton's own interpreter.
 
     Raises:
-      RuntimeError: this process has already imported triton without TRITON_INTERPRET=1, in order to compile kernels.
+      RuntimeError: this process imported triton earlier, without TRITON_INTERPRET=1. So it can only compile kernels.
     """
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"

@@ -40,8 +40,8 @@ class Mask(NamedTuple):
 
     The mask is always causal: a query never sees a key to the right of its own position. The fields are the number T of
     queries, the number S of keys, whether a query sees the key at its own position, the window, and the position of the
-    first query. `Where` has the arrays of the mask. If only the array `Where.offset` has the position of the first
-    query, `static_offset` is None.
+    first query. `Where` has the arrays of the mask. If the position of the first query is not known when a call is
+    traced, `static_offset` is None, and the mask uses the array `Where.offset`.
     """
 
     T: int

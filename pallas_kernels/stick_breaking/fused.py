@@ -34,7 +34,7 @@ def attention(kernels: Kernels, call: Call):
 
     The arrays are first padded with rows of zeros, so that the numbers of queries and of keys are multiples of
     `kernels.row_multiple`. `call.mask` has T and S without padding, so no query sees a padding key. At the end, the
-    padding queries are cut off the results, so the cotangents of their rows are zero.
+    rows of the padding queries are removed from the results, so the cotangents of these rows are zero.
     """
     scale = jnp.full_like(call.query, call.scale, jnp.float32, shape=())  # varies over the same mesh axes as query
     static = call._replace(query=None, key=None, value=None, scale=None, where=None)
@@ -145,9 +145,9 @@ def _gradients(kernels: Kernels, plan: Plan, arrays, scale, planned):
 
 
 def _planned(call: Call, plan: Plan, per_position: int = 1):
-    """Return the arrays that describe the attention mask to a kernel, in the order of its last arguments.
+    """Return the arrays that describe the attention mask. They are the last arguments of a kernel, in the same order.
 
-    They are the key-tile ranges [B, query tiles, 4], which say what key tiles are computed for each query tile
+    The arrays are the key-tile ranges [B, query tiles, 4], which say what key tiles are computed for each query tile
     (`key_tile_ranges`), and the position of the first query among the keys [B]. If the call has segments, there are
     also the segment ids of the query rows and of the keys, padded to whole tiles with -1. `per_position` is the number
     of query rows at one position: 1, or in decoding the number of query heads that share a key head.

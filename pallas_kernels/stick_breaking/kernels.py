@@ -57,8 +57,9 @@ class Plan:
     def decoding(self, G: int, splits: int, **sizes: Any) -> "Plan":
         """Return a copy of this plan for decoding, that is, for few queries and many keys.
 
-        The G query heads that share a key head become query rows of one head: row t * G + g is query t of query head g.
-        The keys are split into `splits` parts. `sizes` are more fields to change in the copy, as name=value.
+        The G query heads that share a key head become query rows of one head: row t * G + g is query t of the g-th of
+        these G heads. The keys are split into `splits` parts. `sizes` are more fields to change in the copy, as
+        name=value.
         """
         return replace(
             self, rows=self.rows * G, N=self.K, per_position=G, splits=splits, out_dtype=jnp.float32, skip_below=None,
@@ -92,9 +93,10 @@ class Plan:
 
     @property
     def heads_together(self) -> int:
-        """The number of heads that are computed at the same time, so that their keys and values fit into the cache.
+        """The number of heads in a group. The blocks of the GPU compute the heads group by group.
 
-        It is a divisor of entries * N, the number of heads of all batch entries.
+        The keys and values of all heads in a group fit into the cache. If the keys and values of a single head do
+        not fit, a group has one head. All groups have the same size, a divisor of entries * N.
         """
         heads = self.entries * self.N
         most = max(1, CACHED // max(1, self.S * (self.H + self.Hv) * jnp.dtype(self.dtype).itemsize))
@@ -150,11 +152,12 @@ class Kernels(Protocol):
         """Compute the gradient of the queries. Return (d_query [B,rows,N,H], d_scale [B,N,padded], snapshots).
 
         d_scale is what every query row adds to the gradient of the scale. `log_decay` and `reached` are results of
-        `forward`. The snapshots are two numbers for every query row and key tile (or half of a key tile):
-        - the cumulative log-decay before the tile: the sum of -log2(1 - sigmoid(logit)) over all keys on its right;
-        - P: d_log_rem plus the sum of weight * <d_out, value> over all keys on its left.
-        With the snapshots, `d_key_value` can compute the tiles in any order. Each backend chooses the shape of their
-        array.
+        `forward`. The snapshots are two numbers for every query row and key tile (in the Mosaic backend, for every
+        query row and half of a key tile):
+        - the sum of -log2(1 - sigmoid(logit)) over all keys on the right of the tile (or half);
+        - P: d_log_rem plus the sum of weight * <d_out, value> over all keys on the left of the tile (or half).
+        With the snapshots, `d_key_value` can compute the tiles in any order. Each backend chooses the shape of the
+        array of snapshots.
         """
 
     def d_key_value(self, plan: Any, query, key, value, d_out, snapshots, reached, scale, *planned) -> tuple:

@@ -88,7 +88,8 @@ def _segment_range(segments, size):
     """Return (smallest segment id, largest segment id, whether there is padding) of every tile, each [B, tiles].
 
     `segments` [B, length] are the segment ids of the queries or of the keys, and `size` is the number of ids of a tile.
-    Padding has negative ids. The smallest id is the smallest id that is not padding.
+    Padding has negative ids. The smallest id of a tile does not count padding. If a tile has only padding, its smallest
+    id is the largest integer of the dtype.
     """
     pad = -segments.shape[1] % size
     tiles = jnp.pad(segments, ((0, 0), (0, pad)), mode="edge").reshape(segments.shape[0], -1, size)

@@ -19,11 +19,12 @@ width / 2 registers of each thread. The kernel has two forms:
 
 Predicted cost of one query tile at H = Hv = 256 (64 queries, 64 keys): 2560 clocks of the tensor cores, 1500 issue
 slots, and 66 KB to copy. Of the 2560 clocks, 512 are lost: a product with 32 keys takes 0.75 of the time of a product
-with 64 keys, and not half of it, because it reads the same queries from shared memory for fewer columns.
+with 64 keys, and not half of it, because it reads the same queries from shared memory for fewer keys.
 
-There is an alternative: one block computes dk, and another block computes dv. Then three warpgroups would have enough
-registers. But both blocks would compute the weights. For each query tile, that is five products instead of four, six
-special functions per score instead of four, and two copies to shared memory instead of one.
+There is an alternative, which this module does not use: one block computes dk, and another block computes dv. Then
+three warpgroups would have enough registers. But both blocks would compute the weights. For each query tile, that is
+five products instead of four, six special functions per score instead of four, and two copies to shared memory instead
+of one.
 """
 
 from functools import partial, reduce
@@ -53,7 +54,7 @@ class Inputs(NamedTuple):
     key: Any  # [B, S, K, H]
     value: Any  # [B, S, K, Hv]
     d_out: Any  # [B, T, N, Hv], the cotangent of the output
-    snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: the cumulative log-decay on entry, and P
+    snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: the log-decay of the keys on the right, and P
     reached: Any  # [B, N, query tiles]: index of the leftmost key tile that each query tile visited in the forward pass
     scale: Any  # [1]
     key_ranges: Any  # [B, query tiles, 4]: (stop, whole_stop, whole_start, start)
@@ -120,7 +121,7 @@ def d_key_value(
     """Run the kernel for the gradients of the keys and values. Return (dk [B,S,K,H], dv [B,S,K,Hv]).
 
     `snapshots` is a result of `d_query`, and `reached` is a result of `forward`. The last arguments describe the mask.
-    See `Kernels.d_key_value` for all of them.
+    `Kernels.d_key_value` explains all arguments.
     """
     wide, dtype = is_wide(plan), plan.dtype
     tiles = 1 if wide else 2
@@ -247,8 +248,8 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
 
     In every step, each warpgroup also computes half of the weights A and half of the gradients dz of the logits. If
     `offer`, a result of `_copies`, is not None, the warpgroup also copies query tiles to shared memory, one step ahead.
-    At the end, it waits until the other warpgroup has read the query tiles. Then it writes the gradient over the query
-    tiles in shared memory, and copies it from there to `out_ref` in global memory.
+    At the end, the warpgroup waits until the other warpgroup has read the query tiles. Then it overwrites the query
+    tiles in shared memory with the gradient, and copies the gradient from there to `out_ref` in global memory.
     """
     b, head, j = block
     dtype, tiles = plan.dtype, len(scratch.query)

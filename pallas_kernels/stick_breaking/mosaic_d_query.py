@@ -1,7 +1,7 @@
 """The kernel for dq, the gradient of the queries, on Hopper GPUs. It also writes snapshots for `d_key_value`.
 
 The snapshots are two numbers for every query row and half of a key tile:
-- the cumulative log-decay before the half, which is the sum of -log2(1 - beta) over all keys on the right of the half;
+- the sum of -log2(1 - beta) over all keys on the right of the half;
 - P, which is d_log_rem plus the sum of `a` over all keys on the left of the half.
 Here, beta is the sigmoid of a logit, `a` is the weight times the cotangent of the weight, and d_log_rem is the
 cotangent of log_rem, the natural logarithm of the part of the stick that remains.
@@ -49,7 +49,7 @@ class Outputs(NamedTuple):
 
     d_query: Any  # [B, T, N, H]
     d_scale: Any  # [B, N, rows padded]: what every query row adds to the gradient of the scale
-    snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: the cumulative log-decay on entry, and P
+    snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: the log-decay of the keys on the right, and P
 
 
 class Scratch(NamedTuple):
@@ -76,11 +76,12 @@ def d_query(
     """Run the kernel for the gradient of the queries. Return (dq [B,T,N,H], d_scale [B,N,rows padded], snapshots).
 
     d_scale is what every query row adds to the gradient of the scale. The snapshots
-    [B, N, key tiles, 2 halves, 2, rows padded] are two numbers for every query row and half of a key tile: the
-    cumulative log-decay before the half, which is a sum over all keys on the right of the half, and P, which is
-    d_log_rem plus the sum of weight * <d_out, value> over all keys on the left of the half. They are written only for
-    the key tiles that are computed for a query tile. `log_decay` and `reached` are results of the forward pass, and the
-    last arguments describe the mask. `Kernels.d_query` explains all arguments.
+    [B, N, key tiles, 2 halves, 2, rows padded] are two numbers for every query row and half of a key tile:
+    - the sum of -log2(1 - beta) over all keys on the right of the half;
+    - P: d_log_rem plus the sum of weight * <d_out, value> over all keys on the left of the half.
+    The snapshots of a query tile are written only for the key tiles that are computed for this query tile. `log_decay`
+    and `reached` are results of the forward pass, and the last arguments describe the mask. `Kernels.d_query` explains
+    all arguments.
     """
     W, stages, dtype = plan.warpgroups, plan.stages, plan.dtype
     memory = partial(tile_memory, dtype=dtype, swizzle=SWIZZLE)

@@ -3,9 +3,10 @@
 A logit is scale * <q, k>, and beta = sigmoid(logit) is the share that a key breaks off the part of the stick that
 remains. All logarithms are base 2. So the code uses z = logit * log2(e), and beta = 1 / (1 + 2^-z).
 
-The cumulative log-decay of a query row is -log2 of the part of the stick that remains. It is a positive number, the sum
-of -log2(1 - beta) over all nearer keys. It is stored as the sum of two floats (`two_sum`), because the backward pass
-subtracts the terms that the forward pass added, and must not lose small terms.
+The cumulative log-decay of a query row is the sum of -log2(1 - beta) over the keys from the query to some key on its
+left. It is a positive number: -log2 of the part of the stick that remains after these keys. It is stored as the sum of
+two floats (`two_sum`), because the backward pass subtracts the terms that the forward pass added, and must not lose
+small terms.
 """
 
 from dataclasses import dataclass
@@ -65,8 +66,8 @@ def tile_memory(shape, dtype, swizzle: int = 128):
     """Declare an array of shape `shape`, [.., rows, width], in shared memory, in the layout that tensor cores read.
 
     The layout permutes the elements of the array in a repeating pattern. `swizzle` is the width of the pattern in
-    bytes. A width above the width of a row is replaced by the width of a row. Both operands of a product need the same
-    width.
+    bytes. If this is more than the bytes of a row, the bytes of a row are used instead. The two operands of a matrix
+    product need patterns of the same width.
     """
     size = jnp.dtype(dtype).itemsize
     swizzle = min(swizzle, shape[-1] * size)
@@ -163,11 +164,16 @@ def finished_padding(plan: Plan, segments, b, first_row):
 
 
 def block(plan: Plan):
-    """Return what this block computes, as three indices (entry, query head, i): this is block i of the query head.
+    """Return what this block computes, as three indices (entry, head, i): this is block i of the head.
 
-    The keys of a batch entry may be split into parts, and `entry` is (index of the part) * B + batch entry. Each block
-    computes one or two query tiles. The query tiles with the most keys come first. Blocks that run at the same time
-    compute only a few heads, so that the keys and values of these heads fit into the cache.
+    The keys of a batch entry may be split into parts, and `entry` is (index of the part) * B + batch entry. A head is a
+    query head or, in decoding, a key head. Block i computes the i-th query tile of the head, or the i-th pair of query
+    tiles.
+
+    The GPU starts the blocks in the order of their indices on the axis "block". The first blocks compute all query
+    tiles of the first `plan.heads_together` heads, the next blocks compute the next group of heads, and so on. So the
+    keys and values of a group fit into the cache. Within a group, the last query tiles of every head come first,
+    because the last queries see the most keys.
     """
     together = plan.heads_together
     i = lax.axis_index("block")

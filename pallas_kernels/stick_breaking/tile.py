@@ -39,10 +39,10 @@ def _dot(spec, *operands):
 def _sum_after(x, reverse: bool):
     """Return (sums [.., C], total [..]): for each key the sum of x over the keys on its right, and the sum of all x.
 
-    x is [.., C], one number for each of C keys. So sums[c] is the sum of x[m] over m > c. If `reverse`, it is the sum
-    over the keys on the left, m < c. The sums are products of x and triangular matrices of ones. The keys are cut into
-    chunks of 64 keys: there is one product for the sums within the chunks, and one for the sums over whole chunks. One
-    product with a [C,C] matrix would cost more.
+    x is [.., C], one number for each of C keys. So sums[c] is the sum of x[m] over m > c. If `reverse`, sums[c] is the
+    sum of x[m] over m < c, the keys on the left. The sums are products of x and triangular matrices of ones. The keys
+    are cut into chunks of 64 keys: one product computes the sums within the chunks, and another one computes the sums
+    over whole chunks. A single product with a [C,C] matrix would cost more.
     """
     *rows, C = x.shape
     chunk = max(1, min(C, _CHUNK))

@@ -4,7 +4,7 @@ A block computes dk and dv of one key tile. It sums over the query tiles whose q
     dk = scale * dz^T @ Q,  dv = A^T @ dO,
 with the attention weights A, the gradients dz of the logits, and the cotangent dO of the output. It computes A and dz
 again, with the snapshots of `d_query`. These are two numbers for every query row and key tile:
-- the cumulative log-decay before the tile: the sum of -log2(1 - beta) over all keys on the right of the tile;
+- the sum of -log2(1 - beta) over all keys on the right of the tile;
 - P: d_log_rem plus the sum of weight * <dO, value> over all keys on the left of the tile.
 beta is the sigmoid of a logit, and d_log_rem is the cotangent of log_rem, the natural logarithm of the part of the
 stick that remains. triton_d_query.py has all formulas.
@@ -35,8 +35,8 @@ def visit(
 
     In global memory: `q_head` and `d_out_head` point to the queries of one query head and to the cotangent of their
     output. `snapshots` points to the snapshots of this query head and key tile, two arrays with `padded` numbers each
-    (`padded` is the number of query rows of a head, rounded up to whole tiles). The first one is the cumulative
-    log-decay before the key tile, and the second one is P (see the module docstring).
+    (`padded` is the number of query rows of a head, rounded up to whole tiles). The first array is the sum of
+    -log2(1 - beta) over all keys on the right of the key tile, and the second array is P (see the module docstring).
 
     If `masked`, causality, the window and the segment ids may hide keys from queries. `query_segments_ref` points to
     the ids of all queries [B, padded], and `key_segments_ref` points to the ids of the keys of batch entry b. If not

@@ -1,15 +1,17 @@
 """The Triton kernel for dq, the gradient of the queries. It also writes the snapshots that `d_key_value` reads.
 
 For a query q and a key k, z = scale * <q, k> is the logit, and beta = sigmoid(z) is the share of the remaining stick
-that the key breaks off. The weight A is beta times the product of 1 - beta over the nearer keys. dO is the cotangent of
-the output, and d_log_rem is the cotangent of log_rem, the sum of log(1 - beta) over all keys. The gradients are
+that the key breaks off. The weight A is beta times the product of 1 - beta over the nearer keys: the keys between this
+key and the query, which are further right. dO is the cotangent of the output, and d_log_rem is the cotangent of
+log_rem, the sum of log(1 - beta) over all keys. The gradients are
     dA = dO @ V^T,  a = A * dA (element by element),  P = d_log_rem + the sum of `a` over the keys further left,
     dz = (1 - beta) * a - beta * P,  dq = scale * dz @ K,  dk = scale * dz^T @ Q,  dv = A^T @ dO.
 
 A block computes dq of one query tile. It visits the key tiles from left to right, so P is a running sum. For every
-query row and key tile, it stores two numbers, the snapshots. One is P of the leftmost key of the tile. The other one is
-the cumulative log-decay before the tile: the sum of -log2(1 - beta) over all keys on the right of the tile. With the
-snapshots, `d_key_value` can compute the tiles in any order.
+query row and key tile, the block stores two numbers, the snapshots:
+- the sum of -log2(1 - beta) over all keys on the right of the tile;
+- P of the leftmost key of the tile.
+With the snapshots, `d_key_value` can compute the tiles in any order.
 
 R is the number of rows of a query tile, and C is the number of keys of a key tile. H is the width of queries and keys,
 and Hv is the width of values. Hp and Hvp are H and Hv, padded to powers of two.

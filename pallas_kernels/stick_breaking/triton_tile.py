@@ -29,11 +29,16 @@ DEGREE = tl.constexpr(len(logarithm.LOG2P1))
 
 @triton.jit
 def block(heads: tl.constexpr, N: tl.constexpr, tiles: tl.constexpr, together: tl.constexpr):
-    """Return (batch entry, query head, query tile): the indices of the query tile that this block computes.
+    """Return (entry, head, query tile): the indices of the query tile that this block computes.
 
-    `heads` is the number of query heads of all batch entries together, N is the number of query heads of one batch
-    entry, and `tiles` is the number of query tiles of a head. The query tiles with the most keys come first. Only
-    `together` heads are computed at the same time, so that their keys and values fit into the cache.
+    An entry is a batch entry. If the keys are split into parts, each part of a batch entry is an entry. `heads` is the
+    number of heads of all entries together, N is the number of heads of one entry, and `tiles` is the number of query
+    tiles of a head.
+
+    The GPU starts the blocks in the order of their indices. The first blocks compute all query tiles of the first
+    `together` heads, the next blocks compute the next group of `together` heads, and so on. So the keys and values of a
+    group fit into the cache. Within a group, the last query tile of every head comes first, because the last queries
+    see the most keys.
     """
     program = tl.program_id(0)
     group = program // (together * tiles)
@@ -199,12 +204,13 @@ def sum_of_nearer(softplus):
 
 @triton.jit
 def weights_of(log_beta, softplus, entering):
-    """Return the attention weights [R,C]: beta times the product of 1 - beta over all keys nearer to the query.
+    """Return the attention weights [R,C] of the keys of one tile.
 
-    The nearer keys are on the right of the key, in this tile and in the tiles on the right of this tile.
+    The weight of a key is its beta, times the product of 1 - beta over all keys between this key and the query. These
+    nearer keys are on the right of the key, in this tile and in the tiles on the right of this tile.
+
     `log_beta` and `softplus` [R,C] are log2(beta) and -log2(1 - beta), where `softplus` is limited to ENOUGH (160).
-    `entering` [R] is the cumulative log-decay of each query row before this tile: the sum of -log2(1 - beta) over the
-    keys on the right of the tile.
+    `entering` [R] is the sum of -log2(1 - beta) over all keys on the right of the tile, for each query row.
     """
     return tl.exp2(log_beta - (sum_of_nearer(softplus) + entering[:, None]))
 
