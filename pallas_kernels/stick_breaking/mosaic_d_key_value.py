@@ -101,9 +101,9 @@ class Block(NamedTuple):
 def has_steps_left(state):
     """Return whether the loop over the query tiles has steps left. The loop has two passes, with the numbers 0 and 1.
 
-    `state` is (cursor, step). `cursor` says where the loop continues, by three indices: the pass, the query head (from
-    0 to N / K - 1, among the query heads of the key head), and the query tile. `step` is the index of the next step.
-    When both passes have ended, the index of the pass is 2.
+    `state` is (cursor, step). `cursor` says where the loop continues, by three indices: the pass, the query head (its
+    index among the N / K query heads of the key head), and the query tile. `step` is the index of the next step. When
+    both passes have ended, the index of the pass is 2.
     """
     cursor, _ = state
     return cursor[0] < 2
@@ -180,13 +180,15 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
     pass 1 selects the steps that need a mask. A step is left out if the forward pass computed the key tile of the
     block for none of the query tiles of the step.
 
-    `cursor` says where the loop is, by three indices: the pass, the query head (from 0 to N / K - 1, among the query
-    heads of the key head), and the first query tile of the step. `step` is the index of the next step.
+    `cursor` says where the loop is, by three indices: the pass, the query head (its index among the N / K query heads
+    of the key head), and the first query tile of the step. At the end of a pass, the index of the query head is N / K.
+    `step` is the index of the next step.
 
     If the pass selects the query tiles at `cursor`, `offer` starts the copies for step `step`, and the returned step is
     `step` + 1. These are copies of the queries, d_out and the snapshots of each query tile, `copies` arrays in total.
-    Otherwise, `offer` copies nothing, and the returned step is `step`. Each pass ends with a step without query tiles,
-    which tells the warpgroups that the pass ends. This step is counted too, so the returned step is `step` + 1.
+    If the pass does not select them, `offer` copies nothing, and the returned step is `step`. Each pass ends with a
+    step without query tiles, which tells the warpgroups that the pass ends. This step is counted too, so the returned
+    step is `step` + 1.
     """
     b, head, j = block
     G, tiles = plan.N // plan.K, len(scratch.query)

@@ -162,7 +162,7 @@ def _short_tiles(call: Call):
     """Yield (slice of the queries, slice of the keys) for every query tile of a short call (`_is_short`).
 
     The key slice contains all keys that causality and the window permit the queries to see. If the position of the
-    first query is traced, the slice contains all keys.
+    first query is traced, the key slice contains all keys.
     """
     mask, rows = call.mask, _short_rows(call)
     for start in range(0, mask.T, rows):
