@@ -56,8 +56,8 @@ def of_model(model, tokens) -> Heads:
 def kept(heads: Heads, T: int) -> np.ndarray:
     """Return, for each of the heads, the fraction of the visible tiles that are computed with skip_below=SKIP.
 
-    The heads attend to the first T tokens of their text. A tile has 64 queries and 64 keys. It is visible if a query
-    may attend to a key of it. The other visible tiles are skipped: almost nothing of the stick remains there.
+    The heads attend to the first T tokens of their text. A tile has 64 queries and 64 keys. It is visible if one of
+    its queries may attend to one of its keys. The visible tiles where almost nothing of the stick remains are skipped.
     """
     q, k = (jnp.asarray(x[:, :T]).swapaxes(0, 1)[None] for x in heads)
     settings = dict(skip_below=SKIP, tiles=(64, 64), scale=1.0, return_stats=True, implementation="xla")
