@@ -73,9 +73,9 @@ def inputs(
     keys determines the mean.
 
     With `heads`, the K key heads are taken from the M heads of a trained model, in random order. If K is above M, the M
-    heads are used repeatedly. Every batch entry and every repetition begins at a random position of the text. After the
-    end of the text, its beginning follows. A matrix with orthonormal rows maps the h channels of the trained heads to H
-    channels, which does not change the logits.
+    heads are used repeatedly. Every batch entry and every repetition begins at a random position of the text. Positions
+    after the end of the text continue at its beginning. A matrix with orthonormal rows maps the h channels of the
+    trained heads to H channels, which does not change the logits.
 
     Raises ValueError if the width h of the trained heads is above H.
     """

@@ -58,7 +58,7 @@ def _is_large() -> bool:
 
 
 def _stages(rows: int, columns: int, depth: int, dtype, most: int) -> int:
-    """Return how many stages of a software pipeline fit into shared memory, from 2 to `most`.
+    """Return how many stages of a software pipeline fit into shared memory, but at least 2 and at most `most`.
 
     A stage holds two tiles, [rows, depth] and [depth, columns], of elements of `dtype`.
     """
