@@ -186,8 +186,8 @@ def expert_heads(
 def experts_decode(implementation: str = "mosaic") -> Kernel:
     """Return a call to compile: `expert_mlp` in a decode step of 16 tokens, each with 8 of 40 experts.
 
-    A tile has 64 rows of one expert. Every expert is assumed to have from 1 to 64 rows, which form exactly one tile. So
-    the two numbers of loop iterations in `Kernel.tiles` are for 40 tiles.
+    A tile has room for 64 rows of one expert. The numbers of loop iterations in `Kernel.tiles` assume that every
+    expert has from 1 to 64 rows, and so exactly one tile.
     """
     T, k, D, F, E = 16, 8, 1536, 512, 40
     bf16 = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((T, D), (E, D, 2 * F), (E, F, D), (T, k))]

@@ -50,7 +50,7 @@ def names() -> list[str]:
 def is_one(only: str | None) -> bool:
     """Return whether `only` is the name of a single call or shape, and not of a stage or a part.
 
-    The rows of a single call or shape are measured again, even if an earlier run recorded them.
+    If it is, the rows of this call or shape are measured again, even if an earlier run recorded them.
     """
     return only is not None and only not in (*STAGES, *TIMED)
 
@@ -58,8 +58,8 @@ def is_one(only: str | None) -> bool:
 def attention_kernels() -> tuple[str, ...]:
     """Return the names of the kernels that can run stick-breaking attention on this GPU, the best first.
 
-    For example, the result is ("triton",). Only attention without options, such as a window, is considered. If no
-    kernel can run it, return ("xla",), the name of the implementation in plain JAX.
+    For example, the result is ("triton",). It is for a call without options such as a window. If no kernel can run this
+    call, return ("xla",), the name of the implementation in plain JAX.
     """
     x = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
     every = tuple(implementations("stick_breaking_attention", x, x, x))
@@ -128,10 +128,10 @@ def _time(run: Run, part, shape: dict, *arguments, **settings) -> None:
 
 
 def finished(collected: list[Row]) -> list[Row]:
-    """Return the rows of a run with the ratios of their times, followed by two summary rows.
+    """Return the rows of a run with the ratios of their times to the times of the peers, and then two summary rows.
 
-    `collected`: the rows that are in the record. The first summary row says where the attention logits come from. The
-    second counts the checks that passed and the rows that were left out, and lists the checks that failed.
+    `collected`: the rows that are in the record of the run. The first summary row says where the attention logits come
+    from. The second counts the checks that passed and the rows that were left out, and lists the checks that failed.
     """
     rows = with_ratios(collected, PEERS)
     checks = [row for row in rows if row.part in gpu_stages.STAGES or " checks" in row.part]

@@ -24,7 +24,7 @@ class Feature:
 
     Sizes: T queries, S keys (None: T), B batch entries, N query heads, K key heads (None: N), width H of queries and
     keys, width `Hv` of values (None: H).
-    `offset`: the position of the first query among the keys; a tuple has one position per batch entry.
+    `offset`: the position of the first query among the keys (None: S - T); a tuple has one position per batch entry.
     `segments`: the lengths of the packed documents of the queries; the sum of the lengths is T. A negative length -n
     stands for n tokens of padding.
     `key_segments`: the same for the keys; the sum of the lengths is S.

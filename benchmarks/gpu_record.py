@@ -45,7 +45,7 @@ class Record:
     def _before(self) -> list[Row]:
         """Return the rows that earlier runs measured and wrote to the file. Summary rows and left out rows are dropped.
 
-        Return [] if there is no file, or if a field of MUST_MATCH, such as the device, has another value in the file.
+        Return [] if there is no file, or if a field of MUST_MATCH, such as "device", differs from `info`.
         Raise ValueError if the file is not valid JSON.
         """
         try:

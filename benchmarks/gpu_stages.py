@@ -49,7 +49,7 @@ class Checks:
         self.close()
 
     def others(self) -> None:
-        """Check each call with the other kernels that can run it, in all stages, before the next call begins."""
+        """Check each call with the other kernels that can run it. All stages of a call run before the next call."""
         for name in self.names[LOWER]:
             for implementation in _call(name).implementations()[1:]:
                 for stage in STAGES:

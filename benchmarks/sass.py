@@ -77,9 +77,9 @@ def read(listing: str) -> tuple[list[Instruction], dict[str, int]]:
 def find_loops(listing: str) -> list[Loop]:
     """Return the loops that do the work of a kernel, found in the listing of its machine code by nvdisasm.
 
-    A loop that contains no other loop does work. So does a loop with matrix products, if the loops inside it have no
-    products. Such an inner loop, for example a search for the next tile to copy, counts as executed once in each
-    iteration of the outer loop. Loops that wait for a barrier are left out.
+    These are the loops that contain no other loop, and the loops with matrix products whose inner loops have no matrix
+    products. The instructions of such an inner loop, for example a search for the next tile to copy, count once for
+    each iteration of the outer loop. Loops that wait for a barrier are left out, and do not count as inner loops.
     """
     instructions, labels = read(listing)
     found = [(i.address, re.search(r"\.L\w+", i.operands)) for i in instructions if i.op == "BRA"]

@@ -25,7 +25,7 @@ def inputs(key, B: int, T: int, N: int, H: int, dtype=jnp.float32, mean: float =
     """Return random ((cotangent of out, cotangent of rem), query, key, value). The logits have mean `mean`, variance 1.
 
     The first channel of the queries and keys determines the mean, which must not be positive. With a mean of 0, a query
-    attends only to the nearest few keys: all other weights are almost zero. With a mean of -4, it attends to some
+    attends only to the nearest few keys: all other weights are almost zero. With a mean of -4, it attends to several
     hundred keys, like some heads of trained models.
     """
     q, k, v, d_out = jax.random.normal(key, (4, B, T, N, H), jnp.float32)

@@ -65,9 +65,10 @@ def rotating(
 ) -> Times:
     """Measure the time of a call of `function` on a device that queues calls, such as a GPU.
 
-    Each round queues several calls, which take about 20 ms together, and waits only for the result of the last one. The
-    time of a round is the mean over its calls. So the launch of a call from Python overlaps with the execution of
-    earlier calls. A call that is shorter than its launch (about 20 us) must be repeated inside one compiled function.
+    Each round queues several calls, which usually take about 20 ms together, and waits only for the result of the last
+    call. So the launch of a call from Python overlaps with the execution of earlier calls. The recorded time is the
+    time of the round divided by its number of calls. If a call is shorter than its launch (about 20 us), `function`
+    must repeat the work inside one compiled program.
 
     `sets`: sets of arguments, which the calls use in turn. If all sets together are larger than the cache, no call
     finds its inputs in the cache. `seconds`: how long to measure. `least`: the smallest number of rounds.

@@ -61,10 +61,10 @@ class TorchPeer:
 
 
 def torch_python() -> str | None:
-    """Return the path of a Python that has torch and transformers, or None if none is found.
+    """Return the path of a Python that should have torch and transformers, or None if there is no such path.
 
     These places are tried in turn: the path in the environment variable TORCH_PYTHON, the Python of this process if it
-    has both packages, and `.peers/bin/python`. The first and the last are not checked for the packages.
+    has both packages, and `.peers/bin/python`. Only the Python of this process is checked for the packages.
     """
     if named := os.environ.get("TORCH_PYTHON"):
         return named

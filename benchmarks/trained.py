@@ -27,7 +27,7 @@ POINTS = 50  # the largest number of points of the curve in the file
 def curve(run: str, step: int) -> dict[str, list[float]]:
     """Return {name of a metric: values} for at most POINTS of the steps that a run logged, none of them after `step`.
 
-    The steps are at equal distances in the log, and include the last one.
+    The steps are at equal distances in the log. The last of them is the last logged step that is not after `step`.
     """
     columns = metrics_of(run)
     columns = {name: values[columns["step"] <= step] for name, values in columns.items()}

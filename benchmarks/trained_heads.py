@@ -54,10 +54,10 @@ def of_model(model, tokens) -> Heads:
 
 
 def kept(heads: Heads, T: int) -> np.ndarray:
-    """Return, for each of the heads, the fraction of the tiles that are computed with skip_below=SKIP.
+    """Return, for each of the heads, the fraction of the visible tiles that are computed with skip_below=SKIP.
 
-    The heads attend to the first T tokens of their text. A tile has 64 queries and 64 keys. The other tiles are
-    skipped, because almost nothing of the stick remains there.
+    The heads attend to the first T tokens of their text. A tile has 64 queries and 64 keys. It is visible if one of
+    its queries may attend to one of its keys. The visible tiles where almost nothing of the stick remains are skipped.
     """
     q, k = (jnp.asarray(x[:, :T]).swapaxes(0, 1)[None] for x in heads)
     settings = dict(skip_below=SKIP, tiles=(64, 64), scale=1.0, return_stats=True, implementation="xla")

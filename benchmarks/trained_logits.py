@@ -2,7 +2,7 @@
 
 If benchmarks/trained_heads.py has written runs/trained_heads.npz, the queries and keys are taken from this file, which
 has the heads of a trained model. Otherwise they are random: the logits of head n have the distribution N(mean_n, 1). In
-both cases, most heads attend to the keys of one tile, and a few heads attend to some hundred keys.
+both cases, most heads attend to the keys of one tile, and a few heads attend to several hundred keys.
 
 The means are fitted to the fraction of the tiles of 64 queries and 64 keys that a trained model computed: 34% at T=1024
 and 21% at T=2048. For single heads, it was from 12% to 65%. The model had 0.9M parameters and read source code, with
@@ -73,9 +73,9 @@ def inputs(
     keys determines the mean.
 
     With `heads`, the K key heads are taken from the M heads of a trained model, in random order. If K is above M, the M
-    heads are used repeatedly. Every batch entry and every repetition begins at a random position of the text. After the
-    end of the text, its beginning follows. A matrix with orthonormal rows maps the h channels of the trained heads to H
-    channels, which does not change the logits.
+    heads are used repeatedly. Every batch entry and every repetition begins at a random position of the text. Positions
+    after the end of the text continue at its beginning. A matrix with orthonormal rows maps the h channels of the
+    trained heads to H channels, which does not change the logits.
 
     Raises ValueError if the width h of the trained heads is above H.
     """

@@ -1,7 +1,7 @@
 """The public functions `expert_linear` and `expert_mlp` for sparse experts, and the checks of their arguments.
 
-Both functions compute grouped matrix products (grouped GEMMs): every row of x is multiplied by the weight matrix of the
-expert to which the row is routed.
+Both functions compute grouped matrix products (grouped GEMMs): for every (token, choice) pair, they multiply a row by
+the weight matrix of the pair's expert.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def expert_linear(
     bias: Float[Array, "E F"] | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "Q F"]:
-    r"""Multiply every row of x by the weight of the expert to which the row is routed: a grouped matrix product.
+    r"""Multiply the row of every (token, choice) pair by the weight of the pair's expert: a grouped matrix product.
 
     Let e = routing.expert_indices[t,s] be the expert of choice s of token t. Then
 
@@ -57,8 +57,8 @@ def expert_linear(
         other than T and F, or along T although the rows of x or of the result are sorted by expert
         (docs/reference/transformations.md).
       NotImplementedError: none of the implementations named in `implementation` can run this call.
-      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" supports it,
-        and not on a mesh of Auto axes.
+      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" supports `jax.jvp`.
+        On a mesh of Auto axes, no implementation supports it.
 
     Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245 (ParallelLinear).
 
@@ -112,8 +112,8 @@ def expert_mlp(
         `implementation` has an unknown name; on a mesh of Explicit axes, an array is sharded along an axis other than T
         (docs/reference/transformations.md).
       NotImplementedError: none of the implementations named in `implementation` can run this call.
-      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" supports it,
-        and not on a mesh of Auto axes.
+      TypeError: a forward-mode derivative (`jax.jvp`) is taken. Only the implementation "reference" supports `jax.jvp`.
+        On a mesh of Auto axes, no implementation supports it.
 
     Source: "Scattered Mixture-of-Experts Implementation", arXiv 2403.08245.
 

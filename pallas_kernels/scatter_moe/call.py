@@ -80,8 +80,8 @@ def mlp_letters(call: MlpCall) -> Letters:
 def _routed(call):
     """Return `call` with a new `routing`, which sorts only the (token, choice) pairs of this device by expert.
 
-    `call`, a `LinearCall` or an `MlpCall`, has the shards of the arrays on this device of a mesh. The caller made its
-    routing from the pairs of all devices, so `order`, `inverse` and `offsets` do not fit these shards.
+    `call`, a `LinearCall` or an `MlpCall`, has the shards of the arrays on this device of a mesh. But `call.routing`
+    was made from the pairs of all devices, so its fields `order`, `inverse` and `offsets` do not fit these shards.
     """
     weight = call.weight if isinstance(call, LinearCall) else call.w_out
     return call._replace(routing=route(call.routing.expert_indices, weight.shape[0]))

@@ -83,8 +83,8 @@ class Kernels(Protocol):
     def d_gated(self, d_out, source, weight, tasks: Tasks, x, x_rows: Rows, gates, routing: Routing) -> tuple:
         """Compute the backward pass of gate * (x @ weight[e]), the output of one expert in `expert_linear` with gates.
 
-        d_out [T, F] is the cotangent of the output of `expert_linear`. Row i of the tiles in `tasks` belongs to token
-        source[i] and expert e. For this row, the cotangent of gate * x is
+        x and `weight` [E, D, F] are the arguments of `expert_linear`, and d_out [T, F] is the cotangent of its output.
+        Row i of the tiles in `tasks` belongs to token source[i] and expert e. The cotangent of gate * x for this row is
 
           dy = d_out[source[i]] @ weight[e]^T.
 

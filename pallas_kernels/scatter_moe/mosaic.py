@@ -38,7 +38,7 @@ def detail(call: LinearCall | MlpCall) -> str:
 
 
 def _widths(call) -> tuple[int, ...]:
-    """Return the shape of the weight matrix of one expert: (D, F). For `expert_mlp`, `w_out` counts: (F, D)."""
+    """Return the shape of one expert's weight matrix: (D, F) of `weight`, or (F, D) of `w_out` for `expert_mlp`."""
     return call.weight.shape[1:] if isinstance(call, LinearCall) else call.w_out.shape[1:]
 
 
@@ -123,8 +123,8 @@ def _rows_of_tile(routing, x) -> int:
 def _parts(x):
     """Return x as an array [parts, rows, width].
 
-    An array [rows, width] becomes [1, rows, width]. An array [parts, rows, width] is returned unchanged: this is the
-    pre-activation or its gradient.
+    An array [rows, width] becomes [1, rows, width]. The pre-activation and its gradient are [parts, rows, width]
+    already, and are returned unchanged.
     """
     return x if x.ndim == 3 else x[None]
 
@@ -142,8 +142,8 @@ def _plan(tasks, x, columns: int, *, parts: int = 1, **options) -> Plan:
 def _bias(bias, parts: int = 1):
     """Return the biases of all experts as the kernels read them: fp32 [E + 1, parts, F padded to a multiple of 256].
 
-    `bias` is [E, parts * F]. There are two parts, the halves of the hidden layer, for a gated activation, else one
-    part. Entry E of the result is zero: it is the bias of rows without an expert. If `bias` is None, return None.
+    `bias` is [E, parts * F]. `parts` is 2 for a gated activation, whose hidden layer has two halves, else 1. Entry E of
+    the result is zero: it is the bias of rows without an expert. If `bias` is None, return None.
     """
     if bias is None:
         return None

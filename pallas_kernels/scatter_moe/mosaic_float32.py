@@ -1,8 +1,8 @@
 """Matrix products of float32 arrays on Hopper GPUs, each computed as six products of bfloat16 arrays.
 
 A float32 number has 24 significant bits, a bfloat16 number has 8. So x is the sum of three bfloat16 numbers, called
-parts: x = x_0 + x_1 + x_2. Each part is at most about 2^-8 of the previous part. The factor w is split in the same way.
-The product x w is then the sum of nine products of parts. The six largest of them are summed:
+terms: x = x_0 + x_1 + x_2. Each term is at most about 2^-8 of the previous term. The factor w is split in the same way.
+The product x w is then the sum of nine products of terms. The six largest of them are summed:
 
     x w = x_0 w_0 + (x_0 w_1 + x_1 w_0) + (x_0 w_2 + x_1 w_1 + x_2 w_0)   (approximately)
 
@@ -21,7 +21,7 @@ from . import mosaic_product, mosaic_weights
 from .mosaic_product import Plan
 from .tasks import Tasks
 
-# (part of x, part of w) for each of the six products. The smallest products are summed first. If they were added to a
+# (term of x, term of w) for each of the six products. The smallest products are summed first. If they were added to a
 # large sum, their last bits would be lost.
 PRODUCTS = (1, 1), (0, 2), (2, 0), (0, 1), (1, 0), (0, 0)
 
@@ -47,11 +47,11 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
 
       out[target[i]] = (row source[i] of x) @ weight[e] + bias[e].
 
-    `mosaic_product.product` runs the kernel. Its docstring explains the arguments. For float32, x must be
-    [1, rows of x, width], and the result is the sum of six products of bfloat16 arrays.
+    `mosaic_product.product` runs the kernel. Its docstring explains the arguments. x is [parts, rows of x, width]. For
+    float32, `parts` must be 1, and the result is the sum of six products of bfloat16 arrays.
 
     Raises:
-      NotImplementedError: the arrays are float32, and x has more than one part.
+      NotImplementedError: the arrays are float32, and x.shape[0] is not 1.
     """
     if plan.dtype == jnp.float32:
         if plan.x_parts != 1:
@@ -59,7 +59,7 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
                 f"in float32, x must have one part, [1, rows, width], got x.shape={x.shape}; use bfloat16 or float16"
             )
         x, w = split(x[0]), split(weight)
-        # The kernel multiplies rows of six parts, one part for each product. So its accumulators sum the six products.
+        # Now a row of x has six parts, one for each product. So the accumulators of the kernel sum the six products.
         x = jnp.stack([x[i] for i, _ in PRODUCTS])
         weight = jnp.concatenate([w[j] for _, j in PRODUCTS], axis=2 if plan.transposed else 1)
         plan = plan._replace(x_parts=len(PRODUCTS), dtype=jnp.dtype(jnp.bfloat16), out_dtype=plan.dtype)
@@ -67,10 +67,11 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
 
 
 def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks):
-    """Return the gradients of the weights of all experts, [E, D, parts, F], in bfloat16, float16 or float32.
+    """Return the gradients of the weights of all experts, [E, D, parts, F], in the dtype of `left`.
 
-    `mosaic_weights.d_weights` runs the kernel. Its docstring explains the arguments. For float32, the result
-    is the sum of six products of bfloat16 arrays.
+    `mosaic_weights.d_weights` runs the kernel. Its docstring explains the arguments. `right` is [parts, rows, F], where
+    `parts` is 2 if `right` has the two halves of a gated hidden layer, else 1. For float32, the result is the sum of
+    six products of bfloat16 arrays.
     """
     if left.dtype != jnp.float32:
         return mosaic_weights.d_weights(left, left_numbers, right, right_numbers, tasks)

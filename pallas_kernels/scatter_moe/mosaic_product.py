@@ -331,7 +331,7 @@ def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks
     `gated` [R, F]: gate * act(h), with rows sorted by expert. The caller multiplies it by d_out for the gradient of the
       weight.
     `d_gate` [ranges of 128 columns, rows of all tiles]: for every row of the tiles, the sum of act(h) * dy over the
-      columns of each range. The sum over the first axis is <act(h), dy>, the gradient of the gate without a bias.
+      columns of each range. The sum over the first axis is <act(h), dy>, the gradient of the gate if there is no bias.
     """
     R, (P, _, F) = tasks.num_pairs, hidden.shape
     W, dtype = plan.warpgroups, plan.dtype

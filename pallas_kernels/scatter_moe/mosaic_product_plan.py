@@ -1,4 +1,4 @@
-"""The sizes of a launch of the kernels of mosaic_product.py, and in what these kernels differ."""
+"""`Plan`: the sizes of a launch of a kernel in mosaic_product.py. `Kind`: what differs between these kernels."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -41,7 +41,7 @@ class Plan(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """One of the kernels `product`, `activated` and `d_activated`. They differ in what follows the matrix product.
+    """One of the kernels `product`, `activated` and `d_activated`. They differ in their work after the matrix product.
 
     `finish`: `finish(at, accumulators, inputs, outputs, scratch)` runs in every multiplying warpgroup, after the matrix
       product of a tile. It reads the sums `accumulators` and the arrays `inputs`, and writes the results `outputs` in
@@ -62,9 +62,9 @@ class Kind(NamedTuple):
 
     @property
     def columns_of_tile(self) -> int:
-        """The number of columns of a tile of the result: 256 in `product`, and 128 in the other kernels.
+        """The number of columns of a tile of the result: 256 in `product`, 128 in `activated` and `d_activated`.
 
-        There is one exception: in `activated` with a gated activation, if the result has only 128 columns
-        (`Plan.columns`), the number is 256. This has no effect: a tile covers the whole width of the result anyway.
+        In one case, the number is 256 in `activated` too: if the activation is gated, and the result has exactly 128
+        columns. There, 128 and 256 give the same single tile, which has all 128 columns.
         """
         return self.per_tile * COLUMNS if self.apart == COLUMNS else COLUMNS

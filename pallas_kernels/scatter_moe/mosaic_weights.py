@@ -154,9 +154,9 @@ def _copy(rows_of_tile: int, operands: Operands, scratch: Scratch, for_each_piec
 
 
 def _multiply(wg, out_ref, scratch: Scratch, for_each_piece: Callable) -> None:
-    """Compute 64 rows of every piece of the gradients. The multiplying warpgroup `wg` runs this.
+    """Compute 64 of the 128 rows of every piece of the gradients. The multiplying warpgroup `wg` runs this.
 
-    The 64 rows of the gradient correspond to 64 columns of `left`. They are written to `out_ref`, which is the result
+    The 64 rows of a piece belong to 64 columns of `left`. The warpgroup writes these rows to `out_ref`, the result
     [E, D, parts, F] in global memory. `for_each_piece(body, state)` calls `state = body(piece, state)` for each `Piece`
     that this block computes.
     """

@@ -29,7 +29,7 @@ class Tasks(NamedTuple):
     `rows`: [E], the number of pairs of every expert.
     `pairs`: [tiles * M], for every row the number of its pair, token * k + choice, or -1 for an empty row.
     `sorted`: [tiles * M], for every row the index of its pair in the list sorted by expert, or -1 for an empty row.
-    `tile_row`: [R], for every pair the number of its row. Pair token * k + choice is at this index.
+    `tile_row`: [R], for every pair the number of its row in the tiles. Entry t * k + s is for choice s of token t.
     """
 
     expert: jax.Array

@@ -58,7 +58,7 @@ def _is_large() -> bool:
 
 
 def _stages(rows: int, columns: int, depth: int, dtype, most: int) -> int:
-    """Return how many stages of a software pipeline fit into shared memory, from 2 to `most`.
+    """Return how many stages of a software pipeline fit into shared memory, but at least 2 and at most `most`.
 
     A stage holds two tiles, [rows, depth] and [depth, columns], of elements of `dtype`.
     """
@@ -67,12 +67,12 @@ def _stages(rows: int, columns: int, depth: int, dtype, most: int) -> int:
 
 
 def product_sizes(rows: int, depth: int, columns: int, dtype, *, products: int = 1, widest: int = 256) -> Sizes:
-    """Return the sizes of a program that multiplies a tile of rows by `products` weights of one expert.
+    """Return the sizes of a program that multiplies rows [rows, depth] by `products` weights of one expert.
 
-    The tile has `rows` rows of `depth` columns, and each weight is [depth, columns]. The program computes the same
-    columns of all products: `Sizes.columns` is their number, and `products` times this number is at most `widest`. The
-    number is small for float32, which runs without tensor cores. It is also small if `rows` is small, because then most
-    of the time goes into loading weights.
+    Each weight is [depth, columns]. The program computes `Sizes.columns` columns of every product, in steps of
+    `Sizes.depth` along the summed axis. `products` * `Sizes.columns` is at most `widest`. `Sizes.columns` is small
+    for float32, which runs without tensor cores. It is also small if `rows` is small, because then most of the time
+    goes into loading weights.
     """
     if dtype == jnp.float32:
         columns_most, depth_most, warps = 64, 32, 4
@@ -89,9 +89,9 @@ def product_sizes(rows: int, depth: int, columns: int, dtype, *, products: int =
 def weight_sizes(D: int, F: int, dtype) -> Sizes:
     """Return the sizes of a program that computes a tile of the gradient of a weight [D, F].
 
-    The program sums over the rows of an expert, `depth` rows in each step. A step has two loads, one after the other:
-    first the row numbers, and then the rows with these numbers. So the number of pipeline stages is twice the number of
-    steps whose rows fit into shared memory.
+    The program sums over the rows of an expert, `Sizes.depth` rows in each step. A step has two loads, one after the
+    other: first the row numbers, and then the rows with these numbers. So the number of pipeline stages is twice the
+    number of steps (2 or 3) whose rows fit into shared memory.
     """
     if dtype == jnp.float32:
         rows_most, columns_most, depth, warps = 64, 64, 32, 4
