@@ -56,8 +56,9 @@ def attend(kernels: str, case: Stick, **options):
 def run(kernels: str, case: Stick, dtype: str, *, twice: bool = False, **options) -> dict:
     """Run one attention call and return a dict of its outputs and gradients.
 
-    The keys are out, rem, log_rem, d_query, d_key, d_value, d_scale, `kept` (the share of key tiles that each head has
-    computed) and `query`.
+    The keys of the dict are out, rem (what remains of the stick after all keys), log_rem (the logarithm of rem),
+    d_query, d_key, d_value, d_scale, kept (the share of key tiles that each head has computed) and query (the argument
+    of the call).
 
     Args:
       kernels: the name of the implementation.
