@@ -139,7 +139,7 @@ def test_columns_in_pieces(triton, monkeypatch):
 
 @needs_triton
 def test_under_transformations(triton):
-    """The gradients under vmap, scan and checkpoint equal the gradients of separate calls.
+    """The gradients under vmap, and under scan with checkpoint, equal the gradients of separate calls.
 
     Each transformation maps over the leading axis of all arguments, including the expert indices.
     """

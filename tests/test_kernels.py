@@ -238,7 +238,8 @@ def test_decoding_reads_the_recent_cache_only(kernels):
 def test_shards_of_the_keys_join_forward_and_backward(kernels):
     """Two calls on two parts of the keys, joined by `merge_stick_breaking`, equal one call on all keys.
 
-    Context parallelism needs this. The gradients of each part need only d_out and d_log_rem, which the merge passes on.
+    Context parallelism needs this. The backward pass of each call gets from the merge only the cotangents of `out` and
+    `log_rem`, which must be enough for the gradients.
     """
     case = Stick(T=90, N=1, H=32)
     query, key, value = case.arrays("bfloat16")

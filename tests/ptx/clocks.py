@@ -72,8 +72,8 @@ class Clocks:
     def joined(self, warps) -> int:
         """Fill the last row of `seen` and `fenced` for an access that these warps make together; return its index.
 
-        The row is the elementwise minimum of the rows of these warps. So an earlier access is ordered before the common access only
-        if the earlier access is ordered before the next access of each of these warps.
+        The row is the elementwise minimum of the rows of these warps. So an earlier access is ordered before the common
+        access only if the earlier access is ordered before the next access of each of these warps.
         """
         least = [matrix[warps].min(0) for matrix in (self.seen, self.fenced)]
         self.seen[-1], self.fenced[-1] = least
