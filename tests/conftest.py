@@ -142,7 +142,7 @@ def programs(request):
 
 
 def without_check(new, monkeypatch):
-    """Return the function `new` without the memory check that it makes.
+    """Return a function that does the same as `new`, but without the memory check.
 
     `new` is `loop._new`, which makes the initial training state. A training calls `loop.check_program` twice: in
     `loop._new`, and for the training step. If a test replaces `check_program` by a function that sends a signal, only

@@ -27,8 +27,9 @@ def inputs(dtype):
     """Return (query, key, value), segment_ids, and the cotangents of (out, rem, log_rem), for arrays of type `dtype`.
 
     query, key, value and the cotangent of out are [B,T,1,H], the other cotangents [B,T,1], and segment_ids is [B,T].
-    Batch entry i has the logits LOGITS[NAMES[i]] plus noise. The last entry, PADDED, has logits around 0 and padding.
-    The keys and values at the padding are huge.
+    `rem` is what remains of the stick after all keys, and `log_rem` is its logarithm. Batch entry i has the logits
+    LOGITS[NAMES[i]] plus noise, except the last entry, PADDED: it has logits around 0, and padding whose keys and
+    values are huge.
     """
     rng, B = np.random.default_rng(0), len(NAMES)
     q, k, v, d_out = rng.standard_normal((4, B, T, 1, H))

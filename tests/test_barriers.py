@@ -73,7 +73,7 @@ class Traced:
 
 @pytest.fixture(scope="module")
 def traced():
-    """Return a dict from the name of a kernel to its traces, one `Traced` for each time it was traced.
+    """Return a dict from the name of a kernel to its traces, one `Traced` for each time that the kernel was traced.
 
     During the tracing, replacements of Pallas' functions record the barriers.
     """

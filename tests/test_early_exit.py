@@ -19,10 +19,11 @@ SKIP = {"implementation": "xla", "tiles": (16, 16), "skip_below": -24.0}
 
 
 def kept_tiles(query, key, threshold, size, padding=None) -> float:
-    """Return the share of the tiles on and left of the diagonal that early exit must compute, for one head.
+    """Count in NumPy the tiles that early exit must compute for one head; return them as a share of all causal tiles.
 
-    NumPy counts these tiles one by one. A tile must be computed if the keys right of the tile leave at least
-    2^`threshold` of the stick of one of its queries. Tiles on the diagonal are always computed.
+    The causal tiles are the tiles on the diagonal and left of it. The tiles on the diagonal are always computed.
+    Another tile must be computed if, for at least one of its queries, the keys right of the tile leave at least
+    2^`threshold` of the stick.
 
     Args:
       query, key: arrays [T, H].

@@ -51,7 +51,7 @@ def test_mlp_is_the_loop_over_experts(name, kernels):
 def test_float32_is_not_rounded(kernels):
     """With float32 inputs, the errors of the kernels are within the tolerance of float32.
 
-    A single matrix product in bfloat16 or tf32 would have an error a hundred times larger.
+    If just one of the matrix products were computed in bfloat16 or tf32, the error would be a hundred times larger.
     """
     check_mlp(Experts(T=30, D=40, F=36, share=0.3, idle=0.5), kernels, dtype="float32")
 
@@ -108,7 +108,7 @@ def test_triton_has_every_activation(activation, triton):
 def test_gates_of_a_linear_map_to_float32(rows_in, triton):
     """Triton's expert_linear computes correct gradients of gates and rows in float32, for every order of input rows.
 
-    Both gradients come from the same grouped GEMM. Some rows have no expert and must not be read.
+    A single grouped GEMM computes both gradients. Some rows have no expert and must not be read.
     """
     check_linear(EXPERTS["some-idle"], rows_in, "token", triton)
 
@@ -128,9 +128,10 @@ def test_triton_keeps_its_inputs_and_the_pre_activation(triton):
 
 @needs_triton
 def test_columns_in_pieces(triton, monkeypatch):
-    """The result is correct when it is computed a few columns at a time.
+    """The output of the experts is correct if the op computes one group of columns after the other.
 
-    The ops do this if the outputs of all (token, choice) pairs take more than UNCOMBINED bytes.
+    The op uses groups of columns if the outputs of all (token, choice) pairs take more than `fused.UNCOMBINED` bytes.
+    The test sets this limit to 1 byte.
     """
     monkeypatch.setattr("pallas_kernels.scatter_moe.fused.UNCOMBINED", 1)
     check_mlp(Experts(T=3, k=1, E=2, D=300, F=20), triton, "gelu")
@@ -138,9 +139,9 @@ def test_columns_in_pieces(triton, monkeypatch):
 
 @needs_triton
 def test_under_transformations(triton):
-    """The gradients under vmap, scan and checkpoint equal the gradients of separate calls.
+    """The gradients under vmap, and under scan with checkpoint, equal the gradients of separate calls.
 
-    Every argument is mapped, including the expert indices.
+    Each transformation maps over the leading axis of all arguments, including the expert indices.
     """
     case = Experts(T=5, E=4, share=0.5)
     indices = jnp.stack([case.indices(seed) for seed in range(2)])

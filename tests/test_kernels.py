@@ -56,8 +56,9 @@ def attend(kernels: str, case: Stick, **options):
 def run(kernels: str, case: Stick, dtype: str, *, twice: bool = False, **options) -> dict:
     """Run one attention call and return a dict of its outputs and gradients.
 
-    The keys are out, rem, log_rem, d_query, d_key, d_value, d_scale, `kept` (the share of key tiles that each head has
-    computed) and `query`.
+    The keys of the dict are out, rem (what remains of the stick after all keys), log_rem (the logarithm of rem),
+    d_query, d_key, d_value, d_scale, kept (the share of key tiles that each head has computed) and query (the argument
+    of the call).
 
     Args:
       kernels: the name of the implementation.
@@ -237,7 +238,8 @@ def test_decoding_reads_the_recent_cache_only(kernels):
 def test_shards_of_the_keys_join_forward_and_backward(kernels):
     """Two calls on two parts of the keys, joined by `merge_stick_breaking`, equal one call on all keys.
 
-    Context parallelism needs this. The gradients of each part need only d_out and d_log_rem, which the merge passes on.
+    Context parallelism needs this. The backward pass of each call gets from the merge only the cotangents of `out` and
+    `log_rem`, which must be enough for the gradients.
     """
     case = Stick(T=90, N=1, H=32)
     query, key, value = case.arrays("bfloat16")

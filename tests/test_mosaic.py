@@ -144,8 +144,9 @@ def test_key_tile_ranges_hold_every_visible_key_and_whole_tiles_are_whole(
 def test_query_tile_ranges_hold_the_query_tiles_that_visit_a_key_tile():
     """`query_tile_ranges` returns, for each key tile, a range that contains all query tiles which read this key tile.
 
-    It also returns the part of the range in which no mask is needed. The input tables are random, in the form that
-    `key_tile_ranges` gives them; two query heads stopped early at different key tiles.
+    `query_tile_ranges` also returns a part of this range in which no query tile needs a mask. The test draws random
+    tables of the form that `key_tile_ranges` returns, and lets each of two query heads stop early at a random key tile
+    for every query tile.
     """
     rng = np.random.default_rng(0)
     for _ in range(50):

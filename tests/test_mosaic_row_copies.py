@@ -1,6 +1,7 @@
-"""Test copies of rows with given numbers between global and shared memory, for the expert kernels.
+"""Test `mosaic_row_copies`, which copies rows with given indices between global and shared memory.
 
-The tests run the interpreter body, and compute the addresses of the GPU body in NumPy.
+The expert kernels use these copies. The functions have one body for the interpreter, which the tests run, and one for
+the GPU, whose addresses the tests compute in NumPy.
 """
 
 import jax
@@ -17,9 +18,9 @@ from pallas_kernels import mosaic_row_copies, platform
 def move(x, source_rows, target_rows, out_rows: int, columns: int = 64):
     """Copy rows of x through shared memory to rows of a new array with `out_rows` rows.
 
-    Row source_rows[i] of x becomes row target_rows[i] of the result. If source_rows[i] is -1, the row becomes zeros. If
-    target_rows[i] is -1, nothing is written. Rows that are not written are NaN. A block copies 64 rows, in steps of
-    `columns` columns.
+    For each i, row source_rows[i] of x becomes row target_rows[i] of the result. If source_rows[i] is -1, row
+    target_rows[i] of the result becomes zeros. If target_rows[i] is -1, nothing is written for this i. Rows of the
+    result that are never written are NaN. A thread block copies 64 rows, and `columns` columns of these at a time.
     """
     blocks = source_rows.shape[0] // 64
 

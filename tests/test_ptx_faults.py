@@ -36,7 +36,8 @@ def error(change=lambda program: program) -> float:
 def replaced(pattern: str, new: str, first: int = 0, count: int | None = 1):
     """Return a change of the PTX that replaces matches of the regular expression `pattern` by `new`.
 
-    It replaces `count` matches, beginning with match number `first`, counted from 0. None: all matches from there on.
+    The change replaces `count` matches, beginning with match number `first`, counted from 0. If `count` is None, it
+    replaces all matches from number `first` on.
     """
 
     def change(program):
@@ -158,7 +159,7 @@ def _keys_and_values_in_one_place(ptx: str) -> str:
 
 
 def _another_sum(ptx: str) -> str:
-    """Change one instruction so that it reads the second accumulator register of the first wgmma, not the first one."""
+    """Return the PTX with one mul.f32 changed: it reads the first wgmma's second result register, not the first."""
     first, second = re.search(r"wgmma\.mma_async\S* \{(%r\d+),(%r\d+)", ptx).groups()
     changed, count = re.subn(rf"(mul\.f32 \t%r\d+, %r\d+), {first};", rf"\1, {second};", ptx, count=1)
     assert count
@@ -187,7 +188,8 @@ def test_a_deadlock_names_the_barrier_and_who_waits():
 def test_a_reduction_of_two_warpgroups_through_one_scratch_is_a_race(monkeypatch):
     """The machine reports a race if two warpgroups reduce through the same scratch memory.
 
-    `mosaic_shims.any_at_most` exists to avoid this; the test replaces it by jnp.min.
+    The kernel calls `mosaic_shims.any_at_most`, which avoids this race. The test replaces `any_at_most` by a function
+    that uses jnp.min, which has the race.
     """
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.standard_normal((1, 330, 1, 32)), jnp.bfloat16) for _ in range(3)]

@@ -65,8 +65,8 @@ def test_shuffles_stay_in_their_segment(how, by, clamp):
 def test_votes_and_the_elected_lane_are_of_the_lanes_that_take_part():
     """Votes and elections count only the lanes that take part.
 
-    The upper half of the warp votes, while the lower half, whose predicates are true, has jumped to another
-    instruction.
+    Lanes 16 to 31 of the warp vote. Lanes 0 to 15 have jumped to another instruction, so their predicates must not
+    count.
     """
     vote = """setp.ne.u32 %p1, %r62, 20; mov.u32 %r59, 0; setp.lt.u32 %p2, %r62, 16; @%p2 bra END;
         {} END:"""
@@ -89,9 +89,10 @@ VOTES = [("or", 1, 0, 1), ("or", 0, 0, 0), ("and", 0, 1, 0), ("and", 1, 1, 1)]
 
 @pytest.mark.parametrize("how, one, others, want", VOTES)
 def test_a_barrier_counts_the_votes_of_all_its_warps(how, one, others, want):
-    """bar.red combines the predicates of all 256 threads, and begins anew at its next use.
+    """bar.red combines the predicates of all 256 threads, and a second bar.red forgets the votes of the first.
 
-    Thread 200 votes `one`, all other threads `others`. A vote with the opposite values comes first and must not matter.
+    In the second bar.red, thread 200 votes `one`, and all other threads vote `others`. In the first bar.red, every
+    thread votes the opposite.
     """
     out = each_thread(
         f"""setp.eq.u32 %p1, %r60, 200; selp.u32 %r1, {one}, {others}, %p1; setp.ne.u32 %p2, %r1, 0;
@@ -119,7 +120,8 @@ def test_two_warps_need_a_barrier_to_exchange_numbers():
 def reduction(stride: int) -> str:
     """Return a body of PTX in which each warpgroup adds one number per warp through 16 bytes of shared memory.
 
-    `stride`: the distance between the 16 bytes of one warpgroup and the next. If it is below 16, they overlap.
+    `stride` is the number of bytes from the start of one warpgroup's 16 bytes to the start of the next warpgroup's 16
+    bytes. If `stride` is below 16, the two regions overlap.
     """
     return f"""shr.u32 %r1, %r61, 2; mad.lo.u32 %r2, %r1, {stride}, %r63; and.b32 %r3, %r61, 3; shl.b32 %r3, %r3, 2;
         add.u32 %r4, %r2, %r3; add.u32 %r5, %r1, 1; setp.eq.u32 %p1, %r62, 0;

@@ -15,7 +15,8 @@ MINE = "shl.b32 %r50, %r60, 2; cvt.u64.u32 %d50, %r50;"
 def test_boxes_at_the_edges_are_swizzled_both_ways(swizzle, row, column):
     """A box that lies partly outside its array is copied correctly to shared memory and back, with every swizzle.
 
-    Elements outside are zero in shared memory and are not written back. The bytes in shared memory are checked too.
+    The elements of the box outside of the array are zero in shared memory and are not written back. The test also
+    checks the address of each element in shared memory.
     """
     source = np.arange(20 * 80, dtype=np.uint16).reshape(20, 80) + 1
     width = swizzle // 2

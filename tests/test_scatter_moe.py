@@ -173,10 +173,10 @@ def test_double_precision(implementation, x64):
 
 @pytest.mark.parametrize("E", [2, 3])
 def test_many_rows_are_taken_in_pieces(E):
-    """The XLA implementation is correct if it computes the rows in several pieces.
+    """The XLA implementation is correct if it cuts the first C rows of each expert into several pieces.
 
-    The first expert has most of the rows, more than all pieces together hold, so the other rows are computed in blocks.
-    A quarter of the tokens have no expert.
+    C is the number of rows that are computed together for all experts. Expert 0 has more than C rows, so its remaining
+    rows are computed in blocks. A quarter of the tokens have no expert.
     """
     case = Experts(T=1300 * E, k=1, E=E, D=4, F=4)
     T = np.arange(case.T)[:, None]
@@ -195,9 +195,10 @@ def test_only_pieces_with_rows_run():
 
 
 def test_the_cases_reach_both_parts_of_the_algorithm():
-    """The test cases use both parts of the XLA implementation, each alone and both in one call.
+    """Some test cases use only the first part of the XLA implementation, some only the second part, and some both.
 
-    One part computes the first rows of all experts together; the other is a loop over the rows that remain.
+    The first part computes the first C rows of every expert together, as batched products. The second part is a loop
+    over blocks of the remaining rows.
     """
     reached = set()
     for case in EXPERTS.values():
@@ -317,9 +318,9 @@ def test_routing_is_a_stable_sort(name, wide, monkeypatch):
 
 
 def test_routing_of_many_rows_does_not_pack():
-    """`route` packs each (token, choice) pair into one int32 and sorts these; if they do not fit, it uses argsort.
+    """`route` sorts the (token, choice) pairs as int32 numbers; with too many pairs, it uses argsort instead.
 
-    A packed number holds the expert and the index of the pair, so (E + 1) * T * k must be below 2^31.
+    Each int32 number packs the expert and the index of a pair, so (E + 1) * T * k must be below 2^31.
     """
 
     def packs(T, E):
@@ -343,7 +344,7 @@ TRANSFORMATIONS = {
 def test_transformations(implementation, T):
     """Values and gradients under vmap, scan and checkpoint equal the results of separate calls.
 
-    All arguments are mapped at once, including the expert indices.
+    Each transformation maps over the leading axis of all arguments, including the expert indices.
     """
     cases = Experts(T=T, E=4, share=0.5), Experts(T=T, E=4, used=2)
     indices = jnp.stack([case.indices() for case in cases])
@@ -381,9 +382,9 @@ def _equations(jaxpr):
 
 
 def test_the_work_does_not_grow_with_the_number_of_experts():
-    """No array in forward and backward pass has about T * E rows, so the work does not grow with E.
+    """No array in the forward and the backward pass has about T * E rows, so the work does not grow with E.
 
-    The program has no ragged_dot, which computes all experts for all rows by default.
+    The program must not contain ragged_dot, because XLA by default computes all experts for all rows of a ragged_dot.
     """
     T, E, k, D, F = 2048, 64, 2, 64, 64
     shapes = (T, D), (E, D, 2 * F), (E, F, D), (T, k)
@@ -429,9 +430,9 @@ def test_indices_of_any_integer_type(dtype):
 
 @pytest.mark.parametrize("D", [8, xla._WIDE])
 def test_the_backward_pass_keeps_the_inputs_and_in_wide_models_the_pre_activation(D):
-    """For the backward pass, only the inputs and the routing are saved and, if D is large, also the pre-activation.
+    """The XLA implementation saves inputs and routing for the backward pass, and if D is large the pre-activation.
 
-    jax.checkpoint saves the pre-activation only if its policy names it.
+    Under jax.checkpoint, the pre-activation is saved only if the checkpoint policy names `call.PRE_ACTIVATION`.
     """
     T, F, E, k = 6, 20, 4, 2
     routing = route(np.array([[0, 1], [1, 2], [3, 0], [0, 3], [2, 1], [1, 0]]), E)
@@ -444,9 +445,9 @@ def test_the_backward_pass_keeps_the_inputs_and_in_wide_models_the_pre_activatio
         return expert_mlp(*arguments[:3], routing, arguments[3], implementation="xla")
 
     def pre_activations(f):
-        """Return how many arrays of the pre-activation's shape f saves for its backward pass.
+        """Return how many arrays with the shape of the pre-activation the function `f` saves for its backward pass.
 
-        Other saved arrays must have the shape of an input or of the routing.
+        Also assert that every other saved array has the shape of an input or of the routing, or one element.
         """
         inputs = {a.shape for a in (x, w_in, w_out, gates, gates.reshape(-1, 1), *jax.tree.leaves(routing))}
         shapes = [a.shape for a in jax.tree.leaves(jax.vjp(f, x, w_in, w_out, gates)[1])]

@@ -280,7 +280,7 @@ def test_two_runs_are_bitwise_equal(options):
 def test_weights_are_those_of_the_attention(name):
     """`stick_breaking_weights` returns the weights that the attention uses.
 
-    They equal the attention's output if the values are the identity matrix.
+    If the values are the identity matrix, the output of the attention is the matrix of its weights.
     """
     case = STICK["window" if name == "half" else name]
     query, key, _ = case.arrays("bfloat16" if name == "half" else "float32")
@@ -383,7 +383,7 @@ TRANSFORMATIONS = {
 def test_transformations(options):
     """Values and gradients under vmap, scan and checkpoint equal the results of separate calls.
 
-    All arguments are mapped at once, including the scale.
+    Each transformation maps over the leading axis of all arguments, including the scale.
     """
     arrays, integers = _stacked()
 

@@ -88,10 +88,10 @@ def test_every_case_of_the_portable_list_is_taken_or_refused_with_a_reason(insta
 
 @pytest.mark.parametrize("keys", [16, 32, 64])
 def test_the_sum_over_nearer_keys_keeps_its_digits_beside_large_numbers(keys):
-    """`sum_of_nearer` keeps the digits of small sums: for each key, it adds the numbers of the keys on its right.
+    """`sum_of_nearer` adds, for each key, the numbers of all keys on the right of this key; small sums stay exact.
 
-    The numbers go from 160 on the left to 2^-24 on the right. A kernel that subtracted the sum on the left from the
-    total would lose all digits of a small sum.
+    In most rows, the numbers decrease from 160 at the left to about 2^-24 at the right. A kernel that subtracted the
+    sum on the left from the total would lose all digits of a small sum on the right.
     """
     rng = np.random.default_rng(0)
     x = np.sort(2 ** rng.uniform(-24, 7, (16, keys)), axis=1)[:, ::-1]
@@ -119,9 +119,10 @@ def test_tiles_that_are_no_squares(tiles):
 
 
 def test_skipping_where_the_backward_pass_has_smaller_tiles():
-    """Early exit is correct if tiles have 128 rows in the forward pass and 64 in the backward pass.
+    """Early exit is correct if query tiles have 128 rows in the forward pass and 64 rows in the backward pass.
 
-    Two backward tiles then stop at the same key tile as the forward tile.
+    Each of the two backward tiles with the rows of one forward tile must stop at the key tile where the forward tile
+    stopped.
     """
     case = Stick(T=300, N=1, H=72, std=2.0)
     with interpreted("triton"):

@@ -23,7 +23,7 @@ def product_of_rounded(x_ref, y_ref, out_ref, size: tl.constexpr):
 
 @triton.jit
 def cube(x_ref, out_ref, size: tl.constexpr):
-    """Compute the cube of each bfloat16 number, or zero where its rounded square is not positive."""
+    """Compute the cube of each bfloat16 number, or zero where the square, rounded to bfloat16, is not positive."""
     x = tl.load(x_ref + tl.arange(0, size))
     square = x * x
     tl.store(out_ref + tl.arange(0, size), tl.where(square > 0, square * x, 0.0))

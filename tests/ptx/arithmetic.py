@@ -13,7 +13,7 @@ WARP = 32
 
 
 def _flushed(x):
-    """Return the float32 numbers x. A denormal number becomes a zero of its sign, as with the PTX modifier `.ftz`."""
+    """Return the float32 numbers x, with each denormal number replaced by a zero of the same sign, as `.ftz` does."""
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
 
 
@@ -274,8 +274,8 @@ def move(decoder, x, match):
 def convert_address(decoder, x, match):
     """Decode instruction x, a cvta, into the function that executes it.
 
-    A cvta converts an address between address spaces. Here it copies the address, because the machine has one address
-    space for all kinds of memory.
+    A cvta converts an address from one address space to another. The PTX machine has a single address space for all
+    kinds of memory, so the function only copies the address.
     """
     write, read = decoder.write(x.operands[0], "u64"), decoder.read(x.operands[1], "u64")
     return lambda u, mask: write(u, mask, read(u))
@@ -334,7 +334,8 @@ def _half_bits(kind):
 def convert_pair(decoder, x, match):
     """Decode instruction x, a cvt of two float32 numbers to 16 bits each, into the function that executes it.
 
-    The result is one 32-bit register, whose upper half comes from the first number.
+    Both 16-bit numbers go into one 32-bit register: the first number into the upper half, the second into the lower
+    half.
     """
     bits, relu = _half_bits(match["kind"]), match["relu"]
     write, high, low = decoder.write(x.operands[0], "b32"), *(decoder.read(o, "f32") for o in x.operands[1:])

@@ -14,10 +14,10 @@ BLOCKED = "blocked"  # the result of an instruction that must wait: its strand t
 
 
 def full_warps(u, mask, text: str) -> np.ndarray:
-    """Return the numbers in the block of the warps that execute an instruction.
+    """Return the indices of the warps that execute the instruction `text`, counted from the block's first warp.
 
-    `mask` [lanes] says which lanes of the unit `u` execute the instruction `text`; None: all. Raises DivergentBarrier
-    if only some lanes of a warp execute it.
+    `mask` [lanes] says which lanes of the unit `u` execute the instruction; None: all. Raises DivergentBarrier if only
+    some lanes of a warp execute the instruction.
     """
     if mask is None:
         return u.warps
@@ -38,7 +38,8 @@ class NamedBarrier:
     def open(self, clocks) -> None:
         """Let all waiting warps continue.
 
-        All accesses of these warps before the barrier are then ordered before all their accesses after the barrier.
+        An access by any of these warps before the barrier is then ordered before every access by any of these warps
+        after the barrier.
         """
         for u, warps in self.parties:
             clocks.acquire(list(warps), self.known)
@@ -49,8 +50,9 @@ class NamedBarrier:
 class Mbarrier:
     """The state of an mbarrier in shared memory.
 
-    `count` is the number of arrivals per phase. The current phase still needs `pending` arrivals and `bytes` bytes of
-    copies. `phase` is the number of complete phases.
+    The block initialised `index` other mbarriers before this mbarrier. `count` is the number of arrivals that a phase
+    needs. The current phase still needs `pending` arrivals and `bytes` bytes of copies. `phase` is the number of phases
+    that are complete.
     """
 
     def __init__(self, index: int, name: str, count: int):
@@ -59,7 +61,7 @@ class Mbarrier:
         self.known = self.released = None
 
     def arrive(self, known, arrivals: int) -> bool:
-        """Count `arrivals` arrivals of warps. Return whether the phase is now complete.
+        """Count `arrivals` more arrivals in the current phase. Return whether the phase is now complete.
 
         `known` are the vector clocks of the arriving warps, from `Clocks.publish`. The warps that wait for the phase
         acquire these clocks.
@@ -92,7 +94,7 @@ def named_barrier(decoder, x, match, operands, *, vote=None):
     Args:
       operands: the operand with the number of the barrier, and perhaps an operand with the number of threads that take
         part. Without this second operand, all threads of the block take part.
-      vote: the reduction of bar.red; None for bar.sync.
+      vote: a `_Vote`, which is the reduction that bar.red computes; None for bar.sync.
     """
     number = decoder.read(operands[0], "u32")
     count = decoder.read(operands[1], "u32") if len(operands) > 1 else None
@@ -146,7 +148,8 @@ def bar_sync(decoder, x, match):
 class _Vote:
     """The reduction of bar.red over all lanes of all warps that arrive at the barrier.
 
-    `how` is "or": whether a predicate is true in any lane; or "and": whether the predicate is true in all lanes.
+    If `how` is "or", the result says whether the predicate is true in at least one lane. If `how` is "and", the result
+    says whether the predicate is true in all lanes.
     """
 
     def __init__(self, write, read, how):
@@ -179,11 +182,11 @@ def warp_barrier(decoder, x, match):
 
 
 def lanes_of(u, mask, *values):
-    """Return `values` in the lanes that execute an instruction, and the number in the block of each lane's warp.
+    """Select, from each of `values`, the elements of the lanes that execute an instruction.
 
-    Each of `values` is an array [lanes] or one number. `mask` [lanes] says which lanes of the unit `u` execute the
-    instruction; None: all. Return one array for each of `values`, and a last array with the numbers of the warps. These
-    arrays have an element for each lane that executes the instruction.
+    Each of `values` is an array [lanes] or one number for all lanes. `mask` [lanes] says which lanes of the unit `u`
+    execute the instruction; None: all. Return one array for each of `values`, and as the last array the index in the
+    block of each lane's warp. Every returned array has one element per lane that executes the instruction.
     """
     lanes = np.arange(u.lanes) if mask is None else np.flatnonzero(mask)
     return *(np.broadcast_to(v, (u.lanes,))[lanes] for v in values), u.warps[lanes // WARP]
@@ -261,9 +264,10 @@ def mbarrier_expect(decoder, x, match):
 def mbarrier_wait(decoder, x, match):
     """Decode instruction x, an mbarrier.try_wait or test_wait, into the function that executes it.
 
-    The function blocks until the phase of the given parity is complete, as the loop around this instruction in the PTX
-    would. If the lanes wait for several phases and at least one of these phases is complete, the function does not
-    block. Its result is then false in the lanes whose phase is not complete, and these lanes repeat the instruction.
+    Each lane waits for the phase of a given parity of one mbarrier. The function returns BLOCKED while none of these
+    phases is complete. As soon as at least one of them is complete, the function writes the predicate of the
+    instruction: true in the lanes whose phase is complete, false in the other lanes. A loop in the PTX then repeats the
+    instruction for the lanes with false.
     """
     target, address, parity = x.operands[:3]
     write, address, parity = decoder.write(target, "pred"), decoder.pointer(address), decoder.read(parity, "u32")

@@ -36,7 +36,7 @@ def run(function: Callable, *arrays, launch: Callable | None = None, program_of:
 def programs(function: Callable, *arrays) -> list[Program]:
     """Return the different Mosaic kernels of a function as Programs, in the order in which they are lowered.
 
-    The function is traced for arrays of these shapes; nothing runs.
+    `function` is traced for arrays with the shapes and types of `arrays`; nothing runs.
     """
     with kernels_launched_by(lambda *_: None) as found:
         jax.jit(lambda *arguments: function(*arguments)).trace(*arrays).lower()
@@ -121,8 +121,9 @@ def _poisoned(x) -> np.ndarray:
 def barrier_names(kernel) -> tuple[str, ...]:
     """Return the names of a kernel's mbarriers, in the order in which the compiled kernel initialises them.
 
-    `kernel` is the jaxpr of the kernel. Barriers of the same type and size form a group, which the compiled kernel
-    initialises together, in reverse order. The groups come in the order of their first barriers in the jaxpr.
+    `kernel` is the jaxpr of the kernel. Its barriers of the same type and size form a group. The compiled kernel
+    initialises one group after the other, in the order in which the first barrier of each group stands in the jaxpr.
+    Within a group, the compiled kernel initialises the last barrier of the jaxpr first.
     """
     from jax._src.pallas.mosaic_gpu import core
 

@@ -50,7 +50,8 @@ def run(function: Callable, *arrays, launch: Callable = launch, device: str = "N
 def programs(function: Callable, *arrays, device: str = "NVIDIA A100") -> list[Program]:
     """Return the different Triton kernels of a function as Programs, in the order in which they are lowered.
 
-    The function is traced for arrays of these shapes on a GPU with the name `device`; nothing runs.
+    `function` is traced for arrays with the shapes and types of `arrays` and for a GPU with the name `device`. Nothing
+    runs.
     """
     with kernels_launched_by(lambda *_: None, device) as found:
         jax.jit(lambda *arguments: function(*arguments)).trace(*arrays).lower()
@@ -119,10 +120,10 @@ def _kernel(name, warps, clusters, shared, ptx, _, __, *scratch):
 
 
 def _program(kernel: _Kernel, grid: tuple[int, int, int], zeroed: list[int]) -> Program:
-    """Return the Program of a kernel. Its parameters are the arrays in their order, and then Triton's null pointers.
+    """Return the Program of a kernel. The parameters of the Program are the arrays, followed by Triton's null pointers.
 
-    `zeroed` has a number for each array: 0 if the array may have any content before the launch. Raises
-    NotImplementedError for another number, which means that the array must be zero before the launch.
+    `zeroed` has one number per array. The number 0 means that the array may have any content before the launch. Any
+    other number means that the array must be zero before the launch; this raises NotImplementedError.
     """
     if any(zeroed):
         raise NotImplementedError(

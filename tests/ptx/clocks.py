@@ -2,10 +2,12 @@
 
 An actor is something that accesses shared memory: a warp, the tensor cores on behalf of a warpgroup, the copy engine
 that reads for a warp, the asynchronous copies of a warp, or the copies that complete on one mbarrier. Every actor has a
-time, a counter. `seen[w, a]` is a time of actor a: warp w is ordered after all accesses of a up to this time.
+time, a counter. `seen[w, a]` is a time of actor a: the next accesses of warp w are ordered after all accesses that
+actor a made up to this time.
 
 The copy engine and the tensor cores access memory through the asynchronous proxy. `fenced[w, a]` is also a time of
-actor a: the accesses through this proxy on behalf of warp w are ordered after all accesses of a up to this time.
+actor a: the next accesses through this proxy on behalf of warp w are ordered after all accesses that actor a made up to
+this time.
 fence.proxy.async raises `fenced` to `seen`.
 """
 
@@ -17,7 +19,8 @@ MBARRIERS = 128  # the most mbarriers that a block may have
 class Clocks:
     """The vector clocks of one block.
 
-    Actors that read memory have the lowest numbers, because a write is compared only with the reads of these actors.
+    Every actor has an index. The actors 0 to `readers` - 1 can read shared memory, and the others only write. So the
+    table of reads in memory.py has rows only for the first `readers` actors.
     """
 
     def __init__(self, warps: int):
@@ -49,9 +52,10 @@ class Clocks:
         self.tick(warps)
 
     def publish(self, warps) -> tuple[np.ndarray, np.ndarray]:
-        """Return (seen, fenced), each the maximum over the clocks of these warps, for other warps to acquire.
+        """Return (seen, fenced), two arrays [actors], which other warps can pass to `acquire`.
 
-        Also advance the time of these warps by one.
+        The first array is the elementwise maximum of these warps' rows of `seen`, the second of their rows of `fenced`.
+        After this, the time of these warps advances by one.
         """
         known = self.seen[warps].max(0), self.fenced[warps].max(0)
         self.tick(warps)
@@ -66,10 +70,10 @@ class Clocks:
         self.seen[warps, actor] = np.maximum(self.seen[warps, actor], time)
 
     def joined(self, warps) -> int:
-        """Return the index of an extra row of `seen` and `fenced`, which stands for these warps when they act together.
+        """Fill the last row of `seen` and `fenced` for an access that these warps make together; return its index.
 
-        The times in this row are the minimum over the warps. So an earlier access is ordered before the common action
-        only if it is ordered before the next access of every warp.
+        The row is the elementwise minimum of the rows of these warps. So an earlier access is ordered before the common
+        access only if the earlier access is ordered before the next access of each of these warps.
         """
         least = [matrix[warps].min(0) for matrix in (self.seen, self.fenced)]
         self.seen[-1], self.fenced[-1] = least

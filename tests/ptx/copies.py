@@ -220,7 +220,8 @@ def swizzled(addresses: np.ndarray, span: int) -> np.ndarray:
     """Return the addresses at which a swizzled copy stores the bytes that a plain copy stores at `addresses`.
 
     Memory is divided into rows of 128 bytes, and a row into chunks of 16 bytes. Chunk c of row r is stored at chunk
-    c ^ (r % n) of this row, where n = span / 16. `span` is the span of the swizzle, 16 (no swizzle), 32, 64 or 128.
+    c ^ (r % n) of this row, where n = span / 16. `span` is the span of the swizzle in bytes: 16 (no swizzle), 32, 64
+    or 128.
     """
     bits = {16: 0, 32: 1, 64: 3, 128: 7}[span]
     return addresses ^ ((addresses >> 7 & bits) << 4)
@@ -240,7 +241,7 @@ def _box(tensor: TensorMap) -> tuple[list[np.ndarray], int]:
 
 
 def _elements(tensor: TensorMap, coordinates) -> tuple[np.ndarray, np.ndarray]:
-    """Return (offset, inside): for each element of a box, its byte offset in the array, and whether the array has it.
+    """Return (offset, inside): each box element's byte offset in the array, and whether it lies inside the array.
 
     `coordinates` is the position of the box in the array, with the innermost dimension first. In both results, the
     elements are in the order in which the innermost dimension varies fastest.
@@ -283,7 +284,7 @@ def _coordinates(decoder, operand: Operand, rank: int, text: str):
 
 
 def _each_lane(u, mask, *values):
-    """Return a tuple for each lane of unit `u` in `mask`: the `values` of the lane, and the number of its warp."""
+    """Return one tuple of integers per lane in `mask`: the lane's element of each of `values`, and its warp's index."""
     return [tuple(map(int, row)) for row in zip(*lanes_of(u, mask, *values), strict=True)]
 
 

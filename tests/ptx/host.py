@@ -1,8 +1,8 @@
 """An interpreter of the host code of a compiled kernel, which finds out how the kernel is launched.
 
-The host code is a function that Mosaic GPU compiles for the CPU and prints as LLVM text. It writes the tensor maps and
-parameters of the kernel, and then launches it. It has no branches and no loops. The interpreter gives every array an
-invented address, by which it recognises the array later.
+The host code is a function that Mosaic GPU compiles for the CPU and prints as LLVM text. This function writes the
+tensor maps and parameters of the kernel, and then launches the kernel. The function has no branches and no loops. The
+interpreter gives every array an invented address, and finds out by the address which array a parameter refers to.
 """
 
 import operator

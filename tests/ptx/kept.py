@@ -42,8 +42,8 @@ def _random(rng, *shape):
 def attention() -> Case:
     """Return a case with the forward pass of attention on 330 tokens.
 
-    The kernel has six tiles of 64 queries, in three thread blocks, and six tiles of 64 keys. Shared memory cannot hold
-    all six tiles of keys at once.
+    The kernel has six tiles of 64 queries, in three thread blocks, and six tiles of 64 keys. A thread block keeps at
+    most four tiles of keys in shared memory at the same time, so it must reuse the memory of a tile.
     """
     rng = np.random.default_rng(0)
 
@@ -73,9 +73,10 @@ CASES: dict[str, Callable[[], Case]] = {"attention": attention, "experts": exper
 
 
 def current() -> dict[str, Program]:
-    """Compile the kernels of CASES. Return {NAME: kernel}; the files NAME.ptx and NAME.json store the kernel.
+    """Compile the kernels of CASES. Return a dict from the name of each kernel to its Program.
 
-    Raises MissingWheels if jax[cuda13] is not installed.
+    `write` stores the kernel with the name NAME in the files NAME.ptx and NAME.json. Raises MissingWheels if
+    jax[cuda13] is not installed.
     """
     cases = [make() for make in CASES.values()]
     found = [program for case in cases for program in capture.programs(case.function, *case.arrays)]

@@ -144,9 +144,10 @@ def three_input_logic(decoder, x, match):
 def permute_bytes(decoder, x, match):
     """Decode instruction x, a prmt, into the function that executes it.
 
-    A prmt selects four of the eight bytes of two registers. The last operand has four bits for each byte of the result.
-    The lowest three bits are the number of the selected byte. If the fourth bit is set, the byte of the result does not
-    become the selected byte, but eight copies of the sign bit of the selected byte.
+    A prmt makes a register from four bytes, which it selects from the eight bytes of two registers. The last operand
+    has four bits for each byte of the result. The lowest three of these bits are the number of the selected byte. If
+    the fourth bit is 0, the byte of the result is the selected byte. If the fourth bit is 1, the byte of the result is
+    eight copies of the highest bit of the selected byte.
     """
     write, a, b, choice = decoder.write(x.operands[0], "b32"), *(decoder.read(o, "b32") for o in x.operands[1:])
 

@@ -127,7 +127,8 @@ class Unit:
     def _wait(self, strand: Strand, mask: np.ndarray | None) -> None:
         """Make a strand wait at its instruction; `mask` says which lanes execute the instruction.
 
-        The warps of the strand in which no lane executes it continue at the next instruction, as a new strand.
+        A warp of which no lane executes the instruction does not wait: its lanes move to a new strand, which continues
+        at the next instruction.
         """
         if mask is not None:
             everyone = np.ones(self.lanes, bool) if strand.mask is None else strand.mask

@@ -11,7 +11,7 @@ from .faults import Fault, MissingProxyFence, Race
 
 
 def spread(addresses: np.ndarray, size: int) -> np.ndarray:
-    """Return the addresses of all bytes of accesses with `size` bytes that begin at `addresses`.
+    """Return the addresses of all bytes of several accesses: each begins at one of `addresses` and has `size` bytes.
 
     The result has shape [len(addresses) * size].
     """
@@ -22,7 +22,10 @@ NOBODY, SEVERAL = -1, -2  # instead of a block's number: no block, or several bl
 
 
 class GlobalMemory:
-    """The arrays of a launch. An access raises Race if a block reads or writes a byte that another block writes."""
+    """The arrays of a launch.
+
+    An access raises Race if two blocks have now accessed the same byte, and at least one of them has written it.
+    """
 
     def __init__(self, arrays: list[np.ndarray]):
         if not all(x.flags.c_contiguous for x in arrays):

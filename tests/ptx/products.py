@@ -317,7 +317,8 @@ def mma(decoder, x, match):
     def matrix(u, reads, rows):
         """Return A, or B transposed, as float32 [warps, rows, k]. `reads` are functions that read its registers.
 
-        The registers with the first half of the axis k come first. In each half, the first 8 rows come first.
+        The registers with the first half of the axis k come before the registers with the second half. Within each half
+        of the axis k, the register with rows 0 to 7 comes before the register with rows 8 to 15, if there is one.
         """
         result = np.empty((u.lanes // WARP, rows, depth), np.float32)
         halves = rows // 8
