@@ -59,7 +59,7 @@ class HarnessModel:
         return [sum(next(scores)[0] for _ in pairs) for pairs in texts]
 
     def generate_until(self, requests: Sequence, disable_tqdm: bool = False) -> list[str]:
-        """Return the text that continues the context of each request. Its `args` are (context, options)."""
+        """Return the text that continues each context. The `args` of a request are (context, options)."""
         groups: dict[asked.Sampling, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(asked.sampling(request.args[1]), []).append(i)

@@ -225,7 +225,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         (self.folder / f"{step}.tmp").mkdir(parents=True)
 
     def _complete(self, step: int, response, manifest: str) -> None:
-        """Wait for Orbax's save, the future `response`. Then write manifest.json: `manifest` and the file checksums."""
+        """Wait for `response`, the future of Orbax. Then write manifest.json: the JSON `manifest` and file checksums."""
         response.result()
         path = self.folder / f"{step}.tmp" / "manifest.json"
         if not processes.is_writer():
