@@ -47,8 +47,8 @@ def encoded_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
 
     Spaces at the end of the context are moved to the beginning of the continuation, because most tokenizers put a space
     and the word after it into one token. The context with the continuation is encoded as one text. If the context alone
-    has n tokens, the first n tokens belong to the context. If the context has no tokens, it
-    becomes the one token that the function `first_token` returns.
+    has n tokens, the first n tokens belong to the context. If the context has no tokens, it becomes the
+    one token that the function `first_token` returns.
 
     Raises ValueError if the continuation has no tokens.
 

@@ -59,7 +59,7 @@ class Source(NamedTuple):
 
 
 class Level(NamedTuple):
-    """The n nodes of one level of the tree: first the left children of all nodes above, then all right children.
+    """The n nodes of one level: first the left children of all nodes of the level above, then their right children.
 
     `x` and `context` [B,n,H] are the vectors x and c of `TreeDecoder`. `leaf` [B,n,2] has log p + h and log(1 - p) + h,
     with p and h of `TreeDecoder`. `logits` [B,n,V] and `attention` [B,n,S] are as in `Production`.
