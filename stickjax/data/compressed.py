@@ -15,7 +15,7 @@ _CHUNK = 2**17  # bytes that are read from a file at a time
 
 
 def content_suffix(file: Path) -> str:
-    """Return the ending that says what a file contains, in lower case: without the ending of the compression.
+    """Return the ending of a file's name in lower case. The ending of a compression, such as ".gz", is removed first.
 
     >>> content_suffix(Path("a.JSONL.gz")), content_suffix(Path("a.jsonl")), content_suffix(Path("a.gz"))
     ('.jsonl', '.jsonl', '')

@@ -106,7 +106,8 @@ def _cut(corpus: Corpus, heldout_every: int) -> tuple[Corpus, Corpus]:
 def _load(source: str, config: DataConfig, tokenizer: Tokenizer, name: str) -> tuple[Corpus, Corpus]:
     """Return (training stream, held-out stream) of one source. `load_corpus` explains how the text is divided.
 
-    `source` is one of the names in `config.sources`, such as "stdlib". `name` is the name of `config.path` in messages.
+    `source` is one of the names in `config.sources`, such as "stdlib". `name` is the name of the config field with
+    the path `config.path`, such as "data.path", for messages.
     """
 
     def encoded(documents: Iterable[str]) -> list[tuple[np.ndarray, int]]:

@@ -46,7 +46,7 @@ class Mixture(grain.transforms.DatasetSelectionMap):
         return found
 
     def epochs(self, n: int) -> list[float]:
-        """Return the epoch of each source after n examples of the mixture: 1.5 if it was read one and a half times."""
+        """Return how often each source has been read after n examples of the mixture: 1.5 is one and a half times."""
         return [count / len(source) for count, source in zip(self.counts(n), self.sources, strict=True)]
 
     def __len__(self) -> int:

@@ -84,7 +84,8 @@ def write_files(files: Mapping[str, bytes], folder: Path) -> None:
 def with_end(files: Mapping[str, bytes], ends: Sequence[int], text: str, folder: Path) -> dict[str, bytes]:
     """Return a copy of `files` that names another end of text.
 
-    The entries "eos_token_id" get the ids `ends`, and the entry "eos_token" gets the text `text`.
+    The entry "eos_token_id" of generation_config.json and of the file TOKEN_IDS gets the ids `ends`. The entry
+    "eos_token" of tokenizer_config.json gets the text `text`. A missing file is added, except generation_config.json.
 
     Args:
       files: {name of the file: content}, the result of `read_files(folder)`.

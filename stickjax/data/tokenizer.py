@@ -215,9 +215,10 @@ class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer from a file tokenizer.json at `path`, which the optional package `tokenizers` reads.
 
     The end of text is `eot`, the text of an added token of the file. If `eot` is None, `special_tokens.named` finds the
-    end of text in other files of the same folder. If these files name no end of text, it is the first token of
-    `END_OF_TEXT` that is an added token. `special_tokens.prefix_of` decides the `prefix`. If the tokenizer.json
-    has another prefix, the name of the tokenizer ends in "+" and the prefix that was decided.
+    end of text in other files of the same folder. If these files name no end of text, it is the first text of the
+    list `END_OF_TEXT`, such as "<|endoftext|>", that is an added token.
+    `special_tokens.prefix_of` computes the `prefix` from the tokenizer.json and the other files. If the tokenizer.json
+    alone has another prefix, the name of the tokenizer ends in "+" and the list of the ids in `prefix`.
 
     Raises ValueError if the package is missing, if a file cannot be read, or if no end of text is found.
     """

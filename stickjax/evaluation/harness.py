@@ -59,7 +59,7 @@ class HarnessModel:
         return [sum(next(scores)[0] for _ in pairs) for pairs in texts]
 
     def generate_until(self, requests: Sequence, disable_tqdm: bool = False) -> list[str]:
-        """Return the text that continues the context of each request. Its `args` are (context, options)."""
+        """Return the text that continues each context. The `args` of a request are (context, options)."""
         groups: dict[asked.Sampling, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(asked.sampling(request.args[1]), []).append(i)
@@ -211,8 +211,8 @@ def run_tasks(
 def _one_process():
     """Let the harness compute standard errors in this process. Processes that it forks would inherit the locks of JAX.
 
-    Every process of stickjax gets the results, as if it were the only one. Warnings of the harness are not printed:
-    most of them say which default values its own tasks use.
+    If stickjax runs as several processes, the harness returns the results in every process, and not only in the first.
+    Warnings of the harness are not printed: most of them say which default values its own tasks use.
     """
     changes, logger = {"DISABLE_MULTIPROC": "1", "LOCAL_RANK": "0"}, logging.getLogger("lm_eval")
     before, level = {name: os.environ.get(name) for name in changes}, logger.level

@@ -27,12 +27,12 @@ THRESHOLDS = (0.999, 0.8, 0.6, 0.5, 0.3)
 
 @jax.jit
 def _read(model: PairClassifier, pairs: dict[str, jax.Array], threshold) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Run the model on B pairs of sentences, until all tokens have halted at the halting threshold `threshold`.
+    """Run the model on B pairs of sentences, until all tokens have halted or after the largest number of steps.
 
-    `pairs` has the token ids `left` and `right` [B,T]. Return (the predicted labels [B], the depth of every token of
-    both sentences [2,B,T], the number of (token, choice) pairs that experts computed). The depth of a token is the
-    expected number of blocks that are applied to it, given its halting probabilities. A (token, choice) pair is a token
-    with one of its chosen experts, in one block.
+    `threshold` is the halting threshold. `pairs` has the token ids `left` and `right` [B,T]. Return (the predicted
+    labels [B], the depth of every token of both sentences [2,B,T], the number of (token, choice) pairs that experts
+    computed). The depth of a token is the expected number of blocks that are applied to it, given its halting
+    probabilities. A (token, choice) pair is a token with one of its chosen experts, in one block.
     """
     output = apply(model, pairs, threshold=threshold)
     return output.logits.argmax(-1), output.depth, sum(rows.sum() for rows in output.rows.values())

@@ -47,7 +47,8 @@ def encoded_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
 
     Spaces at the end of the context are moved to the beginning of the continuation, because most tokenizers put a space
     and the word after it into one token. The context with the continuation is encoded as one text. If the context alone
-    has n tokens, the first n tokens belong to the context. A context without tokens becomes `first_token`.
+    has n tokens, the first n tokens belong to the context. If the context has no tokens, it becomes the
+    one token that the function `first_token` returns.
 
     Raises ValueError if the continuation has no tokens.
 
@@ -74,9 +75,10 @@ def rolling_pairs(tokenizer: Tokenizer, text: str, max_length: int) -> Iterator[
     """Divide a text into pairs (context, tokens to predict), so that each token of the text is predicted once.
 
     The model reads a pair without its last token: at most `max_length` tokens. Every pair predicts `max_length` tokens;
-    only the last pair may predict fewer. The context of the first pair is the `first_token` of the tokenizer. The
-    context of a later pair is the token before the predicted tokens. If the last of several pairs predicts fewer
-    tokens, its context has more of the earlier tokens, so that the model reads `max_length` tokens again.
+    only the last pair may predict fewer. The context of the first pair is the token that the function
+    `first_token` returns. The context of a later pair is the token before the predicted tokens. If the last of several
+    pairs predicts fewer tokens, its context has more of the earlier tokens, so that the model reads `max_length` tokens
+    again.
 
     If the tokenizer puts a begin-of-text token in front of the text, this token is predicted too, as in the harness.
 

@@ -85,7 +85,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         return sorted(int(path.name) for path in _entries(self.folder) if _is_step(path.name))
 
     def best(self, before: int | None = None) -> int | None:
-        """Return the step of the complete checkpoint with the lowest score (see `save`); None if none has a score.
+        """Return the step of the complete checkpoint with the lowest score (see `save`); None if no checkpoint has one.
 
         Of two checkpoints with the same score, the earlier one is the best. With `before`, only checkpoints of earlier
         steps than `before` count.
@@ -225,7 +225,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         (self.folder / f"{step}.tmp").mkdir(parents=True)
 
     def _complete(self, step: int, response, manifest: str) -> None:
-        """Wait for Orbax's save, the future `response`. Then write manifest.json: `manifest` and the file checksums."""
+        """Wait for `response`, the future of Orbax. Then write manifest.json: `manifest` (JSON) and file checksums."""
         response.result()
         path = self.folder / f"{step}.tmp" / "manifest.json"
         if not processes.is_writer():

@@ -211,7 +211,10 @@ def write_config(
 
 
 def _absolute(value: str | tuple[Part, ...] | None) -> str | tuple[Part, ...] | None:
-    """Return the value of a field in PATH_FIELDS with absolute paths, also in the rows of a mixture."""
+    """Return a copy of `value` with absolute paths. `value` is the value of a config field that has a path.
+
+    PATH_FIELDS lists these fields. The value of `data.mixture` is a tuple of parts, and each part has paths.
+    """
     if isinstance(value, tuple):
         return tuple(part._replace(path=_absolute(part.path)) for part in value)
     return value if value in _NO_PATHS else str(Path(value).absolute())

@@ -71,8 +71,8 @@ def _sentence(uniform: Callable[[], float], variables: Sequence[tuple], n: int) 
     """Draw a random sentence, and return (its text, its truth table, its number of operators).
 
     `uniform` returns random numbers in [0, 1). `variables` has a tuple (name, truth table, 0) for each variable.
-    `n` limits the length: if the sentence has two parts joined by an operator, they are drawn with n // 2. If n < 2,
-    the sentence is a variable or its negation.
+    `n` limits the length of the sentence. If n < 2, the sentence is a variable or its negation. In a sentence with
+    `and` or `or`, the two parts are drawn by this function with n // 2 in place of n.
     """
     choice = int(9 * uniform())
     if choice > 3 or n < 2:

@@ -142,7 +142,7 @@ def _draws(pick: Pick) -> Iterator[Example]:
 
 
 def _gen_draws(pick: Pick) -> Iterator[Example]:
-    """Yield endlessly many random questions. Each subject has a relative clause, and no object has one.
+    """Yield endlessly many random questions. Each subject has a relative clause, and no object has a relative clause.
 
     A question is made from a statement. The first auxiliary of the statement is in the relative clause, and
     differs from the main auxiliary, as `do` differs from `does`.

@@ -83,7 +83,7 @@ def edges(depth: int) -> list[tuple[int, int]]:
 
 
 def trees(depth: int, leaves: int, root: int = 0) -> Iterator[tuple[int, ...]]:
-    """Yield all binary trees with `leaves` leaves whose leaves are at most `depth` levels below the node `root`.
+    """Yield all binary trees that have the root `root`, `leaves` leaves, and at most `depth` levels below the root.
 
     Each tree is the tuple of the numbers of its leaves, from left to right. The number of trees grows
     exponentially with `leaves`, so this is for tests with few leaves.

@@ -30,8 +30,8 @@ class Production(NamedTuple):
     The children of node i are 2i + 1 and 2i + 2.
 
     `logits` [B,n,V]: for every node and word, log P(word) + log p + h of `TreeDecoder`. This is the log-probability
-      that the node is a leaf with this word, plus h. Here h is the part of the log-probability of "the ancestors of the
-      node have children" that counts at this node.
+      that the node is a leaf with this word, plus h. Here h is the node's share of the log-probability that all
+      ancestors of the node have children.
     `attention` [B,n,S]: how much each node attends to each of the S source words to choose its word.
     `slots` [B,S,N]: the distribution of every source word over the N slots of the encoder's memory; None if the encoder
       has no memory.
@@ -59,7 +59,7 @@ class Source(NamedTuple):
 
 
 class Level(NamedTuple):
-    """The n nodes of one level of the tree: first all left children of the level above, then all right children.
+    """The n nodes of one level: first the left children of all nodes of the level above, then their right children.
 
     `x` and `context` [B,n,H] are the vectors x and c of `TreeDecoder`. `leaf` [B,n,2] has log p + h and log(1 - p) + h,
     with p and h of `TreeDecoder`. `logits` [B,n,V] and `attention` [B,n,S] are as in `Production`.

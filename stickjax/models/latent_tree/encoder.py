@@ -52,9 +52,11 @@ def _table(config: TreeConfig, key) -> nnx.Param:
 class OrderedMemoryEncoder(nnx.Module):
     """A bidirectional GRU whose outputs an `OrderedMemory` reads. The memory induces a tree over the source.
 
-    The root vector is the candidate for the highest slot at the last word; with `early_root` in the config, at the
-    second-to-last word. Nodes attend to the candidates for all N slots at every word. `embed` is the embedding that the
-    GRU reads; `values` is the embedding whose attention-weighted sum chooses the word of a node.
+    At every word, the memory computes a candidate for each of its N slots: a new vector for this slot. Nodes attend to
+    the candidates for all slots at all words. The root vector is the candidate for the highest slot at the last word.
+    With `early_root` in the config, it is this candidate at the second-to-last word, and zero for a source of one word.
+    `embed` is the embedding that the GRU reads. `values` is the embedding whose attention-weighted sum chooses the word
+    of a node.
     """
 
     def __init__(self, config: TreeConfig, key):

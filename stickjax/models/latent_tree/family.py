@@ -192,8 +192,8 @@ class LatentTree(Family):
     def flops_per_token(self, config: TreeConfig, T: int) -> float:
         """Return the floating-point operations of a training step per word, for sources and targets of T words.
 
-        Only matrix products count. Their backward pass counts as twice the forward pass. The number of nodes of the
-        tree does not depend on the length of the target.
+        Only matrix products count. Their backward pass counts as twice the forward pass. The decoder always computes
+        all nodes of the complete tree, for targets of any length.
         """
         H, N, n = config.H, config.N, 2 ** (config.depth + 1) - 1
         bank, of_word = {

@@ -47,7 +47,7 @@ class SlotDistribution(nnx.Module):
     ) -> Float[Array, "B N"]:
         """Return p, from the query q and from the candidates and the distribution of the previous word.
 
-        `random`: two arrays of random bytes [B,N,H] for dropout, or None twice.
+        `random`: two arrays of random bytes [B,N,H] for dropout; (None, None): no dropout.
         """
         c, rate = self.config, self.config.memory_dropout
         keys = self.key_norm(affine(dropped(candidates, rate, random[0]), self.key, self.key_bias, c))
@@ -115,7 +115,7 @@ class OrderedMemory(nnx.Module):
     def _compose(self, x: Float[Array, "B H"], slots: Float[Array, "B N H"], share: Float[Array, "B N"], random):
         """Return the candidates m_1 .. m_N [B,N,H] of a word. `share` is s.
 
-        `random`: 6 arrays of random bytes [B,N,H] for dropout, or None 6 times.
+        `random`: 6 arrays of random bytes [B,N,H] for dropout; 6 values None: no dropout.
         """
         c = self.config
         rate, at = c.encoder_dropout, lambda array, i: None if array is None else array[:, i]

@@ -43,9 +43,9 @@ class TreeAttention(nnx.Module):
 
     .. math:: softmax(s)_m \; \sigma(\log \textstyle\sum_m e^{s_m} - 2 \max_m s_m + \log 1000)
 
-    The weights sum to less than 1. The higher the scores, the smaller is the sum. The formula is the formula of the
-    original code. That code means to add 10^-3 to the denominator of a softmax, but subtracts the maximum of the scores
-    twice.
+    The weights sum to less than 1. The higher the scores, the smaller is the sum. The original code has the same
+    formula. Its authors probably intended to add 10^-3 to the denominator of a softmax, but the code subtracts the
+    maximum of the scores twice.
     """
 
     def __init__(self, config, key):
@@ -56,7 +56,7 @@ class TreeAttention(nnx.Module):
         self.query_norm, self.key_norm = LayerNorm(c), LayerNorm(c)
 
     def queries(self, x: Float[Array, "B n H"]) -> tuple[Float[Array, "B n H"], Float[Array, "B n 1"]]:
-        """Return (y, r) for nodes with the vectors x: r y is the normalised query before scale and bias of the norm."""
+        """Return (y, r) for nodes with the vectors x: r * y is the query q without the LayerNorm's scale and bias."""
         c = self.config
         y = affine(x, centred(cast(self.query, c)), centred(cast(self.query_bias, c)), c)
         return y, inverse_deviation(y, c.norm_eps)

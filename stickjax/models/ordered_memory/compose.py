@@ -1,4 +1,4 @@
-"""The composition of a token with the slots of a memory, from the lowest slot that it uses to the highest slot.
+"""The composition of a token with the slots of a memory, from the lowest slot that the token uses to the highest.
 
 Ordered Memory spends nearly all its time here. The derivative is written by hand, for two reasons: the loops skip slots
 that no sentence of the batch uses, and only two intermediate arrays per slot are saved for the backward pass.
@@ -80,7 +80,7 @@ def compose(
 
 
 def _first_used(share: Float[Array, "N B"]) -> Int[Array, ""]:
-    """Return the lowest index of a slot with a share above 0 in any sentence of the batch; N if no slot has one."""
+    """Return the lowest index of a slot with a share above 0 in any sentence of the batch; N if all shares are 0."""
     used = (share > 0).any(1)
     return jnp.where(used.any(), jnp.argmax(used), len(share)).astype(jnp.int32)
 

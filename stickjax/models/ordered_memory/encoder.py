@@ -45,9 +45,10 @@ class Encoder(nnx.Module):
     def __call__(self, embedded: Float[Array, "B T D"], token_mask: Bool[Array, "B T"], N: int, key=None) -> Encoded:
         """Encode B sentences, given as embedded tokens, with a memory of N slots each.
 
-        Padding may be on the right or on the left. The results differ, as in the original code. If the first token is
-        at position 0, all its candidates are the token itself, without the cell. If padding comes before the first
-        token, the cell composes the token with the empty highest slot. With a random key, dropout is applied.
+        Padding may be on the right or on the left. The two sides give different results, as in the original code. If
+        the first token is at position 0, all its candidates are its projected embedding x, and the cell is not used. If
+        padding comes before the first token, the cell composes x with the empty highest slot. With a random key,
+        dropout is applied.
         """
         c = self.config
         x = self.norm(embedded @ cast(self.w_in, c) + cast(self.in_bias, c)[None, None])

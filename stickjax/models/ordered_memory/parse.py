@@ -8,7 +8,7 @@ Tree = int | tuple["Tree", ...]
 
 
 def induced_depths(p: np.ndarray) -> list[int]:
-    """Return for each of the T tokens of a sentence the number, 1 .. N, of the memory slot that it used most.
+    """Return for each of the T tokens of a sentence the number, 1 .. N, of the memory slot that the token used most.
 
     `p` [T,N] has the distribution of every token over the N slots, without rows for padding. The number of the first
     token is always N.

@@ -1,4 +1,4 @@
-"""The Sparse Universal Transformer: one block of experts, applied until every token has halted."""
+"""The Sparse Universal Transformer: one block of experts, applied up to L times, until every token has halted."""
 
 from stickjax.models.universal.family import Universal, apply, init, loss
 from stickjax.models.universal.model import (

@@ -1,7 +1,7 @@
 """The Sparse Universal Transformers: a classifier of pairs of sentences, a language model, and a translation model.
 
 A model has one stack, or an encoder stack and a decoder stack. A stack applies one block of experts again and again,
-until every token has halted.
+until every token has halted, but at most L times.
 
 Tan et al., `Sparse Universal Transformer <https://arxiv.org/abs/2310.07096>`_.
 """

@@ -135,5 +135,5 @@ class Entries:
             raise ValueError(f"layer_types has {wrong[0]!r}, which is not supported; all must be 'full_attention'")
 
     def unused(self, names: str) -> None:
-        """Accept entries that this model type has, but that do not change the logits. Spaces separate their `names`."""
+        """Accept the entries `names`, which do not change the logits of this model type. Spaces separate the names."""
         self._known |= set(names.split())

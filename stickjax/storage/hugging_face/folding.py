@@ -23,9 +23,9 @@ def folded(c: ModelConfig) -> tuple[ModelConfig, dict[str, float]]:
     parameters has the same logits. Factors of 1 are left out.
 
     Raises:
-      ValueError: a product could be rounded in the 16-bit type of the parameters. In bfloat16, the
-        product with a power of two is exact. In float16, it may be rounded too, because small parameters are subnormal
-        numbers.
+      ValueError: the product of a parameter and its factor could be rounded, because the type of the parameters has 16
+        bits. In bfloat16, a factor that is a power of two is allowed, because the product is exact. In float16, even
+        such a product may be rounded, because small parameters are subnormal numbers.
 
     >>> folded(ModelConfig(V=8, m_emb=12.0, m_res=0.25, tied=False))[1]
     {'embed': 12.0, 'blocks/attention/output': 0.25, 'blocks/ffn/w_out': 0.25}

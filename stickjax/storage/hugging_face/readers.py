@@ -29,8 +29,11 @@ _ONLY_LLAMA = _ONLY | {
 def like_llama(get: Entries, tied: bool = False, eps: float = 1e-6, theta: float = 1e4, own: tuple = ()) -> dict:
     """Return {field of ModelConfig: value} for the entries that all model types like Llama have.
 
-    `tied`, `eps` and `theta` are the defaults of the model type. `own` are the entries of `_ONLY_LLAMA` that the caller
-    reads itself.
+    `tied`, `eps` and `theta` are the values if config.json has no tie_word_embeddings, rms_norm_eps or rope_theta.
+
+    `_ONLY_LLAMA` is {name of an entry: the only value that stickjax supports}. An entry of `_ONLY_LLAMA` may be absent
+    or null, but any other value raises ValueError. `own` has the names of entries that the caller reads instead: they
+    are not compared with `_ONLY_LLAMA`.
     """
     get.only({name: value for name, value in _ONLY_LLAMA.items() if name not in own})
     get.layer_types()
@@ -48,9 +51,10 @@ def heads(get: Entries) -> dict:
 
 
 def plain(get: Entries, **options) -> dict:
-    """Return {field of ModelConfig: value} for a type like Llama that has no multipliers, unlike `granite`.
+    """Return {field of ModelConfig: value} for a type like Llama whose config.json has no multipliers.
 
-    The fields of the feed-forward network are left out. `options` are arguments of `like_llama`.
+    The fields of the feed-forward network are left out. `options` are arguments of `like_llama`. For the type granite,
+    which has multipliers, see `granite`.
     """
     return like_llama(get, **options) | heads(get) | dict(logits_scaling=1.0)
 
@@ -136,7 +140,10 @@ def granitemoeshared(get: Entries) -> dict:
 
 
 def granitemoehybrid(get: Entries) -> dict:
-    """Return {field of ModelConfig: value} for a granitemoehybrid whose layers are all attention."""
+    """Return {field of ModelConfig: value} for a granitemoehybrid model.
+
+    Every layer must have attention. If a layer is a Mamba layer, the function raises ValueError.
+    """
     get("layer_types", list)  # without it, all layers would be mamba layers
     get.unused(
         "mamba_chunk_size mamba_conv_bias mamba_d_conv mamba_d_head mamba_d_state mamba_expand mamba_n_groups "
@@ -177,8 +184,8 @@ def stickbreaking_attn(get: Entries) -> dict:
 def stickbreaking(get: Entries) -> dict:
     """Return {field of ModelConfig: value} for the type of the released 3B stick-breaking model.
 
-    `configs.type_of` reads the entry `use_interleaved_weights`. Without `tie_word_embeddings`, the output matrix is
-    read from the tensor lm_head.weight, even if it is a copy of the embedding.
+    The entry `use_interleaved_weights` is not read here, but in `configs.type_of`. If the entry `tie_word_embeddings`
+    is missing or false, the output matrix is the tensor lm_head.weight, even if it is a copy of the embedding.
     """
     get.only(_ONLY | {"activation_function": "swiglu", "add_bias": False, "normalization_function": "rmsnorm"})
     get.only({"position_embedding_type": "nope", "scale_attn_weights": True, "multi_query": False})

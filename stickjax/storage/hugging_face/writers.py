@@ -45,7 +45,10 @@ def qwen3(c: ModelConfig) -> dict:
 
 
 def router_loss(c: ModelConfig) -> float:
-    """Return the coefficient of the router loss in transformers, the inverse of `readers.switch_weight`."""
+    """Return the coefficient of the router loss in transformers: weight * L / k, and 0 without experts.
+
+    weight is the sum of the `switch_weight` of all mixtures of the config. See `readers.switch_weight` for the formula.
+    """
     weight, k = sum(mixture.switch_weight for mixture in c.mixtures().values()), c.experts.k
     return float(f"{weight * c.L / k:.12g}") if k else 0.0  # without the rounding errors of the weight
 
