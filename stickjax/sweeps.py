@@ -168,9 +168,9 @@ def _refined(best: dict, line: Records) -> dict:
     """Return a copy of the record `best` with a more precise best learning rate: the minimum of a parabola.
 
     The runs in `line` differ only in their learning rates, and `best` is the record with the smallest loss. The
-    parabola is a function of ln(learning rate). It goes through the losses of `best` and of the next smaller and the
-    next larger learning rate. If `line` does not have both, `best` is returned unchanged. The copy keeps the loss of
-    `best`.
+    parabola is a function of ln(learning rate). It goes through the losses of three runs: `best`, and the runs with the
+    next smaller and the next larger learning rate. If one of the three losses is missing or not finite, or if all three
+    are equal, `best` is returned unchanged. The copy keeps the loss of `best`.
     """
     line = sorted(line, key=lambda r: r["learning_rate"])
     at = line.index(best)
