@@ -114,8 +114,8 @@ def load(
       mesh: the devices that hold the parameters, and on which `evaluate` and `generate` run. None: the first device. A
         `jax.sharding.Mesh` that `stickjax.parallel.mesh.make_mesh` made: all devices of the mesh. "run": the mesh in
         the config of the run, with the `changes`, such as {"mesh.fsdp": 8}. If `changes` has no field of the mesh, the
-        first device is used instead in two cases: the model reads examples, such as a classifier; or the mesh of the
-        config cannot be made on this machine.
+        first device is used instead in two cases: the model is not a language model, but for example a classifier; or
+        the mesh of the config cannot be made on this machine.
 
     Returns:
       `TrainedModel` with the fields `model` (the module with the parameters: for a decoder, `model(tokens)` returns an

@@ -44,6 +44,7 @@ def power_by_tokens(
     beta is the batch size in sequences of 4096 tokens. The other letters are explained with the arguments. x goes from
     0 at the start of the decay to 1 at its end, and f falls from 1 to d: f(x) = d + (1 - d) s(x). The argument `decay`
     chooses s: "exponential" (exp(1 - x) - 1) / (e - 1), "linear" 1 - x, "sqrt" 1 - sqrt(x), "cosine" cos(pi x / 2)^2.
+    Without a warmup, the factor min(1, n/W) is 1. Without a decay, f is 1, and eta(n) applies to all n above W.
 
     Args:
       warmup_tokens: W, length of the linear warmup, in tokens. At its end the learning rate is eta(W), not eta_max.
