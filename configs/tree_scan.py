@@ -1,11 +1,11 @@
-"""Latent trees on SCAN: the model translates commands to actions. The test examples have more actions.
+"""Latent trees on SCAN: the model translates commands to actions, and is tested on longer sequences of actions.
 
 python -m stickjax.train configs/tree_scan.py
 
 The config uses the split "length": training commands have at most 22 actions, and test commands have more. After 3500
 of the 6000 steps, the model translates all of the 3920 test commands exactly (benchmarks/results/tree_scan.json). The
 3500 steps took one hour on one of two CPU cores, while the machine also did other work (2026-11-30). The training
-commands of other splits have up to 48 actions:
+commands of the other splits, except "length_tuning", have up to 48 actions, so these splits need T=48. For example:
 
 python -m stickjax.train configs/tree_scan.py --data.split=add_jump --data.T=48 --run runs/tree_jump
 

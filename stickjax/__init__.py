@@ -114,8 +114,8 @@ def load(
       mesh: the devices that hold the parameters, and on which `evaluate` and `generate` run. None: the first device. A
         `jax.sharding.Mesh` that `stickjax.parallel.mesh.make_mesh` made: all devices of the mesh. "run": the mesh in
         the config of the run, with the `changes`, such as {"mesh.fsdp": 8}. If `changes` has no field of the mesh, the
-        first device is used instead in two cases: the model reads examples, such as a classifier; or the mesh of the
-        config cannot be made on this machine.
+        first device is used instead in two cases: the model is not a language model, but for example a classifier; or
+        the mesh of the config cannot be made on this machine.
 
     Returns:
       `TrainedModel` with the fields `model` (the module with the parameters: for a decoder, `model(tokens)` returns an
@@ -147,11 +147,12 @@ def export(
 ) -> None:
     """Write a decoder as a Hugging Face folder: config.json, model.safetensors, and tokenizer.json if there is one.
 
-    `stickjax.load(path)` returns the same parameters, bit for bit, except for a model with muP multipliers in the type
-    stickbreaking_attn (see `stickjax.convert.export`). The page docs/guides/hugging_face.md lists the model types.
+    `stickjax.load(path)` returns the same parameters, bit for bit. The only exception is a model with muP multipliers
+    that is written as type="stickbreaking_attn" (see `stickjax.convert.export`). The page docs/guides/hugging_face.md
+    lists the model types.
 
     Args:
-      model: the result of `stickjax.load`, or only the module with the parameters, which has no tokenizer.
+      model: the result of `stickjax.load`, or only the module with the parameters; then no tokenizer.json is written.
       path: a folder that does not exist yet; it appears only when it is complete.
       type: the model type in config.json, such as "llama". It may be None if only one type can hold the model. The type
         "stickjax" can hold any decoder; the folder then also has PyTorch code.

@@ -45,13 +45,13 @@ def export(
 ) -> None:  # fmt: skip
     """Write a decoder as a Hugging Face folder: config.json, model.safetensors, and tokenizer.json if there is one.
 
-    `stickjax.load(path)` returns the same parameters, bit for bit. There is one exception: in the type
-    stickbreaking_attn, which has no muP multipliers, the written parameters contain the multipliers of the model, and
-    the logits stay the same. The page docs/guides/hugging_face.md lists the model types, and which models they can
-    hold.
+    `stickjax.load(path)` returns the same parameters, bit for bit. The only exception is a model with muP multipliers
+    that is written as type="stickbreaking_attn". This type has no muP multipliers, so `export` multiplies
+    them into the written parameters, and the logits stay the same. The page docs/guides/hugging_face.md lists the model
+    types, and which models they can hold.
 
     Args:
-      model: the result of `stickjax.load`, or only the module with the parameters, which has no tokenizer.
+      model: the result of `stickjax.load`, or only the module with the parameters; then no tokenizer.json is written.
       path: a folder that does not exist yet; it appears only when it is complete.
       type: the model type in config.json, such as "llama". It may be None if only one type can hold the model. The type
         "stickjax" can hold any decoder; the folder then also has PyTorch code.

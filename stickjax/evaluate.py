@@ -75,12 +75,13 @@ def evaluate(
       max_tokens: the largest number of tokens to predict. At least one window is used, even if it has more tokens.
       batch_tokens: the largest number of tokens in one call of the model. A call has at least one piece, even if the
         piece has more tokens. On a mesh that divides a batch into n parts, a call has at least n pieces.
-      say: a function that is called with a line of progress before each length is evaluated.
+      say: a function that is called with a line of progress before the evaluation for each m.
 
     Returns:
-      A record for each length: "multiple" (m), "context" (m * T), "bits_per_byte", "bits_per_token", "tokens" (the
-      number of predicted tokens), "bytes" (the number of bytes of their text) and "text" (a hash of the held-out text).
-      For a model that halts tokens, such as a Universal Transformer, also "depth", the mean number of blocks per token.
+      A record for each m that is not left out: "multiple" (m), "context" (m * T), "bits_per_byte", "bits_per_token",
+      "tokens" (the number of predicted tokens), "bytes" (the number of bytes of their text) and "text" (a hash of the
+      held-out text). For a model that halts tokens, such as a Universal Transformer, a record also has "depth": the
+      mean number of blocks per token.
 
     Raises:
       ValueError: a length does not divide the largest one, `max_tokens` is below 1, or the text cannot be read.
@@ -253,7 +254,7 @@ def _show(kind: str, results: dict[str, Records], bucket_name: str, picture: Pat
 
     No curves are drawn if `picture` is None, or if all examples are in one bucket. `kind` is the result of `_kind`, and
     `results` is {name of a run: its records}. A bucket is a group of examples of about the same length. `bucket_name`
-    is what the number of a bucket counts, such as "operators"; "" if all examples are in one bucket, or for "text".
+    is the unit of this length, such as "operators". It is "" if all examples are in one bucket, or if `kind` is "text".
     """
     if kind == "text":
         print_table(table(results))

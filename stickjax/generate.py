@@ -114,8 +114,9 @@ def _with_whole_sequences(model: nnx.Module) -> tuple[nnx.Module, Mesh | None]:
 
 
 def _padded(rows: list[np.ndarray], config, max_new_tokens: int, mesh: Mesh | None):
-    """Return prompts as one array of token ids [B,T], their segment ids [B,T], and an empty cache for all tokens.
+    """Return prompts as one array of token ids [B,T], their segment ids [B,T], and an empty cache.
 
+    `rows` has the token ids of each prompt. The cache has room for the prompts and `max_new_tokens` new tokens per row.
     A segment id is 0 for a token, and -1 for padding. Padding is on the left, so that in every decode step all rows
     write to the same position in the cache. T is the length of the longest prompt, rounded up by `padded_length`. If
     the mesh does not divide the number of prompts evenly, the last prompt is repeated.

@@ -154,7 +154,7 @@ class PowerLaw(NamedTuple):
 
     `a`, `b`: the constants of the law.
     `best`: for every pair of T and beta, the record of the run with the smallest loss. Its learning rate is replaced by
-      the minimum of the parabola that `fit_power_law` describes.
+      the minimum of the parabola that `fit_power_law` describes, if there is such a parabola.
     `residuals`: the error of the law for each record in `best`: ln(measured gamma) - ln(a T^b).
     """
 
@@ -168,9 +168,9 @@ def _refined(best: dict, line: Records) -> dict:
     """Return a copy of the record `best` with a more precise best learning rate: the minimum of a parabola.
 
     The runs in `line` differ only in their learning rates, and `best` is the record with the smallest loss. The
-    parabola is a function of ln(learning rate). It goes through the losses of `best` and of the next smaller and the
-    next larger learning rate. If `line` does not have both, `best` is returned unchanged. The copy keeps the loss of
-    `best`.
+    parabola is a function of ln(learning rate). It goes through the losses of three runs: `best`, and the runs with the
+    next smaller and the next larger learning rate. If one of the three losses is missing or not finite, or if all three
+    are equal, `best` is returned unchanged. The copy keeps the loss of `best`.
     """
     line = sorted(line, key=lambda r: r["learning_rate"])
     at = line.index(best)
@@ -190,8 +190,10 @@ def fit_power_law(records: Records, *, plot=None) -> PowerLaw:
 
     eta* is the best learning rate for a training length T in tokens and a batch size beta. It is the minimum of the
     parabola through three runs: the run with the smallest loss, and the runs with the next smaller and the next larger
-    learning rate. A least-squares fit of ln(gamma) against ln(T) gives a and b. If the best learning rate is the
-    smallest or the largest of the sweep, repeat the sweep with a wider range, because the minimum may be outside.
+    learning rate. A least-squares fit of ln(gamma) against ln(T) gives a and b. If one of the two
+    neighbouring runs is missing or has no finite loss, there is no parabola, and eta* is the learning rate of the run
+    with the smallest loss. If eta* is the smallest or the largest learning rate of the sweep, repeat the sweep with a
+    wider range, because the minimum may be outside.
 
     Args:
       records: dictionaries with "tokens" (T), "batch_size" (beta, in sequences of 4096 tokens), "learning_rate"

@@ -22,7 +22,8 @@ class AttentionVariant(NamedTuple):
     `rotary`: whether rotary positions are applied to queries and keys before the function is called. H must then be
       even.
     `divides_sequence`: whether the function works if the mesh axis "context" divides every sequence over devices.
-    `options`: the names of the fields in OPTIONS that the variant supports.
+    `options`: the names of the optional config fields that the variant supports, such as "remainder". The dictionary
+      OPTIONS has all optional fields.
     """
 
     function: Callable | str
@@ -48,7 +49,7 @@ def register_attention(name: str, variant: AttentionVariant) -> None:
     """Register an attention variant, so that the config field `model.attention` can select it by `name`.
 
     The same function may be registered again under the same name, as when a notebook cell runs twice. Raise ValueError
-    if another function has this name, or if an option of the variant is not in OPTIONS.
+    if another function has this name, or if `variant.options` has a name that is not a key of OPTIONS.
     """
     for option in variant.options:
         one_of("option", option, tuple(OPTIONS))

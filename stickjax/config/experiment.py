@@ -174,9 +174,10 @@ class Config:
     def replace(self, changes: dict[str, Any]) -> "Config":
         """Return a copy of the config with changes such as {"data.B": 8, "model.experts.E": 4}.
 
-        The new config is checked after all changes are made, so several fields can change together. If data.mixture is
-        set, data.source becomes "mixture" and data.path becomes None. If data.source is set to another source,
-        data.mixture becomes None. Raise ValueError for an unknown field or a wrong value.
+        The new config is checked after all changes are made, so several fields can change together. A data.mixture
+        that is not None also sets data.source to "mixture" and data.path to None. A data.source other than "mixture"
+        also sets data.mixture to None. A field that is in `changes` itself is not changed in this way. Raise ValueError
+        for an unknown field or a wrong value.
         """
         sections: dict[str, dict] = {}
         for key, value in _with_one_source(changes).items():

@@ -59,9 +59,10 @@ def nested_fields(config: type) -> dict[str, type]:
 def former_names_in(config: type, values: dict[str, Any]) -> list[str]:
     """Return the keys of `values` that are former names of fields. `values` is {field: value} for the class `config`.
 
-    A former name may stand for one present field or for several. The names that stand for one field come first. A
-    former name, such as `attention_experts`, may also be the present name of a field whose value is a dataclass. Such a
-    key counts as a former name only if its value is neither an object of that dataclass nor a dictionary.
+    A former name may stand for one present field or for several. In the result, the former names that stand for one
+    present field come before the former names that stand for several. A former name, such as `attention_experts`, may
+    also be the present name of a field whose value is a dataclass. Such a key counts as a former name only if its value
+    is neither an object of that dataclass nor a dictionary.
     """
     former, nested = former_names(config), nested_fields(config)
     used = [was for was in former if was in values]

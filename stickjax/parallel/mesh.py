@@ -72,8 +72,8 @@ def mesh_for_evaluation(config: Config, changed: Iterable[str] = ()) -> Mesh | N
       changed: the names of the config fields that the user has changed, such as "mesh.fsdp".
 
     Raises:
-      ValueError: the mesh cannot be made, or the model reads examples. This is an error only if the user has changed a
-        field of the mesh, or if there are several processes.
+      ValueError: the mesh cannot be made, or the model reads examples. Both are errors only if the user has changed a
+        field of the mesh, or if there are several processes. Otherwise the result is None.
 
     >>> mesh_for_evaluation(Config()) is None
     True

@@ -86,7 +86,7 @@ def _equation(equation: JaxprEqn, trips: float | None) -> Work:
 
 
 def _inner(params: dict) -> list:
-    """Return all jaxprs in `params`, the parameters of an equation. A call, a custom derivative or a remat has one."""
+    """Return all jaxprs in `params`, the parameters of an equation, such as the body of a call or of a remat."""
     leaves = jax.tree.leaves(list(params.values()), is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr))
     return [leaf for leaf in leaves if isinstance(leaf, Jaxpr | ClosedJaxpr)]
 

@@ -136,8 +136,9 @@ def print_step(compiled: Compiled, machine: Machine, changes: list[tuple[dict, C
 
 
 def print_sweep(steps: list[Compiled], left_out: list, machine: Machine) -> None:
-    """Print a table of compiled steps on different meshes, the step with the shortest `serial` time first.
+    """Print a table of compiled steps on different meshes, the fastest step first.
 
+    The steps are compared by their estimated times without overlap (`Estimate.serial`).
     `left_out`: the configs with the meshes for which no step was compiled. The first six of these meshes are printed
     below the table.
     """

@@ -84,8 +84,9 @@ def _more_parts(compiled: Compiled) -> Iterator[dict]:
 def meshes(config: Config, machine: Machine) -> list[Config]:
     """Return a copy of the config for every mesh that uses all devices and can shard the batch and the model evenly.
 
-    Meshes with fewer axes larger than 1 come first. Meshes with the same number of such axes are sorted by the size of
-    the last axis, "tensor", then of the axis before it, and so on, always the smallest size first.
+    The meshes are sorted by the number of axes that have more than one device, the smallest number first. Meshes with
+    the same number are sorted by the size of the last axis, "tensor", then by the size of the axis before it, and so
+    on, always the smallest size first.
     """
     axes = list(config.to_dict()["mesh"])
 

@@ -112,13 +112,13 @@ def prune(
       use: {kind: [L, columns]}, as `usage.use` returns it: the number of (token, choice) pairs of each router column
         in each layer. If a kind ("ffn" or "attention") is missing here, or in `count` or `threshold`, none of its
         modules is pruned.
-      count: the number of modules that each layer keeps: its most used ones. One number, or {kind: number}.
+      count: each layer keeps this number of its most used modules. One number, or {kind: number}.
       threshold: a layer keeps the modules that have at least this share of its (token, choice) pairs. If a token uses k
         modules, each layer keeps at least its k most used modules. One number, or {kind: number}.
       denominator: the columns over which the softmax of a router sums. "old": the columns of all modules, also of the
-        pruned ones. Then a layer returns the same bits as before for a token that uses no pruned module, except as
-        `extend` describes. "new": only the columns of the kept modules, so the gates grow. With the experts' config
-        field order="topk_softmax", both give the same gates.
+        pruned ones. Then a layer returns the same output as before for a token that uses no pruned module; only the
+        last bit may differ (see `extend`). "new": only the columns of the kept modules, so the gates grow. With
+        the experts' config field order="topk_softmax", "old" and "new" give the same gates.
 
     Raises:
       ValueError: not exactly one of count and threshold is given, or its value is out of range; the model has no

@@ -91,11 +91,12 @@ def shares(use: np.ndarray) -> np.ndarray:
 
 
 def batches_of(data: DataConfig, *, heldout: bool, max_tokens: int, batch_tokens: int = 2**12) -> list[dict]:
-    """Return batches of random windows of T tokens of the training text, or of the held-out text if `heldout` is True.
+    """Return batches of random windows of the training text, or of the held-out text if `heldout` is True.
 
-    A batch has `tokens` [B,T] and `segment_ids` [B,T], and B * T is about `batch_tokens`. All batches together have
-    about `max_tokens` tokens, or all tokens of a shorter text. The last batch may end with sequences of padding, whose
-    `segment_ids` are -1. Raise ValueError if the text has fewer than T + 1 tokens.
+    A window has T tokens, where T is `data.T`. A batch has `tokens` [B,T] and `segment_ids` [B,T], and B * T is about
+    `batch_tokens`. All batches together have about `max_tokens` tokens, or all tokens of a shorter text. The last batch
+    may end with sequences of padding, whose `segment_ids` are -1. Raise ValueError if the text has fewer than T + 1
+    tokens.
     """
     corpus, T = load_corpus(data)[heldout], data.T
     windows = (len(corpus.tokens) - 1) // T
@@ -133,6 +134,7 @@ def report(
 
     Raises:
       ValueError: the model has no modules, there are no sources, or the text of a source has fewer than T + 1 tokens.
+        T is the field `T` of the source's `DataConfig`.
     """
     if not sources:
         raise ValueError("a report needs at least one source of text, but `sources` is empty")

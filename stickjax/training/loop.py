@@ -79,7 +79,7 @@ class Run:
         return shard_batch(self.mesh, next(self.loader), self.config.train.accumulate)
 
     def report(self, row: dict) -> None:
-        """Write `row`, {name of a metric: value}, to metrics.jsonl, show it, and call the listeners."""
+        """Show `row`, {name of a metric: value}. If `self.log` is not None, also log `row` and call the listeners."""
         if self.log:
             self.log.write(row)
         self.progress.update(row)

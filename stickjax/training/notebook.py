@@ -83,7 +83,7 @@ class NotebookProgress(Progress):
     def _display(self, name: str, content: dict[str, str]) -> None:
         """Show `content`, {MIME type: data}, below the notebook cell, as the bar or as the picture of the display.
 
-        `name` is "bar" or "picture". If the display already has a bar or a picture, it is replaced.
+        `name` is "bar" or "picture". `content` replaces what an earlier call with the same `name` has shown.
         """
         from IPython.display import display
 

@@ -44,6 +44,7 @@ def power_by_tokens(
     beta is the batch size in sequences of 4096 tokens. The other letters are explained with the arguments. x goes from
     0 at the start of the decay to 1 at its end, and f falls from 1 to d: f(x) = d + (1 - d) s(x). The argument `decay`
     chooses s: "exponential" (exp(1 - x) - 1) / (e - 1), "linear" 1 - x, "sqrt" 1 - sqrt(x), "cosine" cos(pi x / 2)^2.
+    Without a warmup, the factor min(1, n/W) is 1. Without a decay, f is 1, and eta(n) applies to all n above W.
 
     Args:
       warmup_tokens: W, length of the linear warmup, in tokens. At its end the learning rate is eta(W), not eta_max.
@@ -96,8 +97,9 @@ def wsd_by_tokens(*, warmup_tokens, **shape) -> TokenSchedule:
     """Return the warmup-stable-decay (WSD) schedule (arXiv 2404.06395) as a function of the tokens trained so far.
 
     The learning rate rises to `max_value`, stays there, and decays at the end. The arguments are the arguments of
-    `power_by_tokens` without a and b. If the decay begins where the warmup ends, this is the usual cosine (or linear)
-    schedule. Without a decay, the learning rate is constant after the warmup.
+    `power_by_tokens` without a and b. With decay_tokens=None, the decay begins where the warmup ends; then
+    decay="cosine" gives the usual cosine schedule, and decay="linear" the usual linear schedule. Without a decay, the
+    learning rate is constant after the warmup.
 
     >>> learning_rate = wsd_by_tokens(warmup_tokens=100, total_tokens=1000, decay_tokens=200, decay="linear")
     >>> [f"{learning_rate(n, 1):.3f}" for n in (50, 100, 800, 900, 1000)]

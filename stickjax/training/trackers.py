@@ -44,7 +44,7 @@ def tracker(config: Config, run: str) -> Iterator[Log | None]:
 
 @contextlib.contextmanager
 def _tensorboard(config: Config, run: str) -> Iterator[Log]:
-    """Write event files into the folder `tensorboard` of the run folder."""
+    """Yield a function that writes rows of metrics to event files, in the folder `tensorboard` of the run folder."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -69,7 +69,10 @@ def _tensorboard(config: Config, run: str) -> Iterator[Log]:
 
 @contextlib.contextmanager
 def _hosted(config: Config, run: str) -> Iterator[Log]:
-    """Log to wandb or trackio. Both have the functions `init`, `log` and `finish`. The project is "stickjax"."""
+    """Yield a function that sends rows of metrics to wandb or trackio, in the project "stickjax".
+
+    Both packages have the functions `init`, `log` and `finish`.
+    """
     package = importlib.import_module(config.train.track)
     package.init(project="stickjax", name=Path(run).absolute().name, config=config.to_dict())
     try:
