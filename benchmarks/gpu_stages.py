@@ -49,7 +49,10 @@ class Checks:
         self.close()
 
     def others(self) -> None:
-        """Check each call with the other kernels that can run it. All stages of a call run before the next call."""
+        """Check each call with the kernels that could run it but that the dispatch does not choose.
+
+        All stages of a call run before the next call.
+        """
         for name in self.names[LOWER]:
             for implementation in _call(name).implementations()[1:]:
                 for stage in STAGES:

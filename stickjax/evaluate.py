@@ -275,6 +275,15 @@ def _show(kind: str, results: dict[str, Records], bucket_name: str, picture: Pat
         print(f"picture of the curves: {printable(picture)}")
 
 
+def _check_parent(option: str, file: str | None) -> None:
+    """Raise ValueError if the folder of the file that an option names does not exist."""
+    if file and not Path(file).absolute().parent.is_dir():
+        raise ValueError(f"--{option}={file}: {printable(Path(file).parent)} is not a folder; make it first")
+
+
+_OPTIONS_OF_TASKS = ("tasks_path", "num_fewshot", "limit", "max_length", "json")
+
+
 def _run_tasks(runs: dict[str, Path], changes: dict[str, dict], words, writes: bool) -> None:
     """Run the tasks of --tasks on each run, print a table, and write the scores. `words` are the parsed arguments.
 
@@ -284,6 +293,7 @@ def _run_tasks(runs: dict[str, Path], changes: dict[str, dict], words, writes: b
     tasks = [name for word in words.tasks.split(",") if (name := word.strip())]
     if not tasks:
         raise UsageError("--tasks needs the name of a task, such as --tasks hellaswag,lambada_openai")
+    _check_parent("json", words.json)
     manager = harness.task_manager(tasks, words.tasks_path)
     options = dict(num_fewshot=words.num_fewshot, limit=words.limit, max_length=words.max_length)
     results = {}
@@ -296,8 +306,8 @@ def _run_tasks(runs: dict[str, Path], changes: dict[str, dict], words, writes: b
         elsewhere = "--json FILE writes the scores elsewhere"
         if writes and words.json is None and (place := results_folder(run, elsewhere)):
             write_file(place / "tasks.json", json_text({"run": name} | results[name], indent=2) + "\n")
-    if writes and words.json is not None:
-        write_file(Path(words.json), json_text(results, indent=2) + "\n")
+        if writes and words.json is not None:  # after every run, so that an error in the next run loses nothing
+            write_file(Path(words.json), json_text(results, indent=2) + "\n")
     if writes:
         print_table(harness.table({name: record["tasks"] for name, record in results.items()}))
 
@@ -316,13 +326,13 @@ def main(argv: list[str] | None = None) -> int:
             raise UsageError("--plot and --filtered cannot be given with --tasks, which writes only scores")
         _run_tasks(runs, changes, words, writes)
         return 0
-    if given := [name for name in ("tasks_path", "num_fewshot", "limit", "max_length", "json") if getattr(words, name)]:
-        raise UsageError(f"--{given[0].replace('_', '-')} is an option for --tasks; give --tasks too")
+    given = vars(words)
+    if of_tasks := [name for name in _OPTIONS_OF_TASKS if given[name] is not None]:
+        raise UsageError(f"--{of_tasks[0].replace('_', '-')} is an option for --tasks; give --tasks too")
     kind, first = _kind(configs.values(), words.part), next(iter(runs))
     if words.filtered:
         bias.check_filtered(configs[first].replace(changes[first]), Path(words.filtered))
-    if words.plot and not Path(words.plot).absolute().parent.is_dir():
-        raise ValueError(f"--plot={words.plot}: {printable(Path(words.plot).parent)} is not a folder; make it first")
+    _check_parent("plot", words.plot)
     results, places = {}, {}
     for name, run in runs.items():
         say = lambda line, name=name: say_error(f"{name}: {line}") if writes else None  # noqa: E731

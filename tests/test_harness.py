@@ -22,8 +22,8 @@ from benchmarks.train import torch_python
 from stickjax import Config, DataConfig, ModelConfig
 from stickjax.data.tokenizer import ByteTokenizer, load_tokenizer
 from stickjax.evaluate import main
-from stickjax.evaluation import harness
-from stickjax.evaluation.requests import (
+from stickjax.evaluation import harness, task_requests
+from stickjax.evaluation.task_requests import (
     Pair,
     Sampling,
     cut,
@@ -214,6 +214,20 @@ def test_the_command_writes_a_file_and_refuses_unknown_tasks(folders, tasks, tmp
     (tmp_path / "broken.yaml").write_text((tasks / "letters.yaml").read_text().replace("data.jsonl", "none.jsonl"))
     assert main([run, "--tasks", str(tmp_path / "broken.yaml")]) == 1
     assert "broken.yaml cannot be read: FileNotFoundError" in capsys.readouterr().err
+    letters = (tasks / "letters.yaml").read_text()
+    for name, text, more, said in (
+        ("null.yaml", letters.replace("{{text}}", "{{missing.part}}"), [], "null.yaml cannot be read: UndefinedError"),
+        ("many.yaml", letters, ["--num-fewshot", "999"], "many.yaml: ValueError: Sample larger than population"),
+        ("room.yaml", (tasks / "continued.yaml").read_text(), ["--max-length", "9"], "up to 9 new tokens"),
+        ("letters.yaml", letters, [f"--json={tmp_path / 'none' / 'a.json'}"], "none is not a folder; make it first"),
+    ):
+        (tmp_path / name).write_text(text)
+        assert main([run, "--tasks", str(tmp_path / name), *more]) == 1, name
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and said in error, (name, error)
+    (tmp_path / "zero.yaml").write_text(letters.replace("num_fewshot: 1", "num_fewshot: 0"))
+    assert main([run, "--tasks", str(tmp_path / "zero.yaml"), "--limit=1", "--num-fewshot=1"]) == 0
+    assert "local_letters has 0 solved examples in front of each question" in capsys.readouterr().err
 
 
 def test_without_the_package(tmp_path, monkeypatch, capsys):
@@ -225,31 +239,40 @@ def test_without_the_package(tmp_path, monkeypatch, capsys):
     assert "--tasks needs the name of a task" in capsys.readouterr().err
     assert main([str(tmp_path / "run"), "--tasks", "hellaswag", "--plot", "a.png"]) == 2
     assert "--plot and --filtered cannot be given with --tasks" in capsys.readouterr().err
-    assert main([str(tmp_path / "run"), "--limit", "3"]) == 2
-    assert "--limit is an option for --tasks" in capsys.readouterr().err
+    assert main([str(tmp_path / "run"), "--num-fewshot", "0"]) == 2
+    assert "--num-fewshot is an option for --tasks" in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_more_ids_than_the_model():
+    """A model with fewer ids than the tokenizer would give NaN, so no task runs."""
+    pytest.importorskip("lm_eval")
+    config = Config(ModelConfig(**SIZES, V=61), DataConfig(tokenizer="byte"))
+    loaded = stickjax.storage.run_folder.Loaded(model_of(V=61), config, ByteTokenizer(), 0)
+    with pytest.raises(ValueError, match="data.tokenizer='byte' has 257 ids, but the model has only V=61"):
+        harness.run_tasks(loaded, ["any"], None, generate)
 
 
 def test_pairs_of_texts(bpe, begun):
     tokenizer, other = load_tokenizer(str(bpe)), load_tokenizer(begun)
     begin = other.special_id("<s>")
     assert (first_token(ByteTokenizer()), first_token(tokenizer), first_token(other)) == (256, tokenizer.eot, begin)
-    assert encoded_pair(ByteTokenizer(), "é  ", "b") == Pair([195, 169], [32, 32, 98])
-    assert encoded_pair(ByteTokenizer(), "", "b") == Pair([256], [98])
-    assert encoded_pair(ByteTokenizer(), "  ", "b") == Pair([256], [32, 32, 98])
+    assert encoded_pair(ByteTokenizer(), "é  ", "b", 256) == Pair([195, 169], [32, 32, 98])
+    assert encoded_pair(ByteTokenizer(), "", "b", 256) == Pair([256], [98])
+    assert encoded_pair(ByteTokenizer(), "  ", "b", 256) == Pair([256], [32, 32, 98])
     whole = tokenizer.encode("the other one").tolist()
-    pair = encoded_pair(tokenizer, "the ", "other one")
+    pair = encoded_pair(tokenizer, "the ", "other one", tokenizer.eot)
     assert pair.context == tokenizer.encode("the").tolist() and sum(pair, []) == whole
-    assert encoded_pair(other, "", "a") == Pair([begin], [other.encode("a")[1]])
-    assert encoded_pair(other, "", "<s>a") == encoded_pair(other, "", "a")
-    assert encoded_pair(other, "a", "b").context[0] == begin
+    assert encoded_pair(other, "", "a", begin) == Pair([begin], [other.encode("a")[1]])
+    assert encoded_pair(other, "", "<s>a", begin) == encoded_pair(other, "", "a", begin)
+    assert encoded_pair(other, "a", "b", begin).context[0] == begin
     with pytest.raises(ValueError, match="the continuation 'k' of the context 'a stic' has no tokens of its own"):
-        encoded_pair(tokenizer, "a stic", "k")  # " stick" is one token
+        encoded_pair(tokenizer, "a stic", "k", tokenizer.eot)  # " stick" is one token
 
 
 @pytest.mark.parametrize("length", range(12))
 def test_rolling_pairs_predict_each_token_once(length):
     ids = list(range(65, 65 + length))
-    pairs = list(rolling_pairs(ByteTokenizer(), bytes(ids).decode(), 4))
+    pairs = list(rolling_pairs(ByteTokenizer(), bytes(ids).decode(), 4, 256))
     assert sum((pair.continuation for pair in pairs), []) == ids
     assert all(len(context) + len(continuation) == 5 for context, continuation in pairs[1:])
     assert all(pair.context == [256] for pair in pairs[:1])
@@ -293,6 +316,15 @@ def test_prompts_are_continued_up_to_a_stop_string():
     assert said[0] == "continuing 3 prompts" and said[1].startswith("1 of them have a context that is too long")
 
 
+def test_each_batch_draws_other_texts(monkeypatch):
+    """A task may ask for several random texts for one prompt. They are in several batches, and must differ."""
+    monkeypatch.setattr(task_requests, "BATCH_TOKENS", 150)  # two prompts of 64 tokens, rounded up, with 8 new tokens
+    loaded = stickjax.storage.run_folder.Loaded(model_of(), Config(ModelConfig(**SIZES)), ByteTokenizer(), 0)
+    model = harness.HarnessModel(loaded, generate, 32)
+    request = SimpleNamespace(args=("a", dict(do_sample=True, temperature=1.0, max_gen_toks=8)))
+    assert len(set(model.generate_until([request] * 6))) == 6
+
+
 def test_options_of_tasks():
     assert sampling({}) == Sampling(256, (), 0.0, None, None)
     assert sampling({"until": "\n", "max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "num_beams": 1}) == Sampling(
@@ -300,6 +332,11 @@ def test_options_of_tasks():
     )
     with pytest.raises(ValueError, match="generation_kwargs has num_beams=4, which generate does not support"):
         sampling({"num_beams": 4})
+    assert sampling({"temperature": 0.0, "top_p": 0.0, "top_k": -1}) == Sampling()
+    assert sampling({"temperature": 1.0, "top_k": -1}).top_k is None
+    with pytest.raises(ValueError, match="until=.7., but 7 is not a string"):
+        sampling({"until": [7]})
     assert cut("abcabc", ["ca", "b"]) == "a" and cut("abc", []) == "abc"
+    assert cut("foo Q:\nbar", ["\n", "Q:\n"]) == "foo Q:"  # as in the harness, the first string cuts first
     with pytest.raises(ValueError, match="up to 6 new tokens, but the model reads at most 6 tokens"):
         prompt_room(6, 6)

@@ -78,7 +78,7 @@ def test_votes_and_the_elected_lane_are_of_the_lanes_that_take_part():
     elected = each_thread(vote.format("elect.sync %r1|%p3, 0xffff0000; selp.u32 %r2, 1, 0, %p3; mad.lo.u32 %r59, "
                                       "%r1, 10, %r2;"))  # fmt: skip
     assert elected.tolist() == [0] * 16 + [161] + [160] * 15
-    with pytest.raises(Fault, match="elsewhere"):
+    with pytest.raises(Fault, match="names lanes that do not execute"):
         each_thread(vote.format("vote.sync.ballot.b32 %r59, %p1, -1;"))
     with pytest.raises(Fault, match="does not name"):
         each_thread("elect.sync _|%p3, 0xffff; mov.u32 %r59, 0;")

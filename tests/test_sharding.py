@@ -88,7 +88,7 @@ def batches(config):
 def trained(config):
     """Train on `batches(config)`; return the metrics of every step, the first step's gradients, and the last state.
 
-    The gradients are multiplied by a constant, because they are read from Adam's first moment.
+    The gradients are read from Adam's first moment, so each is the true gradient times the same constant.
     """
     mesh = mesh_of(config)
     state, places = init_state(config, jax.random.key(0)), None

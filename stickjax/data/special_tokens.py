@@ -25,8 +25,8 @@ class Named(NamedTuple):
     `ends`: each of these ids ends a generated text. The first of them also ends a document in training.
     `special`: the ids of all added tokens that a file names as special tokens, for any purpose. Added tokens are the
       tokens in the list "added_tokens" of the tokenizer.json.
-    `problem`: an error message if a file names an end of text that is not an added token, and no file names an end of
-      text that is one. Otherwise "".
+    `problem`: an error message if the files name at least one end of text, but none of these is an added token.
+      Otherwise "".
     """
 
     ends: tuple[int, ...]

@@ -6,14 +6,17 @@ The harness reads the tasks, makes requests, and computes metrics from the answe
 import contextlib
 import logging
 import os
+import re
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
 from stickjax.config.synonyms import suggestion
-from stickjax.evaluation import requests as asked
+from stickjax.evaluation import task_requests
 from stickjax.evaluation.length_buckets import padded_length
 from stickjax.storage.run_folder import Loaded
 
@@ -39,6 +42,7 @@ class HarnessModel:
         super().__init__()
         self._model, self._tokenizer, self._generate = loaded.model, loaded.tokenizer, generate
         self._max_length, self._say = max_length, say
+        self._first = task_requests.first_token(loaded.tokenizer)
 
     def loglikelihood(self, requests: Sequence, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood, is greedy) of the continuation in each request.
@@ -46,37 +50,41 @@ class HarnessModel:
         The `args` of a request are (context, continuation). A continuation is greedy if each of its tokens is the most
         likely one after the previous tokens.
         """
-        pairs = [asked.encoded_pair(self._tokenizer, *request.args) for request in requests]
+        pairs = [task_requests.encoded_pair(self._tokenizer, *request.args, self._first) for request in requests]
         self._say(f"scoring {len(pairs):,} continuations")
         self._say_cut(sum(len(pair.context) + len(pair.continuation) > self._max_length + 1 for pair in pairs))
-        return asked.log_likelihoods(self._model, pairs, self._max_length)
+        return task_requests.log_likelihoods(self._model, pairs, self._max_length)
 
     def loglikelihood_rolling(self, requests: Sequence, disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of the text in each request. The `args` of a request are (text,)."""
-        texts = [list(asked.rolling_pairs(self._tokenizer, *request.args, self._max_length)) for request in requests]
+        rolling = lambda text: task_requests.rolling_pairs(self._tokenizer, text, self._max_length, self._first)  # noqa: E731
+        texts = [list(rolling(*request.args)) for request in requests]
         self._say(f"scoring {len(texts):,} texts")
-        scores = iter(asked.log_likelihoods(self._model, [pair for pairs in texts for pair in pairs], self._max_length))
+        scores = iter(
+            task_requests.log_likelihoods(self._model, [pair for pairs in texts for pair in pairs], self._max_length)
+        )
         return [sum(next(scores)[0] for _ in pairs) for pairs in texts]
 
     def generate_until(self, requests: Sequence, disable_tqdm: bool = False) -> list[str]:
         """Return the text that continues each context. The `args` of a request are (context, options)."""
-        groups: dict[asked.Sampling, list[int]] = {}
+        groups: dict[task_requests.Sampling, list[int]] = {}
         for i, request in enumerate(requests):
-            groups.setdefault(asked.sampling(request.args[1]), []).append(i)
+            groups.setdefault(task_requests.sampling(request.args[1]), []).append(i)
         self._say(f"continuing {len(requests):,} prompts")
         found = {}
         for sampling, rows in groups.items():
-            room = asked.prompt_room(self._max_length, sampling.max_new_tokens)
+            room = task_requests.prompt_room(self._max_length, sampling.max_new_tokens)
             whole = {i: self._tokenizer.prompt(requests[i].args[0], special=True) for i in rows}
             self._say_cut(sum(len(ids) > room for ids in whole.values()))
             prompts = {i: ids[-room:] for i, ids in whole.items()}
             rows.sort(key=lambda i, prompts=prompts: -len(prompts[i]))
             while rows:  # the longest prompts first, so that too little memory is noticed early
                 size = padded_length(len(prompts[rows[0]])) + sampling.max_new_tokens
-                own, rows = rows[: (B := max(1, asked.BATCH_TOKENS // size))], rows[B:]
+                own, rows = rows[: (B := max(1, task_requests.BATCH_TOKENS // size))], rows[B:]
                 # The number of rows is B or a power of two, so that few programs are compiled.
                 more = min(B, 1 << (len(own) - 1).bit_length()) - len(own)
-                texts = self._continued([prompts[i] for i in (*own, *own[-1:] * more)], sampling)
+                # Another seed for every batch: tasks that draw several texts for one prompt need different draws.
+                texts = self._continued([prompts[i] for i in (*own, *own[-1:] * more)], sampling, seed=len(found))
                 found |= zip(own, texts, strict=False)
         return [found[i] for i in range(len(requests))]
 
@@ -88,23 +96,28 @@ class HarnessModel:
                 f"reads at most {self._max_length} tokens at once (--max-length)"
             )
 
-    def _continued(self, prompts: list[np.ndarray], sampling: asked.Sampling) -> list[str]:
+    def _continued(self, prompts: list[np.ndarray], sampling: task_requests.Sampling, seed: int) -> list[str]:
         """Return the text that follows each prompt. As in the harness, the new ids are decoded without the prompt."""
         tokenizer = self._tokenizer
         ends = tokenizer.ends | {tokenizer.special_id(text) for text in sampling.stop}
         rows: list[list[int]] = [[] for _ in prompts]
+        # A new stop string is in the last tokens, because a token is at least one byte. Special tokens may be no bytes;
+        # then the text only becomes longer than necessary, and `cut` shortens it.
+        tail = max((len(text.encode()) for text in sampling.stop), default=0) + 8
 
         def on_token(row: int, token: int) -> bool:
             if token in ends:
                 return True
             rows[row].append(token)
-            text = tokenizer.decode(rows[row]) if sampling.stop else ""
+            text = tokenizer.decode(rows[row][-tail:]) if sampling.stop else ""
             return any(stop in text for stop in sampling.stop)
 
         options = sampling._asdict()
         stop = options.pop("stop")
-        self._generate(self._model, prompts, vocab_size=tokenizer.vocab_size, on_token=on_token, **options)
-        return [asked.cut(tokenizer.decode(row), stop) for row in rows]
+        self._generate(
+            self._model, prompts, vocab_size=tokenizer.vocab_size, on_token=on_token, seed=seed, **options
+        )  # fmt: skip
+        return [task_requests.cut(tokenizer.decode(row), stop) for row in rows]
 
 
 def package():
@@ -132,19 +145,27 @@ def task_manager(tasks: Sequence[str], tasks_path: str | None = None):
     from lm_eval.tasks import TaskManager
 
     class Manager(TaskManager):
+        max_length: int | None = None  # the largest number of tokens that the model reads at once
+
         def load(self, names):
             try:
-                return super().load(names)
+                loaded = super().load(names)
             except Exception as error:  # from the files of tasks, which may contain code, or from reading data sets
                 reason = f"{type(error).__name__}: {error}"
                 raise ValueError(f"the tasks {', '.join(names)} cannot be read: {reason}") from error
+            for task in loaded["tasks"].values():  # find wrong options before the model answers other requests
+                if self.max_length is not None and task.OUTPUT_TYPE == "generate_until":
+                    options = task_requests.sampling(task.get_config("generation_kwargs") or {})
+                    task_requests.prompt_room(self.max_length, options.max_new_tokens)
+            return loaded
 
     if tasks_path is not None and not os.path.isdir(tasks_path):
         raise ValueError(f"--tasks-path={tasks_path} is not a folder")
     is_file = lambda name: name.endswith((".yaml", ".yml")) and os.path.isfile(name)  # noqa: E731
+    is_group = lambda name: re.search(r"^group\s*:", Path(name).read_text(errors="replace"), re.MULTILINE)  # noqa: E731
     manager = Manager(include_path=tasks_path, include_defaults=False)
     # A group or a tag may contain tasks of the harness. A single task does not.
-    if all(name in manager.all_subtasks or is_file(name) for name in tasks):
+    if all(name in manager.all_subtasks or (is_file(name) and not is_group(name)) for name in tasks):
         return manager
     manager = Manager(include_path=tasks_path)
     for name in tasks:
@@ -195,16 +216,40 @@ def run_tasks(
             f"the tokenizer {config.data.tokenizer} of the model does not exist: set data.tokenizer to the path of its "
             "tokenizer.json, or to byte for a model of bytes"
         )
-    kind = type("StickjaxModel", (HarnessModel, LM), {})
-    max_length = config.data.T if max_length is None else max_length
-    with _one_process():
+    if loaded.tokenizer.vocab_size > config.model.vocabulary:
+        raise ValueError(
+            f"data.tokenizer={config.data.tokenizer!r} has {loaded.tokenizer.vocab_size} ids, but the model has only "
+            f"V={config.model.vocabulary}; set data.tokenizer to the tokenizer of the model"
+        )
+    model = type("StickjaxModel", (HarnessModel, LM), {})
+    max_length = manager.max_length = config.data.T if max_length is None else max_length
+    with _one_process(), _errors_in_one_line(tasks):
         results = package().simple_evaluate(
-            kind(loaded, generate, max_length, say), tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot,
+            model(loaded, generate, max_length, say), tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot,
             limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False,
         )  # fmt: skip
+    for task, shots in results.get("n-shot", {}).items():
+        if num_fewshot is not None and shots != num_fewshot:
+            say(f"{task} has {shots} solved examples in front of each question, as its file says, not {num_fewshot}")
     found = {name: results.get(name, {}) for name in ("versions", "n-shot", "n-samples")}
     scores = {task: _scores(values) for task, values in results["results"].items()}
     return dict(tasks=scores, **found, max_length=max_length, lm_eval=package().__version__)
+
+
+@contextlib.contextmanager
+def _errors_in_one_line(tasks: Sequence[str]):
+    """A context in which an error of the harness, or of the code of a task, becomes a ValueError of one line.
+
+    Errors that code of stickjax raises are not changed.
+    """
+    try:
+        yield
+    except Exception as error:
+        here, *frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+        if any(Path(here).parents[1] in Path(file).parents for file in frames[1:]):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"lm-evaluation-harness cannot run {', '.join(tasks)}: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -212,16 +257,21 @@ def _one_process():
     """Let the harness compute standard errors in this process. Processes that it forks would inherit the locks of JAX.
 
     If stickjax runs as several processes, the harness returns the results in every process, and not only in the first.
-    Warnings of the harness are not printed: most of them say which default values its own tasks use.
+    Warnings of the harness are not printed: most of them say which default values its own tasks use. The
+    harness does not call git, which would print an error outside of a repository.
     """
+    from lm_eval import evaluator
+
     changes, logger = {"DISABLE_MULTIPROC": "1", "LOCAL_RANK": "0"}, logging.getLogger("lm_eval")
     before, level = {name: os.environ.get(name) for name in changes}, logger.level
     os.environ.update(changes)
     logger.setLevel(logging.ERROR)
+    find_commit, evaluator.get_git_commit_hash = evaluator.get_git_commit_hash, lambda: None
     try:
         yield
     finally:
         logger.setLevel(level)
+        evaluator.get_git_commit_hash = find_commit
         for name, value in before.items():
             os.environ.pop(name)
             if value is not None:

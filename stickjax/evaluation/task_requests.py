@@ -42,21 +42,20 @@ def first_token(tokenizer: Tokenizer) -> int:
     return next(token for token in (named, tokenizer.bos, tokenizer.eot) if token is not None)
 
 
-def encoded_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
+def encoded_pair(tokenizer: Tokenizer, context: str, continuation: str, first: int) -> Pair:
     """Divide a context with its continuation into tokens, and return the token ids of both.
 
     Spaces at the end of the context are moved to the beginning of the continuation, because most tokenizers put a space
     and the word after it into one token. The context with the continuation is encoded as one text. If the context alone
-    has n tokens, the first n tokens belong to the context. If the context has no tokens, it becomes the
-    one token that the function `first_token` returns.
+    has n tokens, the first n tokens belong to the context. A context without tokens
+    becomes the token `first`, the result of the function `first_token`.
 
     Raises ValueError if the continuation has no tokens.
 
     >>> from stickjax.data.tokenizer import ByteTokenizer
-    >>> encoded_pair(ByteTokenizer(), "a ", "b")
+    >>> encoded_pair(ByteTokenizer(), "a ", "b", first=256)
     Pair(context=[97], continuation=[32, 98])
     """
-    first = first_token(tokenizer)
     if context:
         moved = context[len(context.rstrip()) :]
         context, text = context[: len(context) - len(moved)], moved + continuation
@@ -71,19 +70,19 @@ def encoded_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     return pair
 
 
-def rolling_pairs(tokenizer: Tokenizer, text: str, max_length: int) -> Iterator[Pair]:
+def rolling_pairs(tokenizer: Tokenizer, text: str, max_length: int, first: int) -> Iterator[Pair]:
     """Divide a text into pairs (context, tokens to predict), so that each token of the text is predicted once.
 
     The model reads a pair without its last token: at most `max_length` tokens. Every pair predicts `max_length` tokens;
-    only the last pair may predict fewer. The context of the first pair is the token that the function
-    `first_token` returns. The context of a later pair is the token before the predicted tokens. If the last of several
-    pairs predicts fewer tokens, its context has more of the earlier tokens, so that the model reads `max_length` tokens
-    again.
+    only the last pair may predict fewer. The context of the first pair is `first`, the result of the function
+    `first_token`. The
+    context of a later pair is the token before the predicted tokens. If the last of several pairs predicts fewer
+    tokens, its context has more of the earlier tokens, so that the model reads `max_length` tokens again.
 
     If the tokenizer puts a begin-of-text token in front of the text, this token is predicted too, as in the harness.
 
     >>> from stickjax.data.tokenizer import ByteTokenizer
-    >>> for pair in rolling_pairs(ByteTokenizer(), "ABCDE", 3):
+    >>> for pair in rolling_pairs(ByteTokenizer(), "ABCDE", 3, first=256):
     ...     print(*pair)
     [256] [65, 66, 67]
     [66, 67] [68, 69]
@@ -91,7 +90,7 @@ def rolling_pairs(tokenizer: Tokenizer, text: str, max_length: int) -> Iterator[
     ids = tokenizer.encode(text, special=True).tolist()
     for start in range(0, len(ids), max_length):
         end = min(start + max_length, len(ids))
-        yield Pair(ids[end - max_length - 1 : start] if start else [first_token(tokenizer)], ids[start:end])
+        yield Pair(ids[end - max_length - 1 : start] if start else [first], ids[start:end])
 
 
 def log_likelihoods(
@@ -158,11 +157,16 @@ def sampling(options: dict) -> Sampling:
             )
     until = options.get("until") or []
     stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
+    if wrong := [text for text in stop if not isinstance(text, str)]:
+        raise ValueError(f"generation_kwargs has until={until!r}, but {wrong[0]!r} is not a string")
     sizes = [int(options[name]) for name in _MAX_NEW_TOKENS if options.get(name) is not None]
     greedy = options.get("do_sample") is False
     temperature = 0.0 if greedy else float(options.get("temperature") or 0)
+    if temperature == 0:
+        return Sampling((sizes or [MAX_NEW_TOKENS])[0], stop)
+    top_k = options.get("top_k") or 0
     return Sampling(
-        (sizes or [MAX_NEW_TOKENS])[0], stop, temperature, options.get("top_k") or None, options.get("top_p")
+        (sizes or [MAX_NEW_TOKENS])[0], stop, temperature, top_k if top_k > 0 else None, options.get("top_p")
     )
 
 
@@ -183,9 +187,11 @@ def prompt_room(max_length: int, max_new_tokens: int) -> int:
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
-    """Return the part of `text` before the first place where one of the strings `stop` begins.
+    """Cut the text at the first string of `stop`, then the result at the next string, and so on, as the harness does.
 
     >>> cut("one. two, three", [",", "."])
     'one'
     """
-    return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
+    for end in stop:
+        text = text.split(end, 1)[0]
+    return text
