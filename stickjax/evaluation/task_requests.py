@@ -187,7 +187,7 @@ def prompt_room(max_length: int, max_new_tokens: int) -> int:
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
-    """Cut the text at the first string of `stop`, then the result at the next string, and so on, as the harness does.
+    """Cut the text where stop[0] begins, then the result where stop[1] begins, and so on, as the harness does.
 
     >>> cut("one. two, three", [",", "."])
     'one'

@@ -1,1 +1,3 @@
-"""Training on several devices and in several processes: the mesh, the collectives, GPU models, and processes."""
+"""Training on several devices and in several processes: the mesh, the collectives, the speeds of
+known GPUs, and the processes.
+"""

@@ -45,10 +45,11 @@ class Encoder(nnx.Module):
     def __call__(self, embedded: Float[Array, "B T D"], token_mask: Bool[Array, "B T"], N: int, key=None) -> Encoded:
         """Encode B sentences, given as embedded tokens, with a memory of N slots each.
 
-        Padding may be on the right or on the left. The two sides give different results, as in the original code. If
-        the first token is at position 0, all its candidates are its projected embedding x, and the cell is not used. If
-        padding comes before the first token, the cell composes x with the empty highest slot. With a random key,
-        dropout is applied.
+        Padding may be on the right or on the left. As in the original code, the two sides give different results,
+        because they treat the first token differently. With padding on the right, the first token is at position 0.
+        There the cell is not used: the candidate for every slot, its possible new content, is x, the projected
+        embedding of the token. With padding on the left, the cell composes x with the highest slot, which is still
+        empty. With a random key, dropout is applied.
         """
         c = self.config
         x = self.norm(embedded @ cast(self.w_in, c) + cast(self.in_bias, c)[None, None])

@@ -42,8 +42,8 @@ def table(model_type: str, c: ModelConfig) -> list[Row]:
     """Return the table that converts a Hugging Face model to a stickjax model: each row maps a tensor to a leaf.
 
     A tensor is an array of a Hugging Face folder, and a leaf is a parameter of the stickjax model. Several rows can map
-    parts of one tensor to different leaves, and several tensors can fill parts of one leaf. In a row, `axes` has the
-    axes of the tensor, and then the axes of the leaf in one layer: for example "NH D -> D N H".
+    parts of one tensor to different leaves, and several tensors can fill parts of one leaf. In the rows that
+    are returned, `axes` also has the axes of the leaf in one layer: "NH D" becomes "NH D -> D N H".
 
     Raises:
       ValueError: there is no table for the model type; a row names a leaf that the model does not have; or the axes of
