@@ -94,7 +94,7 @@ def _dumping() -> Iterator[Path]:
     Mosaic reads at every compilation. It also puts nvdisasm, the disassembler of the triton wheel, into a folder where
     Mosaic looks for its tools.
     """
-    import jax.experimental.mosaic.gpu  # noqa: F401  (sets MOSAIC_GPU_CUDA_ROOT, which is changed below)
+    import jax.experimental.mosaic.gpu  # noqa: F401  (sets MOSAIC_GPU_CUDA_ROOT, so import it before the change)
 
     cuda, triton = _folder("nvidia.cu13"), _folder("triton")
     tools = [*(cuda / "bin").iterdir(), triton / "backends" / "nvidia" / "bin" / "nvdisasm"]

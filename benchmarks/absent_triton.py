@@ -93,8 +93,8 @@ def experts(chip: str, make: Callable[..., absent_kernels.Kernel] = absent_kerne
 
 
 HEADS = dict(make=absent_kernels.expert_heads, T=8192, k=4, D=1024, F=256, E=16)
-# {architecture: a GPU model that has it}. CASES has one size of each op for all of these models, and every other size
-# for one model only.
+# {architecture: a GPU model that has it}. CASES has one size of attention and one size of `expert_mlp` for all of these
+# models. Every other case is for one model only.
 CHIPS = {"sm_80": "a100-80", "sm_89": "l40s", "sm_90": "h200", "sm_100": "b200", "sm_120": "rtx-pro-6000"}
 CASES: dict[str, Callable[[], Case]] = {
     **{f"stick_breaking_{target}": partial(stick_breaking, chip, H=64) for target, chip in CHIPS.items()},

@@ -58,8 +58,8 @@ def is_one(only: str | None) -> bool:
 def attention_kernels() -> tuple[str, ...]:
     """Return the names of the kernels that can run stick-breaking attention on this GPU, the best first.
 
-    For example, the result is ("triton",). It is for a call without options such as a window. If no kernel can run this
-    call, return ("xla",), the name of the implementation in plain JAX.
+    An example of a result is ("triton",). The kernels can run a bfloat16 call without options such as a window. If no
+    kernel can run this call, return ("xla",), the name of the implementation in plain JAX.
     """
     x = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
     every = tuple(implementations("stick_breaking_attention", x, x, x))

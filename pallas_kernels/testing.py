@@ -162,8 +162,9 @@ def differences(
 
     Returns:
       `Differences`: a `Difference` for every output and every gradient. If an output has different shapes or dtypes in
-      the two implementations, the tuple has only such outputs, and no gradients. A NaN or an infinity counts as a
-      difference, even in the expected results, because a comparison with it would prove nothing.
+      the two implementations, or if only one of them returns it, the tuple has only such outputs, and no gradients. A
+      NaN or an infinity counts as a difference, even in the expected results, because a comparison with it would prove
+      nothing.
 
     Raises:
       ValueError: no argument is a floating-point array, or the arguments of the op are wrong.

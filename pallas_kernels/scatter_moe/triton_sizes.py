@@ -70,9 +70,9 @@ def product_sizes(rows: int, depth: int, columns: int, dtype, *, products: int =
     """Return the sizes of a program that multiplies rows [rows, depth] by `products` weights of one expert.
 
     Each weight is [depth, columns]. The program computes `Sizes.columns` columns of every product, in steps of
-    `Sizes.depth` along the summed axis. `products` * `Sizes.columns` is at most `widest`. `Sizes.columns` is small
-    for float32, which runs without tensor cores. It is also small if `rows` is small, because then most of the time
-    goes into loading weights.
+    `Sizes.depth` along the summed axis. `products` * `Sizes.columns` is at most `widest`, a number of 128 or more.
+    `Sizes.columns` is small for float32, which runs without tensor cores. It is also small if `rows` is small, because
+    then most of the time goes into loading weights.
     """
     if dtype == jnp.float32:
         columns_most, depth_most, warps = 64, 32, 4

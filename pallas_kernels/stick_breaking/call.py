@@ -40,15 +40,15 @@ class Mask(NamedTuple):
 
     The mask is always causal: a query never sees a key to the right of its own position. The fields are the number T of
     queries, the number S of keys, whether a query sees the key at its own position, the window, and the position of the
-    first query. `Where` has the arrays of the mask. If the position of the first query is not known when a call is
-    traced, `static_offset` is None, and the mask uses the array `Where.offset`.
+    first query. `Where` has the arrays of the mask. If the caller gives the position of the first query as an
+    array, `static_offset` is None, and the mask uses the array `Where.offset`.
     """
 
     T: int
     S: int
     attend_current: bool  # whether a query also sees the key at its own position
     window: int | None  # the largest distance of a key to the left of the query; None is no limit
-    static_offset: int | None  # the position of the first query, if it is known when the call is traced
+    static_offset: int | None  # the position of the first query; None if the caller gives it as an array
 
     def visible(self, where: Where, q, k):
         """Return whether each query sees each key, for one batch entry: bool [len(q), len(k)].

@@ -95,7 +95,7 @@ class Plan:
     def heads_together(self) -> int:
         """The number of heads in a group. The blocks of the GPU compute the heads group by group.
 
-        The keys and values of all heads in a group fit into the cache. If the keys and values of a single head do
+        The keys and values of all heads in a group fit into the cache. But if the keys and values of a single head do
         not fit, a group has one head. All groups have the same size, a divisor of entries * N.
         """
         heads = self.entries * self.N

@@ -59,7 +59,10 @@ def attention(call: Call):
 
 
 def _warpgroups(call: Call) -> int:
-    """Return how many warpgroups of a block of `forward` or `d_query` compute. Each of them computes 64 query rows."""
+    """Return how many warpgroups of a block of `forward` or `d_query` compute, if the call is not computed by decoding.
+
+    Each of these warpgroups computes 64 query rows.
+    """
     width = call.query.shape[-1] + call.value.shape[-1]
     rows, _ = call.tiles or tuning.tuned("sm_90", "stick_breaking", T=call.mask.T, width=width)["tiles"]
     return rows // ROWS

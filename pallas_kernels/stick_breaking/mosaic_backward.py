@@ -12,8 +12,8 @@ running sum. For every query row and half of a key tile, the warpgroup stores tw
 - the sum of -log2(1 - beta) over all keys on the right of the half;
 - P of the leftmost key of the half.
 In the kernel `d_key_value`, a block computes the gradients of 64 keys. The block reads the snapshots, so it can visit
-the query tiles in any order. Both kernels compute the weights of a tile again, for one half of its keys at a time.
-Together, the two kernels have seven matrix products and no atomics.
+the query tiles in any order. In both kernels, a warpgroup computes the weights of a tile again, for half of its keys at
+a time. Together, the two kernels have seven matrix products and no atomics.
 """
 
 import jax.experimental.pallas.mosaic_gpu as plgpu

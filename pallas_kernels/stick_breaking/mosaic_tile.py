@@ -172,8 +172,8 @@ def block(plan: Plan):
 
     The GPU starts the blocks in the order of their indices on the axis "block". The first blocks compute all query
     tiles of the first `plan.heads_together` heads, the next blocks compute the next group of heads, and so on. So the
-    keys and values of a group fit into the cache. Within a group, the last query tiles of every head come first,
-    because the last queries see the most keys.
+    keys and values of a group fit into the cache, if the keys and values of one head fit. Within a group, the last
+    query tiles of every head come first, because the last queries see the most keys.
     """
     together = plan.heads_together
     i = lax.axis_index("block")

@@ -37,8 +37,8 @@ def block(heads: tl.constexpr, N: tl.constexpr, tiles: tl.constexpr, together: t
 
     The GPU starts the blocks in the order of their indices. The first blocks compute all query tiles of the first
     `together` heads, the next blocks compute the next group of `together` heads, and so on. So the keys and values of a
-    group fit into the cache. Within a group, the last query tile of every head comes first, because the last queries
-    see the most keys.
+    group fit into the cache, if the keys and values of one head fit. Within a group, the last query tile of every head
+    comes first, because the last queries see the most keys.
     """
     program = tl.program_id(0)
     group = program // (together * tiles)

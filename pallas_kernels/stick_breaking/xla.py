@@ -32,8 +32,8 @@ _CACHED_SCORES = 2**18  # scores that fit into the cache of a CPU core: 1 MiB of
 def _is_short(call: Call) -> bool:
     """Return whether a call is short: it has few queries and keys, so that one key tile has all keys.
 
-    In a short call, T is at most 512, a query tile has at most 2^18 scores (its queries times all S keys), and
-    `skip_below` and `tiles` are None. A call with an empty array is short too.
+    In a short call, T is at most 512, a query tile has at most _SHORT_SCORES = 2^18 scores (its queries times all S
+    keys), and `skip_below` and `tiles` are None. A call with an empty array is short too.
     """
     T, S = call.mask.T, call.mask.S
     if 0 in call.query.shape + (S,):

@@ -265,9 +265,10 @@ def mbarrier_wait(decoder, x, match):
     """Decode instruction x, an mbarrier.try_wait or test_wait, into the function that executes it.
 
     Each lane waits for the phase of a given parity of one mbarrier. The function returns BLOCKED while none of these
-    phases is complete. As soon as at least one of them is complete, the function writes the predicate of the
-    instruction: true in the lanes whose phase is complete, false in the other lanes. A loop in the PTX then repeats the
-    instruction for the lanes with false.
+    phases is complete. On the chip, a loop in the PTX would repeat the instruction during this time. As soon as one or
+    more of these phases are complete, the function writes the predicate of the instruction: true in the lanes whose
+    phase is complete, false in the other lanes. The loop in the PTX then repeats the instruction for the lanes with
+    false.
     """
     target, address, parity = x.operands[:3]
     write, address, parity = decoder.write(target, "pred"), decoder.pointer(address), decoder.read(parity, "u32")
@@ -317,6 +318,7 @@ def proxy_fence(decoder, x, match):
 def other_fence(decoder, x, match):
     """Decode instruction x, a fence that has no effect in this machine.
 
-    The machine does not check whether a kernel has these fences.
+    The machine does not check whether a kernel has these fences. Its clocks order accesses to shared
+    memory by barriers and by waits for asynchronous operations, and global memory has no clocks.
     """
     return lambda u, mask: None

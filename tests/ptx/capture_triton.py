@@ -23,7 +23,7 @@ NULL = bytes(8)  # a null pointer, for the parameters that Triton adds for debug
 class _Kernel(NamedTuple):
     """A compiled Triton kernel: its name, warps per block, blocks per cluster, bytes of shared memory, and PTX.
 
-    jax-triton passes these values, in this order, to its launch library.
+    jax-triton passes these values, in this order, as the first arguments to its launch library.
     """
 
     name: str

@@ -7,8 +7,7 @@ actor a made up to this time.
 
 The copy engine and the tensor cores access memory through the asynchronous proxy. `fenced[w, a]` is also a time of
 actor a: the next accesses through this proxy on behalf of warp w are ordered after all accesses that actor a made up to
-this time.
-fence.proxy.async raises `fenced` to `seen`.
+this time. fence.proxy.async raises `fenced` to `seen`.
 """
 
 import numpy as np

@@ -284,7 +284,10 @@ def _coordinates(decoder, operand: Operand, rank: int, text: str):
 
 
 def _each_lane(u, mask, *values):
-    """Return one tuple of integers per lane in `mask`: the lane's element of each of `values`, and its warp's index."""
+    """Return one tuple of integers per lane: the lane's element of each of `values`, and the index of its warp.
+
+    `mask` [lanes] says which lanes of the unit `u` get a tuple; None: all.
+    """
     return [tuple(map(int, row)) for row in zip(*lanes_of(u, mask, *values), strict=True)]
 
 

@@ -20,6 +20,6 @@ class Deadlock(Fault):
 class DivergentBarrier(Fault):
     """Raised if only some lanes of a warp or warpgroup execute an instruction that all its lanes must execute.
 
-    Also raised if the instructions of a named barrier expect different numbers of threads, if more threads arrive than
-    expected, or if the lanes of one instruction name different barriers.
+    Also raised if the warps that meet at a named barrier expect different numbers of threads, if more threads arrive
+    than expected, or if the lanes of one instruction name different barriers.
     """

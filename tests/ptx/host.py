@@ -2,7 +2,7 @@
 
 The host code is a function that Mosaic GPU compiles for the CPU and prints as LLVM text. This function writes the
 tensor maps and parameters of the kernel, and then launches the kernel. The function has no branches and no loops. The
-interpreter gives every array an invented address, and finds out by the address which array a parameter refers to.
+interpreter gives every array an invented address, and recognises the array by this address later.
 """
 
 import operator

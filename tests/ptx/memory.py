@@ -136,7 +136,8 @@ class SharedMemory:
 
         Args:
           actors: the readers, each by its index in `Clocks`: one index per byte, or one index for all bytes.
-          warps: the number of the warp on whose behalf an actor reads: one per byte, or one for all bytes.
+          warps: the number of the warp on whose behalf an actor reads: one per byte, or one for all bytes. For a read
+            that several warps make together, this is the result of `Clocks.joined`.
           is_proxy: whether the copy engine or the tensor cores read.
           time: the time of the read on the clock of the actor. None: the present time of `warps`.
         """
