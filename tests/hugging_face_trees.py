@@ -1,6 +1,6 @@
 """A small config.json, as a dict, for each model_type that is like Llama and for the stick-breaking types.
 
-If stickjax supports several values of an entry, the entry has a value here that is not the default.
+If an entry changes the model and stickjax supports several values of it, the value here is not the default.
 """
 
 LLAMA = dict(

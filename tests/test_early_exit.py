@@ -22,8 +22,8 @@ def kept_tiles(query, key, threshold, size, padding=None) -> float:
     """Count in NumPy the tiles that early exit must compute for one head; return them as a share of all causal tiles.
 
     The causal tiles are the tiles on the diagonal and left of it. The tiles on the diagonal are always computed.
-    Another tile must be computed if, for at least one of its queries, the keys right of the tile leave at least
-    2^`threshold` of the stick.
+    Another tile must be computed if, for at least one of its queries that is not padding, the keys right of the tile
+    leave at least 2^`threshold` of the stick.
 
     Args:
       query, key: arrays [T, H].

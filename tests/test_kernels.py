@@ -187,8 +187,9 @@ def test_the_gradient_of_the_scale_is_no_quotient_by_it(kernels):
 def test_saturated_logits_give_the_limits_and_their_gradients(kernels):
     """Saturated logits give correct and finite outputs and gradients.
 
-    One exception is allowed: with logits of 1e5, Mosaic's d_value may be wrong. Mosaic subtracts sums of logits over
-    the keys. These sums are several million, so float32 rounds away the small differences for the keys near the query.
+    One exception is allowed: with logits of 1e5, Mosaic's d_value may be wrong. The backward pass subtracts
+    the terms -log2(1 - beta) of the keys from their sum, where beta = sigmoid(logit). The sum is up to several million,
+    so rounding leaves no correct digits of the small differences for the keys near the query.
     """
     errors = limits.errors(limits.results("bfloat16", implementation=kernels), "bfloat16")
     assert np.isfinite(list(errors.values())).all(), errors

@@ -228,7 +228,7 @@ def test_bad_commands_are_one_clear_line(capsys, config, monkeypatch):
 def test_the_process_manager_of_mpich_shares_an_address():
     """With MPICH's process manager, all processes receive the coordinator's address, which the first process stores.
 
-    The test plays the process manager: it answers the requests of the processes (PMI version 1).
+    The test answers the requests of the processes as the process manager does (PMI version 1).
     """
     ours, theirs = zip(*(socket.socketpair() for _ in range(2)), strict=True)
     store, barrier = {}, threading.Barrier(2)

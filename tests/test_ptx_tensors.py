@@ -13,7 +13,7 @@ MINE = "shl.b32 %r50, %r60, 2; cvt.u64.u32 %d50, %r50;"
 @pytest.mark.parametrize("swizzle", [16, 32, 64, 128])
 @pytest.mark.parametrize("row, column", [(2, 0), (-3, -8), (15, 72)])
 def test_boxes_at_the_edges_are_swizzled_both_ways(swizzle, row, column):
-    """A box that lies partly outside its array is copied correctly to shared memory and back, with every swizzle.
+    """A box inside its array or partly outside of it is copied to shared memory and back correctly, with every swizzle.
 
     The elements of the box outside of the array are zero in shared memory and are not written back. The test also
     checks the address of each element in shared memory.

@@ -136,7 +136,7 @@ def test_a_run_goes_on_where_its_text_lies_now(project, tmp_path, monkeypatch, c
 def test_a_run_of_before_is_read(project, capsys):
     """A run of an earlier version can be used and trained further.
 
-    Its folder has no tokenizer.json, and its checkpoint has no hash of the tokenizer. Training adds the tokenizer.json.
+    Its folder has no tokenizer.json, and its checkpoint does not name the tokenizer. Training adds the tokenizer.json.
     """
     abstract = jax.eval_shape(lambda: init_state(SMALL, jax.random.key(0)))
     _, state, extra = Checkpoints("run").restore(abstract)

@@ -175,8 +175,8 @@ def test_double_precision(implementation, x64):
 def test_many_rows_are_taken_in_pieces(E):
     """The XLA implementation is correct if it cuts the first C rows of each expert into several pieces.
 
-    C is the number of rows that are computed together for all experts. Expert 0 has more than C rows, so its remaining
-    rows are computed in blocks. A quarter of the tokens have no expert.
+    The first C rows of every expert are computed together, as batched products. Expert 0 has more than C rows, so its
+    remaining rows are computed in blocks. A quarter of the tokens have no expert.
     """
     case = Experts(T=1300 * E, k=1, E=E, D=4, F=4)
     T = np.arange(case.T)[:, None]

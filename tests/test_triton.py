@@ -88,7 +88,7 @@ def test_every_case_of_the_portable_list_is_taken_or_refused_with_a_reason(insta
 
 @pytest.mark.parametrize("keys", [16, 32, 64])
 def test_the_sum_over_nearer_keys_keeps_its_digits_beside_large_numbers(keys):
-    """`sum_of_nearer` adds, for each key, the numbers of all keys on the right of this key; small sums stay exact.
+    """`sum_of_nearer` adds, for each key, the numbers of all keys on its right, without losing small sums.
 
     In most rows, the numbers decrease from 160 at the left to about 2^-24 at the right. A kernel that subtracted the
     sum on the left from the total would lose all digits of a small sum on the right.
