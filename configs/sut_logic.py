@@ -12,7 +12,8 @@ The model is trained on pairs of sentences with 0 to 6 operators. The table has 
 The row "accuracy" is the percentage of held-out pairs that the model classifies correctly. "commonest label" is the
 percentage of pairs with the most frequent label. "depth" is the mean number of blocks applied to a token. "published"
 is the accuracy in percent of the original model (arXiv 2310.07096), which was also trained on 0 to 6 operators. A
-column is measured on 512 pairs, except column 0 (all 6 pairs) and column 1 (all 409 pairs):
+column is measured on 512 pairs, except column 0 (all 6 pairs) and column 1 (all 409 pairs). The last column also has
+pairs with more than 12 operators:
 
     operators           0    1    2    3    4    5    6    7    8    9   10   11   12
     accuracy          100  100   96   93   88   86   79   77   66   64   61   59   55

@@ -46,15 +46,16 @@ def export(
     """Write a decoder as a Hugging Face folder: config.json, model.safetensors, and tokenizer.json if there is one.
 
     `stickjax.load(path)` returns the same parameters, bit for bit. The only exception is a model with muP multipliers
-    that is written as type="stickbreaking_attn". This type has no muP multipliers, so `export` multiplies
-    them into the written parameters, and the logits stay the same. The page docs/guides/hugging_face.md lists the model
+    that is written as type="stickbreaking_attn". This type has no muP multipliers, so `export` multiplies them into the
+    written parameters. The logits stay the same, up to rounding. The page docs/guides/hugging_face.md lists the model
     types, and which models they can hold.
 
     Args:
       model: the result of `stickjax.load`, or only the module with the parameters; then no tokenizer.json is written.
       path: a folder that does not exist yet; it appears only when it is complete.
-      type: the model type in config.json, such as "llama". It may be None if only one type can hold the model. The type
-        "stickjax" can hold any decoder; the folder then also has PyTorch code.
+      type: the model type in config.json, such as "llama". It may be None if only one type can hold the model, apart
+        from the type "stickjax", which must be named. The type "stickjax" can hold every decoder with attention
+        "stick_breaking" or "softmax" and without added or pruned experts. The folder then also has PyTorch code.
       shard_bytes: the largest size of a file with parameters, in bytes. A larger model is divided into several files,
         and an index file lists them.
       push: True to write the model to the Hugging Face hub instead. `path` is then its name, such as "org/name".
@@ -99,7 +100,7 @@ def convert(
         `data.eot`. None: `data.eot` is not changed. If `data.eot` is None too, the token is read from the files beside
         the tokenizer.json.
       type: the model type of a Hugging Face folder that is written, such as "llama". It may be None if only one type
-        can hold the model.
+        can hold the model, apart from the type "stickjax", which must be named.
       push: True to write the Hugging Face folder to the hub. `path` is then the name of the model, such as "org/name".
 
     Returns:

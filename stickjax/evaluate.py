@@ -3,13 +3,14 @@
 python -m stickjax.evaluate RUN [RUN ...] [--lengths 1,2,4] [--plot PNG] [--mesh.fsdp=8]
 
 For a model that reads examples, such as a classifier, the command computes the accuracy instead (see
-`stickjax.evaluation.examples`). For a Universal Transformer on the test examples of the data source "logic", the
-command computes the accuracy at several halting thresholds (see `stickjax.evaluation.pairs`).
+`stickjax.evaluation.examples`). For a Universal Transformer on the test examples of the data source "logic" without
+`data.split`, the command computes the accuracy at several halting thresholds (see `stickjax.evaluation.pairs`).
 
 With --tasks, the command runs tasks of lm-evaluation-harness instead (see `stickjax.evaluation.harness`).
 
 A language model is evaluated on the mesh of its run, or on the mesh that the options --mesh.* describe. Without these
-options, one device is used if the mesh of the run cannot be made here, for example because it needs more devices.
+options and with a single process, one device is used if the mesh of the run cannot be made here, for example because it
+needs more devices.
 
 The command writes numbers and pictures into the run folders. It writes nothing into a folder that is read-only or in
 the Hugging Face layout.

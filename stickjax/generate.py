@@ -1,6 +1,7 @@
 """Generate text with a trained model.
 
-The first call of the model reads all prompts. Each further call, a jitted decode step, adds one token to every prompt.
+The first call of the model reads all prompts, and gives the first new token of each. Every further call reads the
+newest token of each prompt, and gives the next token. All calls are jitted.
 
 python -m stickjax.generate RUN --prompt "def main(" [--temperature 0.8] [--stop TEXT ...] [--mesh.tensor=8]
 """
@@ -132,7 +133,8 @@ def _padded(rows: list[np.ndarray], config, max_new_tokens: int, mesh: Mesh | No
 def _decode_step(mesh: Mesh | None, model, tokens, segment_ids, cache):
     """Run `Family.decode_step` of the model's family, and return (logits [B,V], the new cache).
 
-    On a mesh, every device computes a part of the rows, and gets the logits of all rows.
+    On a mesh, the rows are sharded over the axes `stickjax.parallel.mesh.ROW_AXES`, and every device gets the logits of
+    all rows.
     """
     family = family_of(model.config)
 

@@ -190,10 +190,10 @@ def fit_power_law(records: Records, *, plot=None) -> PowerLaw:
 
     eta* is the best learning rate for a training length T in tokens and a batch size beta. It is the minimum of the
     parabola through three runs: the run with the smallest loss, and the runs with the next smaller and the next larger
-    learning rate. A least-squares fit of ln(gamma) against ln(T) gives a and b. If one of the two
-    neighbouring runs is missing or has no finite loss, there is no parabola, and eta* is the learning rate of the run
-    with the smallest loss. If eta* is the smallest or the largest learning rate of the sweep, repeat the sweep with a
-    wider range, because the minimum may be outside.
+    learning rate. A least-squares fit of ln(gamma) against ln(T) gives a and b. If one of the two neighbouring runs is
+    missing or has no finite loss, or if all three losses are equal, there is no parabola, and eta* is the learning rate
+    of the run with the smallest loss. If eta* is the smallest or the largest learning rate of the sweep, repeat the
+    sweep with a wider range, because the minimum may be outside.
 
     Args:
       records: dictionaries with "tokens" (T), "batch_size" (beta, in sequences of 4096 tokens), "learning_rate"

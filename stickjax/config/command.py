@@ -193,9 +193,9 @@ def end_on_interrupt() -> None:
     """Make Ctrl-C print "interrupted" and end this process at once, without a traceback.
 
     While a function that `command` wraps is running, Ctrl-C raises KeyboardInterrupt instead. If this process ignores
-    Ctrl-C, as under nohup, it continues to ignore Ctrl-C.
+    Ctrl-C, as a background process of a shell script does, it continues to ignore Ctrl-C.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise the signal is ignored, as under nohup
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if the signal is ignored
         signal.signal(signal.SIGINT, _end)
 
 

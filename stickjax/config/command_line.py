@@ -135,7 +135,7 @@ def load_config(path: str) -> Config:
 
 
 def config_name(path: str | os.PathLike) -> str:
-    """Return the name of a config: the name of its file without .py, or for a config.json the name of its folder.
+    """Return the name of a config: the name of its file without ending, or for a config.json the name of its folder.
 
     >>> config_name("configs/tiny.py"), config_name("runs/base/config.json")
     ('tiny', 'base')
@@ -162,7 +162,8 @@ def _run(file: Path) -> Config:
     """Run a Python file, call its function `get_config()` and return the config.
 
     Raise ValueError for any error in the file. The message begins with the path of the file. If a line of the file
-    raised the error, the message also has the number of this line.
+    raised the error, the message also has the number of this line. For a syntax error in a module that the file
+    imports, the message begins with the path of the module, and has the line in the module.
     """
     try:
         get_config = runpy.run_path(str(file)).get("get_config")

@@ -62,8 +62,9 @@ def mixture_of(value: Any) -> tuple[Part, ...] | None:
 def names_of(table: Sequence[Part]) -> list[str]:
     """Return a short name for each row of a mixture, for the names of metrics.
 
-    The name is the name of the file or folder of the row, without endings such as .txt; for a row without a path, it is
-    the source. If several rows would have the same name, the number of the row is added to each of these names.
+    The name is the name of the file or folder of the row, up to the first dot. If this is empty, or if the row has no
+    path, the name is the source. If several rows would have the same name, the number of the row, counted from 1, is
+    added to each of these names.
 
     >>> names_of(mixture_of("text:data/books.txt:5,text:more/books:3,stdlib:2"))
     ['books.1', 'books.2', 'stdlib']

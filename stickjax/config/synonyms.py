@@ -1,8 +1,9 @@
 """Suggest the right option or config field for a wrong word, such as data.B for "batch_size".
 
 If the name of an option or field is almost equal to the word, this name is suggested. Otherwise, if other programs use
-the word for a setting that exists here under another name (SYNONYMS), the name here is suggested. Otherwise the most
-similar name is suggested, if any name is similar.
+the word for a setting that exists here under another name (SYNONYMS), the name here is suggested. Otherwise the
+names whose last part is the word are suggested, such as train.steps for "steps". Otherwise a similar name is suggested,
+if there is one.
 """
 
 import difflib

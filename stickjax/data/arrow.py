@@ -42,8 +42,9 @@ def arrow_texts(stream: BinaryIO, file: Path, text_field: str) -> Iterator[str]:
 def _columns(stream: BinaryIO, file: Path, text_field: str) -> Iterator:
     """Yield the column `text_field` of the open file `stream` in parts, as pyarrow arrays.
 
-    `file` is the path of the file: its ending decides the format. Raise ValueError if the column is missing or is not
-    text.
+    `file` is the path of the file. A file whose name ends in .parquet is read as parquet, and any other file as Arrow:
+    its first bytes say whether it has the file format or the stream format. Raise ValueError if the column is missing,
+    occurs twice, or is not text.
     """
     import pyarrow
 

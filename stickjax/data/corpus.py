@@ -106,8 +106,8 @@ def _cut(corpus: Corpus, heldout_every: int) -> tuple[Corpus, Corpus]:
 def _load(source: str, config: DataConfig, tokenizer: Tokenizer, name: str) -> tuple[Corpus, Corpus]:
     """Return (training stream, held-out stream) of one source. `load_corpus` explains how the text is divided.
 
-    `source` is one of the names in `config.sources`, such as "stdlib". `name` is the name of the config field with
-    the path `config.path`, such as "data.path", for messages.
+    `source` is one of the names in `config.sources`, such as "stdlib". `name` says in messages where the path
+    `config.path` comes from: "data.path", or "mixture: path" for a row of a mixture.
     """
 
     def encoded(documents: Iterable[str]) -> list[tuple[np.ndarray, int]]:
@@ -190,9 +190,9 @@ def load_corpus(config: DataConfig) -> tuple[Corpus, Corpus]:
     """Load the text that `config` names, and return two token streams: (for training, held out for evaluation).
 
     If `heldout_path` is set, the text of `path` is for training, and the text of `heldout_path` is held out. Otherwise
-    the documents 0, heldout_every, 2 * heldout_every, ... are held out. For a token file or a single document, about
-    the last 1 / heldout_every of the tokens is held out instead. Then both streams are views of one array. Each stream
-    has at least one token.
+    the documents 0, heldout_every, 2 * heldout_every, ... are held out. Of a token file or a single document, the
+    last part is held out instead: about 1 / heldout_every of the tokens, or the whole last document if it is longer
+    (see `_cut`). Then both streams are views of one array. Each stream has at least one token.
 
     Several sources, such as `source="stdlib,logic"`, are loaded one by one. Then the training streams of all sources
     are cut to the length of the shortest stream and concatenated, so that all sources have equal shares. The held-out

@@ -254,8 +254,8 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
     is removed. A file that is compressed by gzip or zstd, such as a.jsonl.gz, is read like the file that it contains.
 
     In a folder, hidden files are left out. Files that are not text are left out too, and a log message gives their
-    number. They are files that are not UTF-8 or have NUL bytes, token files, pipes, sockets, devices and broken links.
-    Links to folders are followed. No file is read twice.
+    number. They are files that are not UTF-8 or have NUL bytes, archives such as .tar.gz, token files, pipes, sockets,
+    devices and broken links. Links to folders are followed. No file is read twice.
 
     Args:
       path: the file or folder.

@@ -47,7 +47,8 @@ def validation_of(config: Config, data: TrainingData) -> Validation | str:
         of text, or one example.
       data: the training data of this config.
 
-    Raises ValueError if `data.valid_every` asks for a part "valid", but the part has no examples or cannot be made.
+    Raises ValueError if the config field `data.valid_every` asks for a part "valid", but the part has no examples or
+    cannot be made.
 
     >>> from stickjax.config import SutConfig
     >>> from stickjax.data.readers import training_data

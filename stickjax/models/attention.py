@@ -94,7 +94,7 @@ class Attention(nnx.Module):
         """Compute the outputs of the heads from the queries, keys and values, with the attention variant of the config.
 
         `q` [B,T,N,H] are the queries of the T tokens, and `k` and `v` [B,T,K,H] are their keys and values. With a
-        cache, the keys and values are first written into the cache. Then the queries can attend to all earlier tokens.
+        cache, the keys and values are first written into the cache. Then the queries attend to the keys in the cache.
 
         Returns:
           The outputs of the heads [B,T,N,H], and the new cache, which is None if `cache` is None.

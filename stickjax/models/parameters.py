@@ -276,7 +276,9 @@ def axes_by_name(tree) -> Mapping[str, str]:
 
 
 def gather(tree, dtype, owner: type | None = None):
-    """All-gather the parameters that are sharded over the mesh axis "fsdp". Return `tree` with the whole parameters.
+    """All-gather the parameters that are sharded over the mesh axis "fsdp". Return `tree` with the gathered parameters.
+
+    A gathered parameter may still be sharded over other mesh axes, such as "tensor".
 
     `tree` is a module, or a dictionary with parameters of the module class `owner`. A parameter is first converted to
     `dtype`, the type of the computation, and then gathered. Parameters of routers are not converted, because rounding

@@ -53,7 +53,7 @@ class Restored(NamedTuple):
 
 
 class Checkpoints(contextlib.AbstractContextManager):
-    """The checkpoints in `run_folder/checkpoints/<step>`: the `keep` newest ones, and the one with the best score.
+    """The checkpoints in `run_folder/checkpoints/<step>`: the `keep` newest ones, and the one with the lowest score.
 
     Only one training at a time may save into a run folder. So `with Checkpoints(folder)` takes the lock of the folder,
     and raises ValueError if another training has the lock. To restore a checkpoint, no lock is needed.

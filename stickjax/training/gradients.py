@@ -66,7 +66,8 @@ def mesh_gradients(mesh: Mesh | None, gradients: Callable) -> Callable:
         grads, metrics = gradients(params, batch, jax.random.fold_in(key, index))
 
         def summed(leaf: Leaf):
-            # If the parameter is sharded over an axis, the backward pass of its all-gather has summed over it already.
+            # If the parameter is sharded over an axis, its gradient is already the sum over this axis. "fsdp": the
+            # backward pass of its all-gather adds up. "expert": its experts compute the tokens of all these devices.
             axes = tuple(axis for axis in parts_of_batch if axis not in partition(leaf))
             return lax.psum(leaf.value, axes) if axes else leaf.value
 

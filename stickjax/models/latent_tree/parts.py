@@ -64,9 +64,9 @@ class TreeAttention(nnx.Module):
     def keys(self, z: Float[Array, "B M H"], random=None) -> tuple[Float[Array, "B M H"], Float[Array, "B M"]]:
         """Return (k', t) for the source vectors z: a node with (y, r) from `queries` has the score r (y . k') + t.
 
-        k' is the key k times the scale of the queries' LayerNorm, and t is the product of k and the bias of this
-        LayerNorm, both divided by sqrt(H). There are fewer keys than queries, so this takes fewer operations than to
-        multiply the queries. `random`: random bytes [B,M,H] for dropout, or None.
+        k' is the key k times the scale of the queries' LayerNorm, and t is the dot product of k and the bias of this
+        LayerNorm, both divided by sqrt(H). There are usually fewer keys than queries, so this takes fewer operations
+        than to multiply the queries. `random`: random bytes [B,M,H] for dropout, or None.
         """
         c, norm = self.config, self.query_norm
         k = self.key_norm(affine(dropped(z, c.attention_dropout, random), self.key, self.key_bias, c)) * c.H**-0.5

@@ -13,7 +13,8 @@ def derivation_tree(nodes: Iterable[int]) -> Tree:
     """Return the tree over the words 0 .. T-1 of a sentence, from its leaves.
 
     The leaves are nodes of a complete binary tree, in which the children of node i are 2i + 1 and 2i + 2. `nodes` has
-    the numbers of the leaves from left to right, as in one row of `Derivation.nodes`. Values of -1 are ignored.
+    the numbers of the leaves from left to right, as in one row of `Derivation.nodes`. Values of -1 after
+    the last leaf are padding, and are ignored.
 
     >>> derivation_tree([1, 5, 6, -1])
     (0, (1, 2))

@@ -1,4 +1,4 @@
-"""The composition of a token with the slots of a memory, from the lowest slot that the token uses to the highest.
+"""The composition of a token with the slots of a memory, from the lowest used slot to the highest slot.
 
 Ordered Memory spends nearly all its time here. The derivative is written by hand, for two reasons: the loops skip slots
 that no sentence of the batch uses, and only two intermediate arrays per slot are saved for the backward pass.

@@ -100,8 +100,8 @@ def write(
 ) -> None:  # fmt: skip
     """Write a model as a Hugging Face folder. `read` returns the same parameters from the folder, bit for bit.
 
-    There is one exception: if the model has muP multipliers, and config.json has no entries for them in this
-    model_type, the written parameters contain the multipliers (see `folding`).
+    There is one exception: if the model has muP multipliers, and the model_type is "stickbreaking_attn", the written
+    parameters contain the multipliers (see `folding`).
 
     Args:
       path: the folder; it is created if it does not exist.

@@ -81,8 +81,8 @@ def type_of(tree: dict) -> str:
     gate and up rows alternate. The entry `use_interleaved_weights` is true if they alternate. If this entry is missing,
     the user must add it, because nothing else in the folder shows the order.
 
-    Raise ValueError if the model_type is unknown, or if it is "stickbreaking" and `use_interleaved_weights`
-    is missing.
+    Raise ValueError if the model_type is unknown, or if it is "stickbreaking" and `use_interleaved_weights` is missing
+    or is neither true nor false.
 
     >>> type_of({"model_type": "stickbreaking", "use_interleaved_weights": True})
     'stickbreaking_interleaved'

@@ -31,9 +31,9 @@ def like_llama(get: Entries, tied: bool = False, eps: float = 1e-6, theta: float
 
     `tied`, `eps` and `theta` are the values if config.json has no tie_word_embeddings, rms_norm_eps or rope_theta.
 
-    `_ONLY_LLAMA` is {name of an entry: the only value that stickjax supports}. An entry of `_ONLY_LLAMA` may be absent
-    or null, but any other value raises ValueError. `own` has the names of entries that the caller reads instead: they
-    are not compared with `_ONLY_LLAMA`.
+    `_ONLY_LLAMA` is {name of an entry: the only value that stickjax supports}. In config.json, such an entry must have
+    this value, be null, or be absent; otherwise the function raises ValueError. `own` has the names of entries that the
+    caller treats itself: they are not compared with `_ONLY_LLAMA`.
     """
     get.only({name: value for name, value in _ONLY_LLAMA.items() if name not in own})
     get.layer_types()

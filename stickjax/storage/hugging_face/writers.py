@@ -45,7 +45,7 @@ def qwen3(c: ModelConfig) -> dict:
 
 
 def router_loss(c: ModelConfig) -> float:
-    """Return the coefficient of the router loss in transformers: weight * L / k, and 0 without experts.
+    """Return the coefficient of the router loss in transformers: weight * L / k, and 0 without feed-forward experts.
 
     weight is the sum of the `switch_weight` of all mixtures of the config. See `readers.switch_weight` for the formula.
     """

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_stickjax import StickjaxConfig
 
-# The keys and values of earlier tokens: `cache` in newer versions of transformers, `past_key_values` in older versions.
+# The name of the output's keys and values: `cache` in newer versions of transformers, `past_key_values` in older ones.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 TILE = 2**18  # (query, key) pairs per head whose weights are in memory at a time; a block has at least 64 keys
 NOTHING = -1e30  # the logit of a key that a query does not see: its weight is 0
