@@ -127,7 +127,8 @@ def convert(
     with new_folder(path, push) as folder:
         if to_run:
             if tokenizer is None:
-                note = ", without a tokenizer.json; to use text, copy one into this folder, or set data.tokenizer=byte"
+                note = ", without a tokenizer.json; to use text, copy one into this folder, or set "
+                note += "data.tokenizer=byte if it is a model of bytes"
             write_files(files, folder)
             write_config(folder, config.replace({"data.tokenizer": str(Path(path).absolute() / "tokenizer.json")}))
             write_safetensors(folder / MODEL_FILE, leaves)
@@ -158,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     kind.add_argument(
         "--remote-code", dest="type", action="store_const", const=OWN,
-        help=f"write the type {OWN}: any decoder, with a file of PyTorch code that transformers runs",
+        help=f"write the type {OWN}: nearly any decoder, with a file of PyTorch code that transformers runs",
     )  # fmt: skip
     parser.add_argument("--push", action="store_true", help="OUT is a model on the Hugging Face hub, such as org/name")
     words = parser.parse_args(argv)

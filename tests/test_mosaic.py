@@ -223,7 +223,7 @@ def test_elsewhere_it_says_why_not():
 def test_the_interpreter_does_not_hang_for_want_of_threads(monkeypatch):
     monkeypatch.setattr(jax, "local_device_count", lambda backend: 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    with pytest.raises(RuntimeError, match="4 CPU devices, found 2 cores, 1 devices; set XLA_FLAGS"), platform.interpret():
+    with pytest.raises(RuntimeError, match="4 CPU devices, found 2 cores, 1 devices; set"), platform.interpret():
         pass
 
 

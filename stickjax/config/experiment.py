@@ -163,7 +163,7 @@ class Config:
             before = f"{tokens} + (steps - {step})" if step else "steps"
             raise ValueError(
                 f"warmup_tokens={self.optim.warmup_tokens} and decay_tokens={self.optim.decay_tokens} "
-                f"together exceed the run of {before} * B * T = {total} tokens; raise train.steps, or lower both"
+                f"together exceed the run of {before} * B * T = {total} tokens; raise train.steps, or lower one of them"
             )
 
     @property
