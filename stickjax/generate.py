@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from stickjax.config.command import Parser, command, step_or_best
 from stickjax.config.command_line import parse_changes
 from stickjax.config.fields import SEED
+from stickjax.data.chat import Messages, chat_prompt
 from stickjax.data.tokenizer import StreamDecoder, Tokenizer
 from stickjax.evaluation.length_buckets import padded_length
 from stickjax.models.families import family_of
@@ -262,11 +263,12 @@ class _TextStream:
 
 def generate_text(
     loaded: Loaded,
-    prompts: Sequence[str],
+    prompts: Sequence[Messages],
     max_new_tokens: int = 200,
     *,
     stop: Sequence[str] = (),
     special_tokens: bool = False,
+    chat: bool = False,
     on_text: Callable[[int, str], None] | None = None,
     **sampling,
 ) -> list[str]:
@@ -280,6 +282,8 @@ def generate_text(
       max_new_tokens: the largest number of new tokens for a prompt.
       stop: strings or special tokens that end a text; the text does not contain them.
       special_tokens: if True, text such as <|user|> in a prompt is encoded as a special token, not as ordinary text.
+      chat: if True, each prompt is a conversation, `messages` of `stickjax.data.chat.chat_prompt`. The chat template of
+        the model writes it as a prompt with special tokens.
       on_text: `on_text(row, piece)` is called with each new piece of text that follows the prompt with index `row`.
       **sampling: `temperature`, `top_k`, `top_p` and `seed` of `generate`.
 
@@ -303,6 +307,8 @@ def generate_text(
             f"the tokenizer {loaded.config.data.tokenizer} of the model does not exist: set data.tokenizer to the path "
             "of its tokenizer.json, or to byte for a model of bytes"
         )
+    if chat:
+        prompts, special_tokens = [chat_prompt(tokenizer.files, messages) for messages in prompts], True
     ids = [tokenizer.prompt(prompt, special=special_tokens) for prompt in prompts]
     streams, texts = [_TextStream(tokenizer, row, stop) for row in ids], ["" for _ in prompts]
     ends = tokenizer.ends | {tokenizer.special_id(s) for s in stop}
@@ -353,6 +359,7 @@ def main(argv: list[str] | None = None) -> int:
         help="end the text before this string or special token; may be repeated",
     )
     parser.add_argument("--special-tokens", action="store_true", help="encode text such as <|user|> as a special token")
+    parser.add_argument("--chat", action="store_true", help="a prompt is a message to the model, in its chat template")
     parser.add_argument("--step", type=step_or_best, help="step of the checkpoint, or best; by default the newest")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="set a config field: model.window=64"
@@ -370,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
     loaded = load(args.run, step=args.step, changes=changes, mesh="run")
     one, writes = len(prompts) == 1, processes.is_writer()
     on_text = (lambda row, piece: print(piece, end="", flush=True)) if one and writes else None
-    options = dict(stop=args.stop, special_tokens=args.special_tokens, on_text=on_text) | sampling
+    options = dict(stop=args.stop, special_tokens=args.special_tokens, chat=args.chat, on_text=on_text) | sampling
     texts = generate_text(loaded, prompts, args.max_new_tokens, **options)
     if not writes:  # process 0 prints
         return 0

@@ -3,13 +3,14 @@
 import hashlib
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 
 from stickjax.config import Config
 from stickjax.config.command_line import config_name, load_config
+from stickjax.data.chat import Messages
 from stickjax.evaluate import LENGTHS, evaluate
 from stickjax.evaluation import answers, examples, pairs
 from stickjax.generate import generate_text
@@ -81,7 +82,7 @@ class TrainedModel(Loaded):
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: Messages | Sequence[Messages],
         max_new_tokens: int = 200,
         *,
         temperature: float = 0.8,
@@ -90,12 +91,14 @@ class TrainedModel(Loaded):
         seed: int = 0,
         stop: Sequence[str] = (),
         special_tokens: bool = False,
+        chat: bool = False,
         on_text: Callable[[int, str], None] | None = None,
     ) -> str | list[str]:
         """Generate the text that follows a prompt. For a list of prompts, return a list of texts.
 
         Args:
-          prompts: one string, or a list of strings.
+          prompts: one string, or a list of strings. With `chat`, a conversation may stand in the place of a string:
+            [{"role": "user", "content": text}, ...].
           max_new_tokens: the largest number of new tokens in a text.
           temperature: the logits are divided by it; with 0, the most likely token is always chosen.
           top_k: draw only from the k most likely tokens.
@@ -104,15 +107,17 @@ class TrainedModel(Loaded):
           stop: strings or special tokens that end a text; the text does not contain them.
           special_tokens: True to encode the special tokens in a prompt, such as <|user|>, as special tokens; False to
             encode them as ordinary text.
+          chat: True if a prompt is a conversation, or a message of the user; the chat template of the model writes it
+            as a prompt.
           on_text: `on_text(row, piece)` is called with each new piece of text for the prompt with the index `row`.
 
         Raises:
           ValueError: an option is out of range, the model has no tokenizer, or the model cannot generate text.
         """
-        one = isinstance(prompts, str)
+        one = isinstance(prompts, str) or (chat and len(prompts) > 0 and isinstance(prompts[0], Mapping))
         texts = generate_text(
             self, [prompts] if one else prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-            seed=seed, stop=stop, special_tokens=special_tokens, on_text=on_text,
+            seed=seed, stop=stop, special_tokens=special_tokens, chat=chat, on_text=on_text,
         )  # fmt: skip
         return texts[0] if one else texts
 

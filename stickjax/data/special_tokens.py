@@ -16,7 +16,7 @@ FILES = (
     GENERATION, TOKEN_IDS, TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
 )  # fmt: skip
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
 class Named(NamedTuple):
@@ -127,7 +127,7 @@ def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) ->
         if name not in files or not name.endswith(".json"):
             continue
         tree = read_object(files[name], folder / name)
-        for key in (*_IDS, *_TOKENS, "additional_special_tokens", "added_tokens_decoder"):
+        for key in (*_IDS, *TOKENS, "additional_special_tokens", "added_tokens_decoder"):
             found = _ids(key, tree.get(key), added, folder / name)
             special.update(found)
             if not key.startswith("eos") or tree.get(key) in (None, "", -1) or ends:
