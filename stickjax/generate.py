@@ -8,7 +8,7 @@ python -m stickjax.generate RUN --prompt "def main(" [--temperature 0.8] [--stop
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from stickjax.config.command import Parser, command, step_or_best
 from stickjax.config.command_line import parse_changes
 from stickjax.config.fields import SEED
-from stickjax.data.chat import Messages, chat_prompt
+from stickjax.data.chat import Conversation, chat_prompt
 from stickjax.data.tokenizer import StreamDecoder, Tokenizer
 from stickjax.evaluation.length_buckets import padded_length
 from stickjax.models.families import family_of
@@ -59,16 +59,14 @@ def generate(
       max_new_tokens: the largest number of new tokens in a row.
       temperature: 0 always takes the most likely token.
       top_k: draw only from the k most likely tokens.
-      top_p: draw only from the fewest most likely tokens whose total probability is at least top_p. If top_k is given
-        too, it is applied first.
+      top_p: draw only from the fewest tokens with a total probability of at least top_p. top_k is applied first.
       seed: the seed of the random draws.
       eot: the end-of-text id, which ends a row; None: no id ends a row.
       vocab_size: only ids below this are drawn, because the model's V may include unused ids; None: all V ids.
       on_token: `on_token(row, id)` is called for each new token as soon as it is known. True ends the row.
 
-    Returns B lists of new ids. If `eot` has ended a row, it is the last id of the list. Raises ValueError for an option
-    out of range, a prompt id outside the vocabulary, an empty prompt without `eot`, a model that generates no text, or
-    a cache that does not fit into memory.
+    Returns B lists of new ids; `eot` is the last id of a row that it ended. Raises ValueError for a wrong option, model
+    or prompt id, an empty prompt without `eot`, or a cache that does not fit into memory.
 
     >>> from stickjax.models.transformer import ModelConfig, init
     >>> model = init(ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16), jax.random.key(0))
@@ -261,9 +259,30 @@ class _TextStream:
         return shown
 
 
+def _encoded(loaded: Loaded, prompts, stop, special_tokens: bool, chat: bool) -> list[np.ndarray]:
+    """Check the arguments of `generate_text`, and return the token ids of each prompt."""
+    if isinstance(prompts, str) or isinstance(stop, str):
+        raise ValueError("prompts and stop must be lists of strings, like ['a', 'b'], not a single string")
+    if isinstance(prompts, Mapping):
+        raise ValueError("prompts must be a list of conversations, not a single message")
+    if "" in stop:
+        raise ValueError("no stop string may be empty")
+    if (tokenizer := loaded.tokenizer) is None:
+        raise ValueError(
+            f"the tokenizer {loaded.config.data.tokenizer} of the model does not exist: set data.tokenizer to the path "
+            "of its tokenizer.json, or to byte for a model of bytes"
+        )
+    if chat:  # the template writes a begin-of-text token if the model needs one
+        texts = [chat_prompt(tokenizer.files, messages) for messages in prompts]
+        return [tokenizer.prompt(text, special=True, prefix=False) for text in texts]
+    if wrong := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+        raise ValueError(f"a prompt must be a string, not {wrong[0]!r:.80}; for a conversation, set chat=True")
+    return [tokenizer.prompt(prompt, special=special_tokens) for prompt in prompts]
+
+
 def generate_text(
     loaded: Loaded,
-    prompts: Sequence[Messages],
+    prompts: Sequence[Conversation],
     max_new_tokens: int = 200,
     *,
     stop: Sequence[str] = (),
@@ -282,8 +301,8 @@ def generate_text(
       max_new_tokens: the largest number of new tokens for a prompt.
       stop: strings or special tokens that end a text; the text does not contain them.
       special_tokens: if True, text such as <|user|> in a prompt is encoded as a special token, not as ordinary text.
-      chat: if True, each prompt is a conversation, `messages` of `stickjax.data.chat.chat_prompt`. The chat template of
-        the model writes it as a prompt with special tokens.
+      chat: if True, each prompt is a conversation (`stickjax.data.chat.chat_prompt`). The chat template of the model
+        writes it as a prompt, whose special tokens are always encoded as special tokens.
       on_text: `on_text(row, piece)` is called with each new piece of text that follows the prompt with index `row`.
       **sampling: `temperature`, `top_k`, `top_p` and `seed` of `generate`.
 
@@ -298,18 +317,7 @@ def generate_text(
     >>> len(generate_text(loaded, ["one", "and another"], 8, stop=["."]))
     2
     """
-    if isinstance(prompts, str) or isinstance(stop, str):
-        raise ValueError("prompts and stop must be lists of strings, like ['a', 'b'], not a single string")
-    if "" in stop:
-        raise ValueError("no stop string may be empty")
-    if (tokenizer := loaded.tokenizer) is None:
-        raise ValueError(
-            f"the tokenizer {loaded.config.data.tokenizer} of the model does not exist: set data.tokenizer to the path "
-            "of its tokenizer.json, or to byte for a model of bytes"
-        )
-    if chat:
-        prompts, special_tokens = [chat_prompt(tokenizer.files, messages) for messages in prompts], True
-    ids = [tokenizer.prompt(prompt, special=special_tokens) for prompt in prompts]
+    tokenizer, ids = loaded.tokenizer, _encoded(loaded, prompts, stop, special_tokens, chat)
     streams, texts = [_TextStream(tokenizer, row, stop) for row in ids], ["" for _ in prompts]
     ends = tokenizer.ends | {tokenizer.special_id(s) for s in stop}
 
@@ -359,7 +367,7 @@ def main(argv: list[str] | None = None) -> int:
         help="end the text before this string or special token; may be repeated",
     )
     parser.add_argument("--special-tokens", action="store_true", help="encode text such as <|user|> as a special token")
-    parser.add_argument("--chat", action="store_true", help="a prompt is a message to the model, in its chat template")
+    parser.add_argument("--chat", action="store_true", help="a prompt is a message of the user in a chat")
     parser.add_argument("--step", type=step_or_best, help="step of the checkpoint, or best; by default the newest")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="set a config field: model.window=64"
@@ -373,7 +381,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("several processes cannot all read standard input; give --prompt or --prompt-file")
     args.run = local_folder(args.run)
     changes = parse_changes(read_config(args.run), [*(f"--{word}" for word in args.set), *rest])
-    prompts = args.prompt or [_read_prompt(args.prompt_file)]
+    prompts = args.prompt or [_read_prompt(args.prompt_file).removesuffix("\n" if args.chat else "")]
     loaded = load(args.run, step=args.step, changes=changes, mesh="run")
     one, writes = len(prompts) == 1, processes.is_writer()
     on_text = (lambda row, piece: print(piece, end="", flush=True)) if one and writes else None

@@ -10,7 +10,7 @@ import jax
 
 from stickjax.config import Config
 from stickjax.config.command_line import config_name, load_config
-from stickjax.data.chat import Messages
+from stickjax.data.chat import Conversation
 from stickjax.evaluate import LENGTHS, evaluate
 from stickjax.evaluation import answers, examples, pairs
 from stickjax.generate import generate_text
@@ -82,7 +82,7 @@ class TrainedModel(Loaded):
 
     def generate(
         self,
-        prompts: Messages | Sequence[Messages],
+        prompts: Conversation | Sequence[Conversation],
         max_new_tokens: int = 200,
         *,
         temperature: float = 0.8,
@@ -114,7 +114,7 @@ class TrainedModel(Loaded):
         Raises:
           ValueError: an option is out of range, the model has no tokenizer, or the model cannot generate text.
         """
-        one = isinstance(prompts, str) or (chat and len(prompts) > 0 and isinstance(prompts[0], Mapping))
+        one = isinstance(prompts, str) or (chat and len(prompts) > 0 and isinstance(next(iter(prompts)), Mapping))
         texts = generate_text(
             self, [prompts] if one else prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
             seed=seed, stop=stop, special_tokens=special_tokens, chat=chat, on_text=on_text,

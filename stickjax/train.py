@@ -8,7 +8,8 @@ from stickjax.config.command import Parser, command
 from stickjax.config.command_line import config_name, describe, load_config, parse
 from stickjax.parallel import processes
 from stickjax.storage.run_folder import read_config
-from stickjax.training.loop import Result, fit, split_branch
+from stickjax.training.branch import split_branch
+from stickjax.training.loop import Result, fit
 
 __all__ = ["Result", "fit", "main"]
 

@@ -1,5 +1,6 @@
 """Chat templates: a conversation becomes the prompt that its template writes, in a sandbox."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -56,11 +57,13 @@ def test_templates_write_prompts(name):
 @pytest.mark.parametrize(
     "template, message",
     [
-        ("{{ raise_exception('no role ' + messages[0].role) }}", "TemplateError: no role user"),
+        ("{{ raise_exception('no role\\n' + messages[0].role) }}", "TemplateError: no role user"),
+        ("{{ dict.update(messages[0], content='other') }}", "UndefinedError: .*update"),
+        ("{{ namespace(__class__=1) }}", "SecurityError: a namespace may not have the name '__class__'"),
         ("{{ ''.__class__.__mro__ }}", "SecurityError: access to attribute '__class__'"),
         ("{{ messages.append(1) }}", "SecurityError: access to attribute 'append'"),
         ("{% include 'a' %}", "TypeError: no loader"),
-        ("{% for %}", "TemplateSyntaxError: "),
+        ("a\n{% for %}", "TemplateSyntaxError: .* .line 2."),
         ("{{ 1 + 'a' }}", "TypeError: unsupported operand"),
     ],
 )
@@ -70,24 +73,54 @@ def test_a_template_that_fails_is_one_line(template, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "conversation, message",
+    [
+        ([], "a conversation must be a string, or a list of messages"),
+        (["a", "b"], "a conversation must be a string, or a list of messages"),
+        (MESSAGES[0], "a conversation must be a string, or a list of messages"),
+        (b"abc", "a conversation must be a string, or a list of messages"),
+        ([MESSAGES], "a conversation must be a string, or a list of messages"),
+        ([{"content": "a"}], 'message 0 of the conversation needs a "role"'),
+        ([*MESSAGES, {"role": "user", "content": None}], 'message 4 of the conversation needs a "content"'),
+        ([{"role": "user", "content": Path("a")}], "a message may have only texts, numbers, lists and dictionaries"),
+    ],
+)
+def test_a_wrong_conversation_is_refused(conversation, message):
+    with pytest.raises(ValueError, match=message):
+        chat_prompt({JINJA: b"{{ messages }}"}, conversation)
+
+
+def test_special_tokens_come_from_both_files():
+    files = {"special_tokens_map.json": b'{"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": ["p"]}'}
+    files |= {"tokenizer_config.json": b'{"eos_token": "<e>"}', JINJA: b"{{ bos_token }}{{ eos_token }}{{ pad_token }}"}
+    assert chat_prompt(files, "Hello") == "<s><e>"
+
+
 def test_where_the_template_is_found(monkeypatch):
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     config = {"tokenizer_config.json": json.dumps({"chat_template": named}).encode()}
     own = {"chat_template.json": b'{"chat_template": "j"}'}
-    assert [template_of(files) for files in ({}, config, config | own, config | own | {JINJA: b"f"})] == [None, *"djf"]
-    with pytest.raises(ValueError, match='none has the name "default"'):
-        template_of({"tokenizer_config.json": json.dumps({"chat_template": named[:1]}).encode()})
-    with pytest.raises(
-        ValueError, match="the model has no chat template in chat_template.jinja, chat_template.json or"
-    ):
+    cases = {}, own, config | own, config | own | {JINJA: b"f"}
+    assert [template_of(files) for files in cases] == [None, *"jdf"]
+    assert template_of({"tokenizer_config.json": b'{"chat_template": {"default": "d"}}'}) == "d"
+    for wrong, said in ((named[:1], "the name .default."), ({}, "the name .default."), (3, "chat_template=3 is not a")):
+        with pytest.raises(ValueError, match=said):
+            template_of({"tokenizer_config.json": json.dumps({"chat_template": wrong}).encode()})
+    with pytest.raises(ValueError, match="chat_template.jinja is not UTF-8 text: invalid start byte at byte 1"):
+        template_of({JINJA: b"a\xff"})
+    with pytest.raises(ValueError, match="no chat template in chat_template.jinja, tokenizer_config.json or chat_"):
         chat_prompt({}, "Hello")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.1.5")
+    with pytest.raises(ValueError, match="a chat template needs jinja2 3.1.6 or newer, not 3.1.5"):
+        chat_prompt(config, "Hello")
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ValueError, match="a chat template needs the package jinja2"):
         chat_prompt(config, "Hello")
 
 
-def test_a_model_answers_in_its_template(bpe, tmp_path, capsys):
-    """The prompt of a message is the template's text with special tokens, and begins with one begin-of-text token."""
+def test_a_model_answers_in_its_template(bpe, tmp_path, monkeypatch, capsys):
+    """The prompt is the template's text with special tokens. A begin-of-text token comes from the template only."""
     tree = json.loads(Path(bpe).read_text())
     first = max(tree["model"]["vocab"].values()) + 1
     for i, text in enumerate(("<s>", "<|user|>")):
@@ -111,5 +144,15 @@ def test_a_model_answers_in_its_template(bpe, tmp_path, capsys):
     assert stickjax.load(run).generate(messages, chat=True, **options) == wanted[0]
     both = generate_text(loaded, [spelled] * 2, special_tokens=True, **options)
     assert stickjax.load(run).generate([messages, "the stick"], chat=True, **options) == both
+    with pytest.raises(ValueError, match="prompts must be a list of conversations"):
+        generate_text(loaded, messages[0], chat=True)
+    with pytest.raises(ValueError, match="a prompt must be a string, not .* set chat=True"):
+        generate_text(loaded, [messages])
+    files = tokenizer.files | {JINJA: b"<|user|>{{ messages[0].content }}"}
+    without = tokenizer.prompt(chat_prompt(files, "the stick"), special=True, prefix=False)
+    assert without[0] == first + 1 and tokenizer.prefix == (first,)
     assert main([run, "--chat", "--prompt", "the stick", "--max-new-tokens=8", "--temperature=1", "--seed=1"]) == 0
+    assert capsys.readouterr().out == wanted[0] + "\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("the stick\n"))
+    assert main([run, "--chat", "--max-new-tokens=8", "--temperature=1", "--seed=1"]) == 0
     assert capsys.readouterr().out == wanted[0] + "\n"

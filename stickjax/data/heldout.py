@@ -53,15 +53,13 @@ def heldout_windows(
     targets from one document. The input token is the token before the first target. At the beginning of a document, it
     is the `bos` of the document, or the end-of-text token if the document has no `bos`. The `bos` is not a target.
     Windows of max(lengths) * T targets are taken first: one from each document that is long enough, then a second one
-    from each, and so on. Then come shorter documents and the remaining parts of long ones. At least one window is
-    taken.
+    from each, and so on. Then come shorter documents and the rest of long ones. At least one window is taken.
 
     Args:
       corpus: the held-out token stream.
       T: the number of tokens of the context for m = 1.
       lengths: the values of m. If no document has m * T targets, m is left out and logged. The smallest m always stays.
-      max_tokens: the largest number of targets in all windows together. If the first window alone has more targets, it
-        is the only window.
+      max_tokens: the largest number of targets in all windows together; the first window may have more.
       seed: decides the order in which documents are taken.
 
     Raises ValueError if a length is below 1 or does not divide the largest length, or if `max_tokens` is below 1.

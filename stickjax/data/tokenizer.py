@@ -55,13 +55,13 @@ class Tokenizer(abc.ABC):
     prefix: tuple[int, ...] = ()
     files: dict[str, bytes] = {}
 
-    def encode(self, text: str, *, special: bool = False) -> np.ndarray:
-        """Return the token ids [n] of a text, with the ids of `prefix` in front.
+    def encode(self, text: str, *, special: bool = False, prefix: bool = True) -> np.ndarray:
+        """Return the token ids [n] of a text, with the ids of `prefix` in front unless the argument `prefix` is False.
 
-        With `special`, a part of the text that spells a special token is encoded as this token. The prefix is not added
-        if the ids already begin with it, as they may for a text from a chat template.
+        With `special`, a part of the text that spells a special token is encoded as this token. The ids of `prefix` are
+        not added if the ids of the text already begin with them.
         """
-        ids, prefix = self._encode(text, special).tolist(), list(self.prefix)
+        ids, prefix = self._encode(text, special).tolist(), list(self.prefix if prefix else ())
         return np.array(ids if ids[: len(prefix)] == prefix else prefix + ids, token_dtype(self.vocab_size))
 
     @abc.abstractmethod
@@ -105,12 +105,12 @@ class Tokenizer(abc.ABC):
     def _encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self._encode(text, False) for text in texts]
 
-    def prompt(self, text: str, *, special: bool = False) -> np.ndarray:
-        """Return the token ids [n] of a prompt for a model: the ids of `encode(text)`, or `eot` if there are none.
+    def prompt(self, text: str, **options) -> np.ndarray:
+        """Return the token ids [n] of a prompt: the ids of `encode(text, **options)`, or `eot` if there are none.
 
         A prompt needs at least one id. If it is empty, `eot` is used: in training, a new document begins after `eot`.
         """
-        ids = self.encode(text, special=special)
+        ids = self.encode(text, **options)
         return ids if len(ids) else np.array([self.eot], token_dtype(self.vocab_size))
 
     def save(self, folder: Path) -> None:

@@ -103,26 +103,23 @@ def prune(
 ) -> Transformer:
     """Return a smaller model, without the least used modules (experts of attention or of feed-forward networks).
 
-    The weights of all layers are in one array, so each layer has as many places for modules as the layer that keeps
-    the most modules. The other places are filled with zeros. The parameter `slot` of a router has one value for each
-    router column: the index of its module, or -1 if the module was pruned.
+    Each layer has as many places for modules as the layer that keeps the most modules; unused places are zeros. The
+    parameter `slot` of a router has the index of the module of each router column, or -1 if the module was pruned.
 
     Args:
       model: a trained model. Modules that `extend` added are first merged into the old modules (see `merged`).
-      use: {kind: [L, columns]}, as `usage.use` returns it: the number of (token, choice) pairs of each router column
-        in each layer. If a kind ("ffn" or "attention") is missing here, or in `count` or `threshold`, none of its
-        modules is pruned.
+      use: {kind: [L, columns]}, as `usage.use` returns it: the (token, choice) pairs of each router column and layer.
+        If a kind ("ffn" or "attention") is missing here, or in `count` or `threshold`, its modules are all kept.
       count: each layer keeps this number of its most used modules. One number, or {kind: number}.
       threshold: a layer keeps the modules that have at least this share of its (token, choice) pairs. If a token uses k
         modules, each layer keeps at least its k most used modules. One number, or {kind: number}.
       denominator: the columns over which the softmax of a router sums. "old": the columns of all modules, also of the
-        pruned ones. Then a layer returns the same output as before for a token that uses no pruned module; only the
-        last bit may differ (see `extend`). "new": only the columns of the kept modules, so the gates grow. With
-        the experts' config field order="topk_softmax", "old" and "new" give the same gates.
+        pruned ones. Then the output for a token that uses no pruned module stays the same, except for the last bit
+        (see `extend`). "new": only the columns of the kept modules, so the gates grow. With the experts' config field
+        order="topk_softmax", both give the same gates.
 
-    Raises:
-      ValueError: not exactly one of count and threshold is given, or its value is out of range; the model has no
-        modules of a kind in `use`; an array there has a wrong shape; or denominator="old" after a pruning with "new".
+    Raises ValueError if not exactly one of count and threshold is given, or its value is out of range; if the model has
+    no modules of a kind in `use`, or an array there has a wrong shape; or for "old" after a pruning with "new".
 
     >>> from stickjax.config import ExpertsConfig, ModelConfig
     >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, experts=ExpertsConfig(4, 2, "softmax_topk"))

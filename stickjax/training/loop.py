@@ -35,6 +35,7 @@ from stickjax.storage.run_folder import (
 from stickjax.system.memory import check_fits, check_program, local_bytes, state_parts
 from stickjax.system.profiling import StepTrace
 from stickjax.training.banner import banner, kernels
+from stickjax.training.branch import check_other_folder, split_branch
 from stickjax.training.metrics import MetricsLog, Pace, peak_flops
 from stickjax.training.notebook import progress_of
 from stickjax.training.progress import Progress
@@ -220,22 +221,6 @@ def _position(extra: dict, data: DataConfig) -> dict:
     return extra["data"] | {"next_index": -(-index * before["B"] * before["T"] // data.tokens_per_step)}
 
 
-def split_branch(branch: str) -> tuple[str, int | None]:
-    """Split "RUN@STEP" into (folder, step). Without "@STEP", the step is None, which means the newest checkpoint.
-
-    If `branch` is the path of an existing folder, it is not split, even if it contains an @. Raise ValueError if STEP
-    is not a number.
-    """
-    run, at, step = branch.rpartition("@")
-    if not at or Path(branch).is_dir():
-        return branch, None
-    if not (step.isascii() and step.isdecimal()):
-        raise ValueError(
-            f"--from {branch}: there is no such folder, and {step!r} is not the number of a step (RUN@STEP)"
-        )
-    return run, int(step)
-
-
 def fit(
     config: Config,
     run: str,
@@ -259,8 +244,7 @@ def fit(
       quiet: print nothing.
       on_metrics: a function that is called with every row of metrics in the process that writes the run folder.
 
-    Returns:
-      The last training state, and how the training ended.
+    Returns the last training state, and how the training ended.
 
     Raises:
       ValueError: the config does not fit the data, the devices, their memory or the folder; or the folder is in use.
@@ -268,8 +252,7 @@ def fit(
         or a new parameter is not finite. The last good checkpoint is kept.
       OSError: a checkpoint or the metrics could not be written.
     """
-    if branch is not None and Path(split_branch(branch)[0]).resolve() == Path(run).resolve():
-        raise ValueError(f"--from {branch} and --run {run} name the same folder; a branch needs a folder of its own")
+    check_other_folder(branch, run)
     config = with_own_files(run, config)
     data = training_data(config)
     if (Path(run) / "config.json").exists():
