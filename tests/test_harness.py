@@ -53,6 +53,7 @@ dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
 {more}
 """
+WORDS = """the rest of a Stick is left, and (then) it breaks: 3 parts = 2 + 1; who "Knows"? It's 7% of {it}!"""
 TASKS = {
     "letters": """
 output_type: multiple_choice
@@ -121,8 +122,8 @@ def folders(bpe, begun, tmp_path_factory):
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     """Return a folder with the files of the `TASKS`. Some texts are longer than T, and the words are random."""
-    folder, draw = tmp_path_factory.mktemp("tasks"), random.Random(0)
-    words = Path(__file__).read_text().split()
+    folder, draw = tmp_path_factory.mktemp("tasks"), random.Random(3)  # some continuations are greedy
+    words = WORDS.split()
     rows = []
     for row, size in enumerate((1, 3, 40, 2, 60, 5, 1, 2)):
         text = " ".join(draw.choices(words, k=size))
