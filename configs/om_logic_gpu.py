@@ -3,8 +3,8 @@
 python -m stickjax.train configs/om_logic_gpu.py
 python -m stickjax.evaluate runs/om_logic_gpu
 
-The training sentences have 0 to 6 operators. The test sentences may have more operators, so the model uses 24 memory
-slots in evaluation, and 12 in training.
+The training sentences have 0 to 6 operators, and the test sentences have up to 12 or more. Longer sentences need more
+memory slots, so the model uses 12 slots in training and 24 slots in evaluation.
 
 The original code trains for 50 epochs, and halves the learning rate when the validation accuracy stops rising. Here the
 learning rate follows a cosine over 50 epochs.

@@ -1,6 +1,7 @@
 """Named calls of stick-breaking attention and of the expert ops, for the tests of the implementations of these ops.
 
-To test a new implementation, add it to STICK_IMPLEMENTATIONS or EXPERT_IMPLEMENTATIONS.
+The tests run every call with every implementation in the dictionaries STICK_IMPLEMENTATIONS (attention) and
+EXPERT_IMPLEMENTATIONS (experts). To test a new implementation, add it to one of them.
 """
 
 from benchmarks.kernel_cases import DECODED, KERNEL_CASES, KERNEL_EXPERTS, ODD, Experts, Stick, documents, dtype_of

@@ -1,7 +1,7 @@
 """Every kernel that dispatch chooses for a call on a GPU can be lowered for that GPU, which need not be present.
 
-The calls are those of the GPU benchmark, and random ones. If a kernel does not support a call, dispatch refuses the
-call, and the error names implementations that support it. The lowering itself never fails. test_lowering.py tests
+The calls come from the GPU benchmark, or are random. If a kernel does not support a call, dispatch refuses the call,
+and the error names implementations that support it. The lowering itself never fails. test_lowering.py tests
 further calls of the Mosaic kernels.
 """
 

@@ -76,7 +76,7 @@ def test_in_16_bits_only_powers_of_two_are_exact(tmp_path, capsys):
 
 
 def test_in_float16_no_multiplier_is_exact():
-    """Even the multiplier 1/4 rounds: a quarter of 2^-24, the smallest positive float16 number, becomes 0."""
+    """In float16, a multiplication by 1/4 can round: 2^-24, the smallest positive number, becomes 0."""
     with pytest.raises(ValueError, match="blocks/attention/output times 0.25 is rounded in float16"):
         folded(ModelConfig(**SIZES | dict(m_res=0.25, param_dtype="float16")))
 

@@ -314,7 +314,7 @@ def test_prompts_are_continued_up_to_a_stop_string():
     assert model.generate_until([*map(request, prompts, options)]) == whole
     stop = whole[1][2]
     assert model.generate_until([request(prompts[1], options[1] | {"until": stop})]) == [whole[1].split(stop)[0]]
-    assert said[0] == "continuing 3 prompts" and said[1].startswith("1 of them have a context that is too long")
+    assert said[0] == "continuing 3 prompts" and said[1].startswith("contexts that are too long: 1;")
 
 
 def test_each_batch_draws_other_texts(monkeypatch):

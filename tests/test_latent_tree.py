@@ -1,4 +1,4 @@
-"""The latent-tree model: its numbers are those of the original code, and its parts have the right properties."""
+"""The latent-tree model: it computes the same numbers as the original code, and its parts have the right properties."""
 
 import dataclasses
 from functools import cache, partial

@@ -48,7 +48,10 @@ LISTOPS = Config(
 
 
 def rows(run, *without: str) -> list[dict]:
-    """Return the rows of metrics of a run, without `tokens_per_second` and without the columns `without`."""
+    """Return the logged metrics of a run, one dictionary per logged step.
+
+    `tokens_per_second` and the metrics whose names are in `without` are left out.
+    """
     return [{k: v for k, v in row.items() if k not in ("tokens_per_second", *without)} for row in read_metrics(run)]
 
 

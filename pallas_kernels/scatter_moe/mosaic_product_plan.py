@@ -1,4 +1,7 @@
-"""`Plan`: the sizes of a launch of a kernel in mosaic_product.py. `Kind`: what differs between these kernels."""
+"""Two classes that describe the kernels in mosaic_product.py: `Plan` and `Kind`.
+
+A `Plan` has the sizes of one launch of a kernel. A `Kind` has the properties in which the kernels differ.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -156,8 +156,8 @@ class Kernels(Protocol):
         query row and half of a key tile):
         - the sum of -log2(1 - sigmoid(logit)) over all keys on the right of the tile (or half);
         - P: d_log_rem plus the sum of weight * <d_out, value> over all keys on the left of the tile (or half).
-        With the snapshots, `d_key_value` can compute the tiles in any order. Each backend chooses the shape of the
-        array of snapshots.
+        `d_key_value` reads these two numbers for a tile, so it needs no running sum over other key tiles. Each backend
+        chooses the shape of the array of snapshots.
         """
 
     def d_key_value(self, plan: Any, query, key, value, d_out, snapshots, reached, scale, *planned) -> tuple:

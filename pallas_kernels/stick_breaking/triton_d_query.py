@@ -11,7 +11,7 @@ A block computes dq of one query tile. It visits the key tiles from left to righ
 query row and key tile, the block stores two numbers, the snapshots:
 - the sum of -log2(1 - beta) over all keys on the right of the tile;
 - P of the leftmost key of the tile.
-With the snapshots, `d_key_value` can compute the tiles in any order.
+The kernel `d_key_value` reads these two numbers for a tile, so it needs no running sum over other key tiles.
 
 R is the number of rows of a query tile, and C is the number of keys of a key tile. H is the width of queries and keys,
 and Hv is the width of values. Hp and Hvp are H and Hv, padded to powers of two.

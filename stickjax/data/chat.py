@@ -10,9 +10,10 @@ import importlib.metadata
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from stickjax.data.special_tokens import TOKENIZER_CONFIG, TOKENS, read_object
+from stickjax.data.special_tokens import TOKENIZER_CONFIG, read_object, token_texts
 
 JINJA = "chat_template.jinja"
 _JSON = "chat_template.json"
@@ -75,12 +76,7 @@ def chat_prompt(files: Mapping[str, bytes], conversation: Conversation) -> str:
             f"the model has no chat template in {JINJA}, {TOKENIZER_CONFIG} or {_JSON}; leave chat out, and spell the "
             "turns in the prompt, with special_tokens"
         )
-    environment, tokens = _environment(), {}
-    for name in ("special_tokens_map.json", TOKENIZER_CONFIG):  # an entry of the second file replaces one of the first
-        entries = read_object(files.get(name, b"{}"), name)
-        texts = {key: entries.get(key) for key in TOKENS}
-        texts = {key: text.get("content") if isinstance(text, dict) else text for key, text in texts.items()}
-        tokens |= {key: text for key, text in texts.items() if isinstance(text, str)}
+    environment, tokens = _environment(), token_texts(files, Path())
     options = dict(add_generation_prompt=True, tools=None, documents=None)
     try:
         return environment.from_string(template).render(messages=messages, **options, **tokens)

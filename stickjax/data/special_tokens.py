@@ -16,7 +16,7 @@ FILES = (
     GENERATION, TOKEN_IDS, TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
 )  # fmt: skip
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
 class Named(NamedTuple):
@@ -127,7 +127,7 @@ def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) ->
         if name not in files or not name.endswith(".json"):
             continue
         tree = read_object(files[name], folder / name)
-        for key in (*_IDS, *TOKENS, "additional_special_tokens", "added_tokens_decoder"):
+        for key in (*_IDS, *_TOKENS, "additional_special_tokens", "added_tokens_decoder"):
             found = _ids(key, tree.get(key), added, folder / name)
             special.update(found)
             if not key.startswith("eos") or tree.get(key) in (None, "", -1) or ends:
@@ -141,20 +141,22 @@ def named(files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) ->
     return Named(ends, frozenset(special & set(added.values())), "" if ends else problem)
 
 
-def begin_of_text(files: Mapping[str, bytes], folder: Path) -> str | None:
-    """Return the text of the token "bos_token" that the files in a tokenizer's folder name, or None.
+def token_texts(files: Mapping[str, bytes], folder: Path) -> dict[str, str]:
+    """Return the texts of the special tokens that the files in a tokenizer's folder name: {"bos_token": text, ...}.
 
-    This token is not always put in front of a text: `prefix_of` returns the ids that are. `files` and `folder` are as
-    in `named`.
+    An entry of tokenizer_config.json replaces an entry of special_tokens_map.json. `files` and `folder` are as in
+    `named`. The token "bos_token" is not always put in front of a text: `prefix_of` returns the ids that are.
 
-    >>> begin_of_text({"tokenizer_config.json": b'{"bos_token": {"content": "<s>"}}'}, Path("folder"))
-    '<s>'
+    >>> token_texts({"tokenizer_config.json": b'{"bos_token": {"content": "<s>"}}'}, Path("folder"))
+    {'bos_token': '<s>'}
     """
-    for name in (TOKENIZER_CONFIG, "special_tokens_map.json"):
-        found = read_object(files.get(name, b"{}"), folder / name).get("bos_token")
-        if isinstance(found := found.get("content") if isinstance(found, dict) else found, str):
-            return found
-    return None
+    found = {}
+    for name in ("special_tokens_map.json", TOKENIZER_CONFIG):
+        for key, entry in read_object(files.get(name, b"{}"), folder / name).items():
+            text = entry.get("content") if isinstance(entry, dict) else entry
+            if key in _TOKENS and isinstance(text, str):
+                found[key] = text
+    return found
 
 
 def prefix_of(own: tuple[int, ...], files: Mapping[str, bytes], added: Mapping[str, int], folder: Path) -> tuple:

@@ -92,8 +92,8 @@ class HarnessModel:
         """Say that the beginnings of `count` contexts are left out."""
         if count:
             self._say(
-                f"{count:,} of them have a context that is too long; its beginning is left out, because the model "
-                f"reads at most {self._max_length} tokens at once (--max-length)"
+                f"contexts that are too long: {count:,}; their beginnings are left out, because the model reads at "
+                f"most {self._max_length} tokens at once (--max-length)"
             )
 
     def _continued(self, prompts: list[np.ndarray], sampling: task_requests.Sampling, seed: int) -> list[str]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from flax import nnx
 
-from stickjax.data.special_tokens import begin_of_text
+from stickjax.data.special_tokens import token_texts
 from stickjax.data.tokenizer import Tokenizer
 from stickjax.evaluation.held_out import row_scores
 from stickjax.evaluation.length_buckets import padded_length
@@ -37,7 +37,7 @@ def first_token(tokenizer: Tokenizer) -> int:
     The begin of text is the token "bos_token" in the files of the tokenizer, or else the begin-of-text token in its
     `prefix`.
     """
-    text = begin_of_text(tokenizer.files, Path())
+    text = token_texts(tokenizer.files, Path()).get("bos_token")
     named = None if text is None else tokenizer.special_id(text)
     return next(token for token in (named, tokenizer.bos, tokenizer.eot) if token is not None)
 
@@ -47,8 +47,8 @@ def encoded_pair(tokenizer: Tokenizer, context: str, continuation: str, first: i
 
     Spaces at the end of the context are moved to the beginning of the continuation, because most tokenizers put a space
     and the word after it into one token. The context with the continuation is encoded as one text. If the context alone
-    has n tokens, the first n tokens belong to the context. A context without tokens
-    becomes the token `first`, the result of the function `first_token`.
+    has n tokens, the first n tokens belong to the context. A context without tokens becomes the token `first`, the
+    result of the function `first_token`.
 
     Raises ValueError if the continuation has no tokens.
 
@@ -75,9 +75,8 @@ def rolling_pairs(tokenizer: Tokenizer, text: str, max_length: int, first: int) 
 
     The model reads a pair without its last token: at most `max_length` tokens. Every pair predicts `max_length` tokens;
     only the last pair may predict fewer. The context of the first pair is `first`, the result of the function
-    `first_token`. The
-    context of a later pair is the token before the predicted tokens. If the last of several pairs predicts fewer
-    tokens, its context has more of the earlier tokens, so that the model reads `max_length` tokens again.
+    `first_token`. The context of a later pair is the token before the predicted tokens. If the last of several pairs
+    predicts fewer tokens, its context has more of the earlier tokens, so that the model reads `max_length` tokens.
 
     If the tokenizer puts a begin-of-text token in front of the text, this token is predicted too, as in the harness.
 
