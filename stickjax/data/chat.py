@@ -73,8 +73,8 @@ def chat_prompt(files: Mapping[str, bytes], conversation: Conversation) -> str:
     messages = _messages(conversation)
     if (template := template_of(files)) is None:
         raise ValueError(
-            f"the model has no chat template in {JINJA}, {TOKENIZER_CONFIG} or {_JSON}; leave chat out, and spell the "
-            "turns in the prompt, with special_tokens"
+            f"the model has no chat template in {JINJA}, {TOKENIZER_CONFIG} or {_JSON}; do not use the option chat: "
+            "write the turns and their special tokens into the prompt, and use the option special_tokens"
         )
     environment, tokens = _environment(), token_texts(files, Path())
     options = dict(add_generation_prompt=True, tools=None, documents=None)

@@ -43,8 +43,8 @@ def token_paths(path: str) -> tuple[Path, Path]:
 def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "text", eot: str | None = None) -> dict:
     """Convert a text to a token file, which consists of out.bin and out.json. Return the content of out.json.
 
-    Only one batch of documents is in memory: about two million characters, or one longer document. The function
-    `with_progress` shows the progress. Both files are written under temporary names, and are renamed when they are
+    Only one batch of documents is in memory: about two million characters, or one longer document. The progress
+    is shown (see `with_progress`). Both files are written under temporary names, and are renamed when they are
     complete. The .json file is renamed last.
 
     Args:

@@ -68,7 +68,7 @@ def validation_of(config: Config, data: TrainingData) -> Validation | str:
 
 
 def _of_text(config: Config, corpus: Corpus) -> Validation:
-    """Return the validation of a language model: its loss on the held-out text `corpus`, with contexts of T tokens."""
+    """Return the `Validation` that measures a language model's loss on the held-out text, with contexts of T tokens."""
     windows = heldout_windows(corpus, config.data.T, lengths=(1,), max_tokens=config.train.eval_tokens)
     tokens, mask = windows.pieces(1)
     B = config.data.B // config.train.accumulate  # a microbatch of B sequences fits into memory

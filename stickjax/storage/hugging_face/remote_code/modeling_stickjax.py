@@ -246,7 +246,8 @@ def mixed(y, gates):
 class MixtureOfHeads(nn.Module):
     """Attention in which each query head belongs to an expert (the field `attention_experts`).
 
-    Every expert has K query heads. A token uses N / K experts. All experts share the keys and values. With
+    Every expert has K query heads, one for each key/value head. The router chooses N / K experts for a token, so that a
+    token has N query heads. All experts share the keys and values. With
     key_value="input", the keys and the values are x itself. With "biased", their projections have biases.
     """
 
