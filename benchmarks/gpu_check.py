@@ -76,6 +76,8 @@ def exact(reference: Callable, cotangent, arguments):
 def exact_forward(reference: Callable, arguments):
     """Return (outputs, None) of the function `reference`, computed in fp32 and copied to the host.
 
+    `exact` returns the gradients in the place of None.
+
     `arguments`: the same inputs that the checked function gets. They are converted to fp32.
     """
     return jax.device_get(jax.jit(reference)(*fp32(arguments))), None

@@ -154,17 +154,17 @@ def export(
     Args:
       model: the result of `stickjax.load`, or only the module with the parameters; then no tokenizer.json is written.
       path: a folder that does not exist yet; it appears only when it is complete.
-      type: the model type in config.json, such as "llama". It may be None if only one type can hold the model, apart
-        from the type "stickjax", which must be named. The type "stickjax" can hold every decoder with attention
-        "stick_breaking" or "softmax" and without added or pruned experts. The folder then also has PyTorch code.
+      type: the model type in config.json, such as "llama". None: the only type that can hold the model. The type
+        "stickjax" is never chosen by None. It can hold every decoder with attention "stick_breaking" or "softmax" and
+        without added or pruned experts, and the folder then also has PyTorch code.
       shard_bytes: the largest size of a file with parameters, in bytes. A larger model is divided into several files,
         and an index file lists them.
       push: True to write the model to the Hugging Face hub instead. `path` is then its name, such as "org/name". A new
         model on the hub is private.
 
     Raises:
-      ValueError: the folder exists; the model type cannot express the model; `type` is None, although several types can
-        express the model (the message names them); a parameter is not finite; or the upload fails.
+      ValueError: the folder exists; the model type cannot express the model; `type` is None, and no type or several
+        types other than "stickjax" can express the model; a parameter is not finite; or the upload fails.
 
     >>> import jax, stickjax, tempfile
     >>> from stickjax.models.transformer import init

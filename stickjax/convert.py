@@ -53,17 +53,17 @@ def export(
     Args:
       model: the result of `stickjax.load`, or only the module with the parameters; then no tokenizer.json is written.
       path: a folder that does not exist yet; it appears only when it is complete.
-      type: the model type in config.json, such as "llama". It may be None if only one type can hold the model, apart
-        from the type "stickjax", which must be named. The type "stickjax" can hold every decoder with attention
-        "stick_breaking" or "softmax" and without added or pruned experts. The folder then also has PyTorch code.
+      type: the model type in config.json, such as "llama". None: the only type that can hold the model. The type
+        "stickjax" is never chosen by None. It can hold every decoder with attention "stick_breaking" or "softmax" and
+        without added or pruned experts, and the folder then also has PyTorch code.
       shard_bytes: the largest size of a file with parameters, in bytes. A larger model is divided into several files,
         and an index file lists them.
       push: True to write the model to the Hugging Face hub instead. `path` is then its name, such as "org/name".
 
     Raises:
       ValueError: the folder exists; the model type cannot express the model (the message names the config fields);
-        `type` is None, although several types can express the model (the message names them); a parameter is not
-        finite; or the upload fails (see `stickjax.storage.hub.new_folder`).
+        `type` is None, and no type or several types other than "stickjax" can express the model (the message names
+        them); a parameter is not finite; or the upload fails (see `stickjax.storage.hub.new_folder`).
 
     >>> import jax, tempfile
     >>> from stickjax import ModelConfig, load
@@ -99,8 +99,8 @@ def convert(
       eot: the added token of the tokenizer that ends a text, such as "<|im_end|>"; it becomes the config field
         `data.eot`. None: `data.eot` is not changed. If `data.eot` is None too, the token is read from the files beside
         the tokenizer.json.
-      type: the model type of a Hugging Face folder that is written, such as "llama". It may be None if only one type
-        can hold the model, apart from the type "stickjax", which must be named.
+      type: the model type of a Hugging Face folder that is written, such as "llama". None: the only type that
+        can hold the model. The type "stickjax" is never chosen by None.
       push: True to write the Hugging Face folder to the hub. `path` is then the name of the model, such as "org/name".
 
     Returns:

@@ -154,9 +154,9 @@ def _advance(model, tokens, segment_ids, cache, key, index, *, temperature, top_
     """Run the model on `tokens` [B,T], and draw the next token of every row. Return (ids [B], the new cache).
 
     `segment_ids` [B,T]: -1 for padding, 0 for tokens. `cache`: the keys and values of earlier tokens. The new cache
-    also has the keys and values of `tokens`. The random numbers depend on `key`, on the row's index, and on `index`,
-    the number of new tokens that each row already has. If `temperature` is None, the most likely token is taken. Only
-    ids below `vocab_size` are drawn.
+    also has the keys and values of `tokens`. The random numbers depend on `key`, on the number of the row, and on
+    `index`, the number of new tokens that each row already has. If `temperature` is None, the most likely token is
+    taken. Only ids below `vocab_size` are drawn.
     """
     logits, cache = _decode_step(mesh, model, tokens, segment_ids, cache)
 

@@ -70,7 +70,7 @@ BAD = [
     (["--data.source=stdlib,logc"], "source='logc' is not one of 'stdlib', 'text', 'tokens', 'logic'"),
     (["--data.source=stdlib,logc"], "(did you mean 'logic'?)"),
     (["--data.source=stdlib,logic,stdlib"], "source='stdlib,logic,stdlib' names 'stdlib' twice"),
-    (["--data.source=text,tokens", "--data.path=x"], "text and tokens both read data.path"),
+    (["--data.source=text,tokens", "--data.path=x"], "the sources 'text' and 'tokens' both read"),
     (["--data.source=text,logic", "--data.path=x", "--data.heldout_path=y"], "heldout_path='y' needs one source"),
     (["--data.examples=0"], "examples=0 must be at least 1"),
     (["--data.B=6", "--train.accumulate=4"], "B=6 sequences must be a multiple of accumulate=4"),

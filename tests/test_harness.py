@@ -1,7 +1,8 @@
 """Tasks of lm-evaluation-harness: requests are divided into tokens, scored and continued as in the harness.
 
-Two tests compare the numbers with the harness's own backend for transformers. They need another Python, which
-`torch_python` finds, with torch, transformers and lm_eval. The tests of the command need lm_eval in this Python.
+Two tests compare the numbers with the harness's own backend for transformers. They need a second Python with torch,
+transformers and lm_eval, which `torch_python` finds. The tests of `evaluate --tasks` need lm_eval in the Python that
+runs the tests.
 """
 
 import importlib.util

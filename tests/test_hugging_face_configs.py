@@ -332,8 +332,9 @@ def test_a_jetmoe_that_is_another_is_refused(changes, said):
 def test_what_is_ignored_changes_no_logits():
     """No reader of a model type reads an entry of config.json that is in the set IGNORED.
 
-    The entry with the longest sequence is an exception: it changes no logits, but becomes T of the data config.
-    An entry that is neither read nor ignored gives an error.
+    Each type has an entry for the maximum sequence length, such as `max_position_embeddings`. Its value becomes T of
+    the data config. This entry may be in IGNORED although it is read, because it changes no logits. An entry that is
+    neither read nor ignored gives an error.
     """
     seen = set()
 

@@ -56,7 +56,7 @@ def in_float64(config):
 
 @cache
 def original(early_root):
-    """Return (model with the weights of the original code, the stored arrays of the original code).
+    """Return (model with the weights of the original code, the stored arrays: weights, inputs and outputs).
 
     `early_root` is a field of TreeConfig.
     """

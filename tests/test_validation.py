@@ -95,7 +95,7 @@ class Killed(Exception):
 def test_stopped_and_started_again_it_has_the_same_numbers(validated, tmp_path, monkeypatch, at):
     """A run that fails at step `at` and is started again has the numbers of a run without an interruption.
 
-    The first run fails after its row of metrics is written and before its checkpoint is saved.
+    The first run fails after the metrics of this step are written, and before its checkpoint is saved.
     """
 
     def end(row):

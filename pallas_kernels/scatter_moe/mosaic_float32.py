@@ -56,7 +56,7 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
     if plan.dtype == jnp.float32:
         if plan.x_parts != 1:
             raise NotImplementedError(
-                f"in float32, x must have one part, [1, rows, width], got x.shape={x.shape}; use bfloat16 or float16"
+                f"in float32, x must have the shape [1, rows, width], got x.shape={x.shape}; use bfloat16 or float16"
             )
         x, w = split(x[0]), split(weight)
         # Now a row of x has six parts, one for each product. So the accumulators of the kernel sum the six products.

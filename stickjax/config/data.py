@@ -148,7 +148,8 @@ class DataConfig:
             raise ValueError(f"source={self.source!r}: labelled rows cannot be mixed with other sources")
         if len(stored) > 1:
             raise ValueError(
-                f"source={self.source!r}: text and tokens both read data.path; use one of them, or data.mixture"
+                f"source={self.source!r}: the sources 'text' and 'tokens' both read data.path; use one of them, or "
+                "data.mixture"
             )
         if not stored and self.path is not None:
             raise ValueError(f"path={self.path!r} is not used by source={self.source!r}; did you mean source='text'?")

@@ -52,7 +52,8 @@ def plot_derivation(nodes: Sequence[int], words: Sequence[str], path, *, source=
 
 
 def _places(leaves: Sequence[int]) -> dict[int, tuple[float, float]]:
-    """Return {node: (x, y)}, the position at which each node of a tree is drawn. The root has y = 0.
+    """Return {node: (x, y)}, the position at which each node of a tree is drawn. The root has y = 0, and its
+    descendants at depth d have y = -d.
 
     `leaves` are the indices of the leaves in the complete binary tree. Leaf number i from the left, counted from 0, has
     x = i. The x of any other node is the mean of the x of its two children.

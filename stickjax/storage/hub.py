@@ -58,7 +58,7 @@ def _downloaded(name: str) -> str:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike, push: bool) -> Iterator[Path]:
-    """A context for a block that writes a folder: the folder `path`, or, with `push`, a model on the hub.
+    """A context for a block that writes the folder `path` or, with `push`, a model on the hub.
 
     The context yields a temporary folder. If the block succeeds, this folder becomes `path` (see `complete_folder`).
     With `push`, the temporary folder is uploaded in one commit instead, as the model with the name `path`. If the hub

@@ -188,10 +188,12 @@ def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | 
 def _keep(model: Transformer, leaves: dict, kind: Kind, slot, keep, denominator: str) -> dict[str, int]:
     """Remove the pruned modules (experts) of one kind from `leaves`, {name: array}. Return the changed config fields.
 
-    These are fields of the kind's `ExpertsConfig`: "E" is the largest number of modules that a layer keeps. "pruned" is
-    the number of router columns minus E. `slot` [L, columns] has the index of each column's module (see `slots`).
-    `keep` [L, columns] is True for the columns of the modules that remain. With `denominator` "new", the router columns
-    of the pruned modules are removed, too. With "old", the router keeps them.
+    `slot` [L, columns] has the index of each column's module (see `slots`). `keep` [L, columns] is True for the columns
+    of the modules that remain. `denominator` says which columns count in the denominator of the router's softmax: with
+    "old", the router keeps the columns of the pruned modules; with "new", these columns are removed, too.
+
+    The returned fields belong to the kind's `ExpertsConfig`: "E" is the largest number of modules that a layer keeps,
+    and "pruned" is the number of columns that the router has after this change, minus E.
     """
     E = int(keep.sum(1).max())
     columns = np.argsort(~keep, axis=1, kind="stable")[:, :E]  # indices of the kept columns, in their order

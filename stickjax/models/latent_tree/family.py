@@ -170,7 +170,10 @@ class LatentTree(Family):
         return decode(model, batch).words
 
     def induced_trees(self, model, batch) -> dict[str, list[Tree]] | None:
-        """Return {"source": the trees that the encoder's memory induces over the B sources}; None without a memory."""
+        """Return {"source": a list of B trees}: the tree that the encoder induces over each of the B sources.
+
+        Only the encoder "ordered_memory" induces trees. Return None for the other encoders.
+        """
         if model.config.encoder != "ordered_memory":
             return None
         slots, source = jax.device_get((_slots(model, batch), batch["source"]))
