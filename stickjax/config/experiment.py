@@ -97,6 +97,11 @@ class TrainConfig:
     track: Literal["tensorboard", "wandb", "trackio"] | None = field(
         None, "tracker of experiments that also gets the metrics: tensorboard, wandb or trackio; None: no tracker"
     )
+    compilation_cache: str | None = field(
+        "auto",
+        "folder that keeps compiled programs, so that the next start is faster; auto: a folder in the user's cache; "
+        "None: do not change JAX's settings",
+    )
     max_bad_steps: int = field(
         10, "stop after this many steps in a row with a loss or gradient that is not finite", at_least=1
     )

@@ -31,6 +31,7 @@ SYNONYMS = {
     "train.log_every": "log_interval logging_steps log_steps",
     "train.checkpoint_every": "save_every save_steps save_interval checkpoint_interval ckpt_every checkpoint_steps",
     "train.eval_every": "eval_interval eval_steps val_interval validate_every val_check_interval",
+    "train.compilation_cache": "compile_cache compilation_cache_dir jax_compilation_cache_dir cache_dir",
     "train.keep": "save_total_limit keep_checkpoints max_to_keep",
     "model.V": "vocab vocab_size vocabulary",
     "model.D": "dim width hidden_size d_model n_embd embed_dim hidden_dim",

@@ -5,6 +5,7 @@ or `stickjax.convert` writes. A folder of one model has config.json, and model.s
 safetensors file can be written piece by piece. Orbax, which writes checkpoints, needs a whole array in memory.
 """
 
+import contextlib
 import os
 from collections.abc import Mapping
 from operator import attrgetter
@@ -31,6 +32,7 @@ from stickjax.storage import hugging_face
 from stickjax.storage.checkpoints import Checkpoints, check_finite, named_leaves
 from stickjax.storage.hub import local_folder
 from stickjax.storage.hugging_face.files import Lazy, open_safetensors, write_safetensors
+from stickjax.system.compiled import AUTO, keep_compiled
 from stickjax.system.disk import write_file, writing
 from stickjax.system.lock import complete_folder
 from stickjax.system.memory import check_fits, local_bytes
@@ -39,8 +41,12 @@ from stickjax.system.text import printable
 MODEL_FILE = "model.safetensors"  # the file with the parameters in a folder of one model, which has no checkpoints
 # Fields that hold paths. A checkpoint records hashes of the files, and of the weights of a mixture, so the paths may
 # change.
-PATH_FIELDS = ("data.path", "data.mixture", "data.heldout_path", "data.labels", "data.tokenizer", "data.cache")
-_NO_PATHS = (None, "byte", "words")  # values of these fields that are not paths
+PATH_FIELDS = (
+    "data.path", "data.mixture", "data.heldout_path", "data.labels", "data.tokenizer", "data.cache",
+    "train.compilation_cache",
+)  # fmt: skip
+# Values of these fields that are not paths.
+_NO_PATHS = {"data.tokenizer": ("byte", "words"), "train.compilation_cache": (AUTO,)}
 # Fields that may change when a run is resumed: they change neither the state nor the results of a step.
 _FREE = (
     "train.log_every",
@@ -114,7 +120,7 @@ def with_own_files(run: str | os.PathLike, config: Config) -> Config:
         if given == "byte" or (given == "words" and Path(own).name != WORDS_FILE):
             continue  # `check_config` says that the run has another tokenizer
         if (
-            given not in _NO_PATHS
+            given not in (None, *_NO_PATHS["data.tokenizer"])
             and Path(given).exists()
             and _content(place, given, config) != _content(place, own, config)
         ):
@@ -206,18 +212,19 @@ def write_config(
         write_file(folder / name, content)
     if tokenizer is not None:
         tokenizer.save(folder)
-    places = {place: _absolute(attrgetter(place)(config)) for place in PATH_FIELDS}
+    places = {place: _absolute(attrgetter(place)(config), _NO_PATHS.get(place, ())) for place in PATH_FIELDS}
     write_file(folder / "config.json", config.replace(places).to_json())
 
 
-def _absolute(value: str | tuple[Part, ...] | None) -> str | tuple[Part, ...] | None:
+def _absolute(value: str | tuple[Part, ...] | None, no_paths: tuple[str, ...] = ()) -> str | tuple[Part, ...] | None:
     """Return a copy of `value` with absolute paths. `value` is the value of a config field that has a path.
 
-    PATH_FIELDS lists these fields. The value of `data.mixture` is a tuple of parts, and each part has paths.
+    PATH_FIELDS lists these fields. The value of `data.mixture` is a tuple of parts, and each part has paths. `no_paths`
+    are values of the field that are not paths, such as "byte".
     """
     if isinstance(value, tuple):
         return tuple(part._replace(path=_absolute(part.path)) for part in value)
-    return value if value in _NO_PATHS else str(Path(value).absolute())
+    return value if value is None or value in no_paths else str(Path(value).absolute())
 
 
 def _is_model(folder: str | os.PathLike) -> bool:
@@ -294,6 +301,8 @@ def load(
     """
     run = local_folder(run)
     config = read_config(run).replace(changes or {})
+    with contextlib.suppress(ValueError):  # the config may name a folder of another machine
+        keep_compiled(config.train.compilation_cache)
     mesh = mesh_for_evaluation(config, changes or ()) if mesh == "run" else mesh
     shapes = jax.eval_shape(lambda: family_of(config.model).init(config.model, jax.random.key(0)))
     abstract = with_shardings(mesh, shapes)

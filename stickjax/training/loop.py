@@ -32,6 +32,7 @@ from stickjax.storage.run_folder import (
     with_shardings,
     write_config,
 )
+from stickjax.system.compiled import keep_compiled
 from stickjax.system.memory import check_fits, check_program, local_bytes, state_parts
 from stickjax.system.profiling import StepTrace
 from stickjax.training.banner import banner, kernels
@@ -253,6 +254,7 @@ def fit(
       OSError: a checkpoint or the metrics could not be written.
     """
     check_other_folder(branch, run)
+    keep_compiled(config.train.compilation_cache)
     config = with_own_files(run, config)
     data = training_data(config)
     if (Path(run) / "config.json").exists():
