@@ -49,7 +49,7 @@ def ragged_mlp(dot: Callable, chosen, E: int) -> Callable:
     """Return a function `(x, w_in, w_out, gates) -> out` that computes expert networks with the grouped GEMM `dot`.
 
     Like most code with `ragged_dot`, the function gathers the rows by expert, computes two grouped GEMMs, and gathers
-    the rows back by token. `dot`: a function of `ragged_dots`. `chosen` [T,k]: the expert indices.
+    the rows back by token. `dot`: one of the functions that `ragged_dots` yields. `chosen` [T,k]: the expert indices.
     """
 
     def run(x, w_in, w_out, gates):

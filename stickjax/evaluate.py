@@ -8,9 +8,9 @@ For a model that reads examples, such as a classifier, the command computes the 
 
 With --tasks, the command runs tasks of lm-evaluation-harness instead (see `stickjax.evaluation.harness`).
 
-A language model is evaluated on the mesh of its run, or on the mesh that the options --mesh.* describe. Without these
-options and with a single process, one device is used if the mesh of the run cannot be made here, for example because it
-needs more devices.
+A language model is evaluated on the mesh of its run, or on the mesh that the options --mesh.* describe. This machine
+may have too few devices for the mesh of the run. Then the command uses one device. But if an option --mesh.* is given,
+or if there are several processes, a mesh that cannot be made is an error.
 
 The command writes numbers and pictures into the run folders. It writes nothing into a folder that is read-only or in
 the Hugging Face layout.

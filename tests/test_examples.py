@@ -18,9 +18,9 @@ from stickjax.models.vocabulary_size import with_sizes_of, with_vocabulary
 
 @pytest.fixture(scope="module")
 def families():
-    """Return {what a model reads: its config}.
+    """Return one model config for each kind of data that a model can read: {kind of data: config}.
 
-    The configs for sentences and translations belong to families that exist only in these tests and have no model.
+    The configs for "sentences" and "translation" are defined only in these tests. No model can be made from them.
     """
 
     @dataclasses.dataclass(frozen=True)

@@ -67,9 +67,9 @@ def chat_model(tmp_path, bpe):
 
 
 def put_in_cache(cache: Path, name: str, source: Path, without: str = "") -> Path:
-    """Put the model in the folder `source`, except the file `without`, into a cache of the hub, as the model `name`.
+    """Copy the files of the folder `source` into a cache of the hub, as the model `name`. Return the snapshot folder.
 
-    The cache gets the files as blobs, and a snapshot folder with links to the blobs. Return the snapshot folder.
+    The file `without` is not copied. The cache gets the files as blobs, and a snapshot folder with links to the blobs.
     """
     repo = cache / f"models--{name.replace('/', '--')}"
     snapshot = repo / "snapshots" / SHA

@@ -56,7 +56,8 @@ def test_bytes_are_exact(planned):
 def test_work_is_the_kernels_and_the_rest(planned):
     """A step has the same total number of FLOPs on 64 devices and on one device.
 
-    In both cases, a device computes 4 rows of each microbatch.
+    In both cases, the batch is the same, and a device computes 4 rows of each microbatch. So the step on one device
+    has 64 times as many microbatches.
     """
     config, _, step = planned
     alone = config.replace({"mesh.fsdp": 1, "train.accumulate": config.data.B // 4})

@@ -118,10 +118,11 @@ def test_two_warps_need_a_barrier_to_exchange_numbers():
 
 
 def reduction(stride: int) -> str:
-    """Return a body of PTX in which each warpgroup adds one number per warp through 16 bytes of shared memory.
+    """Return a body of PTX in which every thread computes the sum of the warp numbers of its warpgroup.
 
-    `stride` is the number of bytes from the start of one warpgroup's 16 bytes to the start of the next warpgroup's 16
-    bytes. If `stride` is below 16, the two regions overlap.
+    Each of the four warps writes its number into shared memory, and every thread then reads the four numbers, which
+    are 16 bytes. The 16 bytes of the next warpgroup begin `stride` bytes later. With a `stride` below 16, the bytes of
+    two warpgroups overlap.
     """
     return f"""shr.u32 %r1, %r61, 2; mad.lo.u32 %r2, %r1, {stride}, %r63; and.b32 %r3, %r61, 3; shl.b32 %r3, %r3, 2;
         add.u32 %r4, %r2, %r3; add.u32 %r5, %r1, 1; setp.eq.u32 %p1, %r62, 0;
@@ -273,7 +274,7 @@ FAULTS = {
     "a block that ends while copies read": (
         f"{FIRST} {FILL} {FENCE} bar.sync 0; {STORE_BULK}", Fault, "ends while its bulk copies read"
     ),
-    "a block that ends while copies write": (f"{FIRST} {LOAD_BULK}", Fault, "which nobody has waited for"),
+    "a block that ends while copies write": (f"{FIRST} {LOAD_BULK}", Fault, "but no warp has waited until the copies"),
     "a read of a copy without a wait": (f"{FIRST} {LOAD_BULK} ld.shared.b32 %r3, [%r63];", Race, "mbarrier 0 has"),
     "a write over an mbarrier": (f"{FIRST} {LOAD_BULK} {WAIT} st.shared.b32 [%r63+1028], 0;", Fault, "over an"),
     "no mbarrier there": ("mbarrier.arrive.shared.b64 _, [%r63+1024];", Fault, "no mbarrier at byte 1024"),

@@ -430,8 +430,9 @@ def test_indices_of_any_integer_type(dtype):
 
 @pytest.mark.parametrize("D", [8, xla._WIDE])
 def test_the_backward_pass_keeps_the_inputs_and_in_wide_models_the_pre_activation(D):
-    """The XLA implementation saves inputs and routing for the backward pass, and if D is large the pre-activation.
+    """The XLA implementation saves the inputs and the routing for the backward pass. It saves more if D is large.
 
+    If D is large, it also saves the pre-activation, so that the backward pass need not compute it again.
     Under jax.checkpoint, the pre-activation is saved only if the checkpoint policy names `call.PRE_ACTIVATION`.
     """
     T, F, E, k = 6, 20, 4, 2
@@ -445,9 +446,9 @@ def test_the_backward_pass_keeps_the_inputs_and_in_wide_models_the_pre_activatio
         return expert_mlp(*arguments[:3], routing, arguments[3], implementation="xla")
 
     def pre_activations(f):
-        """Return how many arrays with the shape of the pre-activation the function `f` saves for its backward pass.
+        """Return how many pre-activations the function `f` saves for its backward pass. They are found by their shape.
 
-        Also assert that every other saved array has the shape of an input or of the routing, or one element.
+        Also assert that every other saved array has the shape of an input or of the routing, or has one element.
         """
         inputs = {a.shape for a in (x, w_in, w_out, gates, gates.reshape(-1, 1), *jax.tree.leaves(routing))}
         shapes = [a.shape for a in jax.tree.leaves(jax.vjp(f, x, w_in, w_out, gates)[1])]

@@ -329,7 +329,7 @@ def test_command_line(command, toy, tmp_path, capsys):
     [
         (["coordinate", "--widths=48,x"], "--widths=48,x: expected positive whole numbers separated by commas"),
         (["power-law", "--rates=0.1,-1"], "--rates=0.1,-1: expected positive numbers separated by commas"),
-        (["coordinate", "--widths=33"], "the products of N=4, K=4 and F=128 with width / D must be"),
+        (["coordinate", "--widths=33"], "N=4, K=4 and F=128 are multiplied by width / D = 33/"),
         (["learning-rate", "--model.V=100", "--widths=16"], "V=100 is smaller than the 257 ids of tokenizer='byte'"),
         (["coordinate", "--model.WIDTH=3"], "unknown config key 'model.WIDTH'"),
         (["coordinate", "--widths=64000000"], "does NOT fit"),

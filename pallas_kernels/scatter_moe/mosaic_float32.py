@@ -47,8 +47,9 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
 
       out[target[i]] = (row source[i] of x) @ weight[e] + bias[e].
 
-    `mosaic_product.product` runs the kernel. Its docstring explains the arguments. x is [parts, rows of x, width]. For
-    float32, `parts` must be 1, and the result is the sum of six products of bfloat16 arrays.
+    `mosaic_product.product` runs the kernel. Its docstring explains the arguments. x is [parts, rows of x, width].
+    A row has one or more parts. In float32, x must have one part, and the result is the sum of six products of bfloat16
+    arrays.
 
     Raises:
       NotImplementedError: the arrays are float32, and x.shape[0] is not 1.

@@ -29,10 +29,10 @@ FINISHED = 1e30  # the cumulative log-decay of a query row that needs no keys; i
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(kernels.Plan):
-    """The sizes of one call of an attention kernel for Hopper GPUs, which are constants in the compiled kernel.
+    """The sizes of one call of an attention kernel for Hopper GPUs. They are constants in the compiled kernel.
 
-    The fields here are added to the fields of `kernels.Plan`. `stages` and `warpgroups` are for the kernels `forward`
-    and `d_query`. The kernel `d_key_value` has its own numbers of stages and warpgroups.
+    The kernels `forward` and `d_query` have `stages` key tiles in shared memory at the same time, and `warpgroups`
+    warpgroups that compute. The kernel `d_key_value` has its own numbers of stages and warpgroups.
     """
 
     stages: int  # number of key tiles that are in shared memory at the same time
@@ -46,10 +46,11 @@ class Plan(kernels.Plan):
 
 
 class Assignment(NamedTuple):
-    """What a warpgroup of the kernel `forward` or `d_query` computes, as indices: head, query tile, and key tiles.
+    """The indices of the work of one warpgroup in the kernel `forward` or `d_query`.
 
-    Warpgroup `wg` of block i of a head computes query tile i * W + wg, where W is the number of computing warpgroups of
-    the block. The keys of a batch entry may be split into parts. Then each part has separate blocks.
+    The warpgroup computes query tile i * W + wg of head n in batch entry b. W is the number of computing warpgroups of
+    the block. The block reads the key tiles from `start` to `stop` - 1 of the key head `head`. The keys of a batch
+    entry may be split into parts. Then each part has separate blocks, and `entry` is the index of batch entry and part.
     """
 
     entry: jax.Array  # (index of the part of the keys) * B + b
@@ -164,16 +165,16 @@ def finished_padding(plan: Plan, segments, b, first_row):
 
 
 def block(plan: Plan):
-    """Return what this block computes, as three indices (entry, head, i): this is block i of the head.
+    """Return three indices (entry, head, i), which say what this thread block computes.
 
-    The keys of a batch entry may be split into parts, and `entry` is (index of the part) * B + batch entry. A head is a
-    query head or, in decoding, a key head. Block i computes the i-th query tile of the head, or the i-th pair of query
-    tiles.
+    The block computes the i-th query tile of the head, or the i-th pair of query tiles. A head is a query head or, in
+    decoding, a key head. The keys of a batch entry may be split into parts. So `entry` is the index of a part and a
+    batch entry: (index of the part) * B + batch entry.
 
     The GPU starts the blocks in the order of their indices on the axis "block". The first blocks compute all query
-    tiles of the first `plan.heads_together` heads, the next blocks compute the next group of heads, and so on. So the
-    keys and values of a group fit into the cache, if the keys and values of one head fit. Within a group, the last
-    query tiles of every head come first, because the last queries see the most keys.
+    tiles of the first `plan.heads_together` heads, the next blocks compute the next group of heads, and so on. The keys
+    and values of a group fit into the cache. But if one head is too large for the cache, each head is a group. Within a
+    group, the last query tiles of every head come first, because the last queries see the most keys.
     """
     together = plan.heads_together
     i = lax.axis_index("block")
@@ -183,10 +184,10 @@ def block(plan: Plan):
 
 
 def visited(bound, warpgroups: int):
-    """Return (stop, start) such that the key tiles start..stop-1 contain the key-tile ranges of all warpgroups.
+    """Return (stop, start): the key tiles start..stop-1 include the key tiles of all warpgroups of a block.
 
-    `warpgroups` is the number of computing warpgroups of the block, 1 or 2. `bound(w, which)` returns the stop (if
-    `which` is 0) or the start (if `which` is 3) of the key-tile range of warpgroup w.
+    `warpgroups` is the number of computing warpgroups of the block, 1 or 2. Warpgroup w has a key-tile range. The
+    function `bound(w, which)` returns the stop of this range if `which` is 0, and the start if `which` is 3.
     """
     if warpgroups == 1:
         return bound(0, 0), bound(0, 3)

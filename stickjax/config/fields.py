@@ -256,9 +256,9 @@ def nearest(name: str, known) -> str:
 
 
 def same_definition(one, other) -> bool:
-    """Return whether two classes or functions have the same module and name, as when one file has been run twice.
+    """Return whether two classes or functions have the same module and the same name.
 
-    A file or a notebook cell that runs again makes a new object, which may replace the old one in a registry.
+    This is true, for example, if a file or a notebook cell ran twice. Then a registry replaces the old object.
     """
     names = [(getattr(x, "__module__", None), getattr(x, "__qualname__", None)) for x in (one, other)]
     return names[0] == names[1] and None not in names[0]

@@ -153,7 +153,7 @@ def _mix(corpora: Iterable[Corpus]) -> Corpus:
 def _joined(corpora: Sequence[Corpus]) -> Corpus:
     """Concatenate several token streams. An end-of-text token is added after each stream that does not end with one.
 
-    A single stream is returned unchanged.
+    If there is only one stream, it is returned unchanged, and no token is added.
     """
     if len(corpora) == 1:
         return corpora[0]
@@ -190,9 +190,10 @@ def load_corpus(config: DataConfig) -> tuple[Corpus, Corpus]:
     """Load the text that `config` names, and return two token streams: (for training, held out for evaluation).
 
     If `heldout_path` is set, the text of `path` is for training, and the text of `heldout_path` is held out. Otherwise
-    the documents 0, heldout_every, 2 * heldout_every, ... are held out. Of a token file or a single document, the
-    last part is held out instead: about 1 / heldout_every of the tokens, or the whole last document if it is longer
-    (see `_cut`). Then both streams are views of one array. Each stream has at least one token.
+    the documents 0, heldout_every, 2 * heldout_every, ... are held out. A token file or a single document is cut into
+    two parts instead, and the second part is held out (see `_cut`). It has about 1 / heldout_every of the tokens. If
+    the last of several documents is longer than that, the whole last document is held out. Both parts are views of
+    one array. Each stream has at least one token.
 
     Several sources, such as `source="stdlib,logic"`, are loaded one by one. Then the training streams of all sources
     are cut to the length of the shortest stream and concatenated, so that all sources have equal shares. The held-out

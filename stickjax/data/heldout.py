@@ -14,10 +14,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class EvalWindows:
-    """W windows of held-out text, to evaluate a model with contexts of m * T tokens, for every m in `lengths`.
+    """Windows of held-out text, to evaluate a model with contexts of m * T tokens, for every m in `lengths`.
 
     A window is one input token, followed by at most max(lengths) * T target tokens to predict. All targets of a window
-    are from one document.
+    are from one document. Row w of `tokens` is window w, and `targets[w]` is its number of targets.
     """
 
     tokens: np.ndarray  # [W, longest + 1], int32: each row is the first input, the targets of one window, and padding

@@ -93,7 +93,7 @@ class Tokenizer(abc.ABC):
         return next((i for i in self.prefix if i != self.eot), None)
 
     def document(self, text: str) -> np.ndarray:
-        """Return the token ids [n] of a document in training: `prefix` without `eot`, the ids of the text, `eot`."""
+        """Return the ids [n] of a document in training: first `prefix` (but no `eot`), then the text, then `eot`."""
         return self.documents([text])[0]
 
     def documents(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -215,10 +215,10 @@ class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer from a file tokenizer.json at `path`, which the optional package `tokenizers` reads.
 
     The end of text is `eot`, the text of an added token of the file. If `eot` is None, `special_tokens.named` finds the
-    end of text in other files of the same folder. If these files name no end of text, it is the first text of the
-    list `END_OF_TEXT`, such as "<|endoftext|>", that is an added token.
-    `special_tokens.prefix_of` computes the `prefix` from the tokenizer.json and the other files. If the tokenizer.json
-    alone has another prefix, the name of the tokenizer ends in "+" and the list of the ids in `prefix`.
+    end of text in other files of the same folder. These files may name no end of text. Then the texts of the list
+    `END_OF_TEXT`, such as "<|endoftext|>", are tried in order, and the first one that is an added token is used.
+    `special_tokens.prefix_of` computes the `prefix` from the tokenizer.json and the other files. If this differs from
+    the prefix in the tokenizer.json, the name of the tokenizer ends in "+" and the list of the ids in `prefix`.
 
     Raises ValueError if the package is missing, if a file cannot be read, or if no end of text is found.
     """
@@ -267,7 +267,7 @@ class HuggingFaceTokenizer(Tokenizer):
             if (other := self._tokenizer.token_to_id(text)) != i:
                 raise ValueError(
                     f"{where}: the added token {text!r} has id {i} in this file, but the package tokenizers gives it "
-                    f"id {other}"
+                    f"id {other}; correct the ids of the added tokens"
                 )
         if not ends:
             problem = problem or f"{where} has no end of text: no file in its folder names one"

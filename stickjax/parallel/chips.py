@@ -30,7 +30,7 @@ class MissingWheels(ImportError):
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A GPU model, with its peak rates. Bandwidths are in bytes/s, in one direction."""
+    """A GPU model, with its peak FLOP/s and its bandwidths, which are in bytes/s, in one direction."""
 
     name: str
     kind: str  # the beginning of `jax.Device.device_kind` for this model

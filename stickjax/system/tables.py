@@ -42,8 +42,8 @@ def print_table(table: Table) -> None:
 class Columns(dict):
     """A table whose columns are NumPy arrays: {name of a column: array}. All arrays have the same length.
 
-    Its repr is the table as text. Of a table with more than SHOWN rows, only the first and the last rows are shown. If
-    pandas is installed, `pandas.DataFrame(columns)` converts the table to a data frame.
+    Its repr is the table as text. If the table has more than SHOWN rows, the text has only the first and the last rows.
+    If pandas is installed, `pandas.DataFrame(columns)` converts the table to a data frame.
 
     >>> Columns.of([{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25, "rate": 7.0}])
     step  loss  rate
@@ -63,7 +63,7 @@ class Columns(dict):
     def _cells(self) -> list[list[str]]:
         """Return the cells to show as text: first the list of the column names, then one list for each row to show.
 
-        Of a long table, only the first and the last rows are shown, with a row of "..." between them.
+        If the table is long, only the first and the last rows are shown, with a row of "..." between them.
         """
         count, half = len(next(iter(self.values()), ())), self.SHOWN // 2
         which = range(count) if count <= self.SHOWN else [*range(half), None, *range(count - half, count)]

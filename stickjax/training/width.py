@@ -69,8 +69,8 @@ def at_width(config: Config, width: int, *, mup: bool, base: float | None = None
         )
     if width < 1 or any(getattr(m, name) * width % m.D for name in ("N", "K", "F")):
         raise ValueError(
-            f"width={width}: the products of N={m.N}, K={m.K} and F={m.F} with width / D must be positive whole "
-            f"numbers (D={m.D})"
+            f"width={width}: N={m.N}, K={m.K} and F={m.F} are multiplied by width / D = {width}/{m.D}, and the results "
+            "must be positive whole numbers; choose another width"
         )
     scaled = {f"model.{name}": getattr(m, name) * width // m.D for name in ("D", "N", "K", "F")}
     m_width = width / (m.D / m.m_width if base is None else base) if mup else 1.0

@@ -122,8 +122,8 @@ def barrier_names(kernel) -> tuple[str, ...]:
     """Return the names of a kernel's mbarriers, in the order in which the compiled kernel initialises them.
 
     `kernel` is the jaxpr of the kernel. Its barriers of the same type and size form a group. The compiled kernel
-    initialises one group after the other, in the order in which the first barrier of each group stands in the jaxpr.
-    Within a group, the compiled kernel initialises the last barrier of the jaxpr first.
+    initialises one group after the other. The groups are in the order of their first barriers in the jaxpr. Within a
+    group, the barriers are initialised in the reverse order of the jaxpr.
     """
     from jax._src.pallas.mosaic_gpu import core
 

@@ -51,10 +51,10 @@ class Clocks:
         self.tick(warps)
 
     def publish(self, warps) -> tuple[np.ndarray, np.ndarray]:
-        """Return (seen, fenced), two arrays [actors], which other warps can pass to `acquire`.
+        """Return two arrays [actors], which other warps can pass to `acquire`. Advance the time of these warps by one.
 
-        The first array is the elementwise maximum of these warps' rows of `seen`, the second of their rows of `fenced`.
-        After this, the time of these warps advances by one.
+        The first array is the elementwise maximum of the rows of `seen` that belong to these warps. The second array is
+        the same for `fenced`. Both are computed before the time advances.
         """
         known = self.seen[warps].max(0), self.fenced[warps].max(0)
         self.tick(warps)
@@ -69,10 +69,10 @@ class Clocks:
         self.seen[warps, actor] = np.maximum(self.seen[warps, actor], time)
 
     def joined(self, warps) -> int:
-        """Fill the last row of `seen` and `fenced` for an access that these warps make together; return its index.
+        """Write the last row of `seen` and of `fenced` for an access that these warps make together. Return its index.
 
-        The row is the elementwise minimum of the rows of these warps. So an earlier access is ordered before the common
-        access only if the earlier access is ordered before the next access of each of these warps.
+        In both arrays, the last row becomes the elementwise minimum of the rows of these warps. So an earlier access is
+        ordered before the common access only if it is ordered before the next access of each of these warps.
         """
         least = [matrix[warps].min(0) for matrix in (self.seen, self.fenced)]
         self.seen[-1], self.fenced[-1] = least

@@ -149,7 +149,8 @@ class _Host:
     def _launch(self, _, gx, gy, gz, cx, cy, cz, bx, by, bz, shared, early, count, pointers, sizes):
         if (cx, cy, cz, early) != (0, 0, 0, 0):
             raise ValueError(
-                f"the PTX machine supports neither clusters, here of {cx, cy, cz} blocks, nor early launches ({early})"
+                "the PTX machine supports neither clusters nor early launches: the host code launches the kernel with "
+                f"clusters of {cx, cy, cz} blocks and early={early}, but all these numbers must be 0"
             )
         parameters = [self._parameter(self.memory[pointers + 8 * i], self.memory[sizes + 4 * i]) for i in range(count)]
         self.launch = Launch((gx, gy, gz), (bx, by, bz), shared, tuple(parameters))
@@ -170,8 +171,8 @@ def _fields(struct: str) -> list[str]:
 def _size(kind: str) -> int:
     """Return the number of bytes of the LLVM type with the name `kind`.
 
-    Fields of a structure have no padding between them: in the host code they have 8 bytes, and arrays of bytes come
-    last.
+    The size of a structure is the sum of the sizes of its fields, without padding. This holds for the host code: every
+    field has 8 bytes, or it is an array of bytes and the last field.
     """
     if kind == "ptr":
         return 8

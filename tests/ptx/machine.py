@@ -127,8 +127,8 @@ class Unit:
     def _wait(self, strand: Strand, mask: np.ndarray | None) -> None:
         """Make a strand wait at its instruction; `mask` says which lanes execute the instruction.
 
-        A warp of which no lane executes the instruction does not wait: its lanes move to a new strand, which continues
-        at the next instruction.
+        A warp waits if at least one of its lanes executes the instruction. The lanes of the other warps do not wait:
+        they move to a new strand, which continues at the next instruction.
         """
         if mask is not None:
             everyone = np.ones(self.lanes, bool) if strand.mask is None else strand.mask
@@ -228,7 +228,7 @@ class Block:
         late = clocks.seen.max(0)[shared.writer] < shared.write_time
         if late.any():
             actor = clocks.name(int(shared.writer[late][0]))
-            raise Fault(f"block {self.place} ends while {actor} write shared memory, which nobody has waited for")
+            raise Fault(f"block {self.place} ends, but no warp has waited until {actor} had written shared memory")
         for barrier in self.mbarriers.values():
             if barrier.bytes:
                 raise Fault(f"block {self.place} ends before its copies are complete: {barrier}")

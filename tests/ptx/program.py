@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class TensorMap(NamedTuple):
-    """The description of an array from or to which the copy engine copies boxes, which are parts of the array.
+    """The description of an array for the copy engine, which copies a part of the array (a box) at a time.
 
     In `sizes`, `strides` and `box`, the innermost dimension comes first.
     """

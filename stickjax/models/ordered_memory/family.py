@@ -86,9 +86,9 @@ class OrderedMemory(Family):
     def flops_per_token(self, config: OrderedMemoryConfig, T: int) -> float:
         """Return the floating-point operations of a training step per token.
 
-        The matrices of the cell have 24 H^2 parameters, and the key matrix of the distribution has H^2. Both are used N
-        times for every token. A batch of B pairs of sentences counts as B T tokens. So for pairs, the result is the
-        work for one token of the left sentence and one token of the right sentence together.
+        The matrices of the cell have 24 H^2 parameters, and the key matrix in `Distribution` has H^2 parameters. All
+        these parameters are used N times for every token. A batch of B pairs of sentences counts as B T tokens. So for
+        pairs, the result is the work for two tokens together: one of the left and one of the right sentence.
         """
         del T
         c = config

@@ -70,7 +70,7 @@ class UniversalStack(nnx.Module):
         threshold=None,
         stop_early: bool = False,
     ) -> Halting:
-        """Apply the block up to L times. Return the last `Halting`; its `state` has the final states of the tokens.
+        """Apply the block up to L times. Return a `Halting`, whose `state` has the final states of the tokens.
 
         Args:
           x: the embedded tokens.
@@ -217,7 +217,7 @@ def embedded(config: SutConfig, embed, tokens, segment_ids, key):
 
 
 def encoded(stack: UniversalStack, embed, tokens, key, **how) -> Halting:
-    """Embed `tokens` [B,T], which are padded with 0, and run the stack on them. Return the last `Halting`.
+    """Embed `tokens` [B,T], which are padded with 0, and run the stack on them. Return the result of the stack.
 
     `embed` [V,D] is the embedding matrix. `key` is a random key for a training step, or None. `how`: further arguments
     of the stack.
@@ -234,9 +234,9 @@ def unembedded(state: Float[Array, "B T D"], embed: Float[Array, "V D"]) -> Floa
 def summary(logits, stacks, prefixes=("",)) -> SutOutput:
     """Make the `SutOutput` of a model from its logits and from the results of its stacks.
 
-    `stacks`: the pair (last `Halting`, token mask) of each stack. `prefixes`: for each stack, a prefix for the names of
-    its routers, such as "encoder_". The output has the `depth` of the first stack. Its `act` is a mean over the tokens
-    of all stacks.
+    `stacks`: for each stack, the pair (its result, which is a `Halting`; its token mask). `prefixes`: for each stack, a
+    prefix for the names of its routers, such as "encoder_". In the `SutOutput`, `depth` is the depth of the first
+    stack, and `act` is the mean halting step of the tokens of all stacks.
     """
     router, rows, act, tokens = {}, {}, 0.0, 0.0
     for (end, token_mask), prefix in zip(stacks, prefixes, strict=True):

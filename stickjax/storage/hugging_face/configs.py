@@ -101,14 +101,15 @@ def type_of(tree: dict) -> str:
 
 
 def model_type_for(c: FamilyConfig, wanted: str | None = None) -> str:
-    """Return the model_type for a model with the config `c`: `wanted`, or the only one that can hold the model.
+    """Return the model_type for a model with the config `c`: `wanted`, or the only type that can hold the model.
 
     A model_type can hold the model if its config.json can express all fields of `c` that change the logits. The type
     "stickjax" is returned only if it is `wanted`.
 
     Raises:
-      ValueError: `wanted` is unknown or cannot hold the model, or `wanted` is None and no type or several types can
-        hold it. The message names the fields that are lost, or the types.
+      ValueError: the model is not a decoder, `wanted` is unknown, or `wanted` cannot hold the model. If `wanted` is
+        None: no type can hold the model, or more than one type can. The message names the fields that a type cannot
+        express, or the types that can hold the model.
 
     >>> model_type_for(ModelConfig(V=8, attention="softmax", m_emb=12.0), "granite")
     'granite'
