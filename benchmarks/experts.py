@@ -1,4 +1,7 @@
-"""The time of expert networks on the CPU, compared with a dense network of the size of one expert on as many rows."""
+"""Measure the time of expert networks on the CPU, compared with the time of a dense network.
+
+The dense network has the size of one expert, and computes as many rows as all experts together.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -43,8 +43,9 @@ class Record:
         self.rows: dict[tuple[str, str, str], Row] = {} if fresh else {_key(row): row for row in self._before()}
 
     def _before(self) -> list[Row]:
-        """Return the rows that earlier runs measured and wrote to the file. Summary rows and left out rows are dropped.
+        """Return the rows of the file that earlier runs measured.
 
+        The rows of the summary are dropped, and also the rows that were not measured before their deadline (LEFT_OUT).
         Return [] if there is no file, or if a field of MUST_MATCH, such as "device", differs from `info`.
         Raise ValueError if the file is not valid JSON.
         """

@@ -142,11 +142,11 @@ def programs(request):
 
 
 def without_check(new, monkeypatch):
-    """Return a function that does the same as `new`, but without the memory check.
+    """Return a function that does the same as `new`, but without the memory check. `new` is `loop._new`.
 
-    `new` is `loop._new`, which makes the initial training state. A training calls `loop.check_program` twice: in
-    `loop._new`, and for the training step. If a test replaces `check_program` by a function that sends a signal, only
-    the second call must send it.
+    A training calls the memory check, `loop.check_program`, twice: first in `loop._new`, which makes the initial
+    training state, and then for the training step. Some tests replace `check_program` by a function that sends a
+    signal. With `without_check`, the first call does not happen, so the signal is sent once, before the training step.
     """
 
     def call(*arguments):

@@ -1,7 +1,7 @@
-"""Test the Triton kernels, compiled for GPUs that are not present.
+"""Compile the Triton kernels for GPUs that are not present, and check the compiled programs.
 
-They fit into shared memory, have no instructions by which thread blocks communicate, and spill no more registers than
-recorded before.
+No kernel needs more shared memory than its GPU has. No kernel spills more registers than in the recorded table. No
+kernel has an instruction by which a thread block could wait for another one, or add to its results.
 """
 
 import importlib.util

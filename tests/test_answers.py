@@ -28,7 +28,7 @@ def made(source: str):
 
 @pytest.mark.parametrize("source", MODELS)
 def test_the_answers_are_those_of_the_batches_of_the_task(source):
-    """The answer for a text equals the prediction for the arrays that the task has for this text.
+    """The answer for the text of a test example equals the prediction for the arrays of this example.
 
     The answer does not depend on the order of the texts or on their padding.
     """

@@ -1,6 +1,7 @@
 """The barrier tables in docs/design agree with the Mosaic kernels.
 
-The barriers that a kernel declares and uses are recorded while the kernel is traced, and read from its PTX.
+Most tests trace the kernels, and record the barriers that each kernel declares and uses. The other tests read the PTX
+of some kernels.
 """
 
 import functools

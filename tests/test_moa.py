@@ -201,7 +201,7 @@ def test_experts_may_be_sampled_for_the_heads_alone():
             "head_norm=True needs attention_experts.E=0: attention experts need head_norm=False",
         ),
         (dict(N=4, K=2, attention_experts=ExpertsConfig(4, sample_topk=3)), "sample_topk=3 cannot exceed k=2"),
-        (dict(N=4, K=2, attention_experts=ExpertsConfig(4, k=3)), "attention_experts.k=3 must be 2: N / K"),
+        (dict(N=4, K=2, attention_experts=ExpertsConfig(4, k=3)), "attention_experts.k=3 must be 2; it is N / K"),
     ],
 )
 def test_configs_that_make_no_sense(changes, message):

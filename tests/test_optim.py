@@ -113,9 +113,9 @@ def test_unknown_names_are_not_guessed(monkeypatch):
 
 
 def mup_step(model, **changes):
-    """Return -update / learning rate of the first step for gradients of ones, as a dict by parameter name.
+    """Return {name of a parameter: the distinct values of -update / learning rate in the first step}.
 
-    `changes` are fields of the config.
+    All gradients are 1. `changes` are fields of the config.
     """
     changes = {"model.m_width": 4.0, "optim.peak_lr": 1e-3, "optim.schedule": "constant"} | changes
     tx = make_optimizer(Config().replace(changes), model)
@@ -128,9 +128,10 @@ def mup_step(model, **changes):
 def test_mup_learning_rates_and_decay_by_numbers(scale_decay):
     """With muP at m_width=4, each kind of parameter gets the right learning rate and weight decay.
 
-    Adam's first step is the sign of the gradient. With the weight decay, the step of a parameter p is 1 + decay * p.
-    The step of a matrix is a quarter of this, and with `scale_decay` its decay is four times as large. Vectors get no
-    decay, and frozen parameters get no step.
+    All gradients are 1, so the first step of Adam is 1, in units of the learning rate. With weight decay, the step of a
+    value p of the embedding is 1 + decay * p, and the step of a value p of a matrix is (1 + decay * p) / m_width. With
+    `scale_decay`, the decay of matrices is multiplied by m_width. Vectors have no decay. The step of a frozen parameter
+    is 0.
     """
     found = mup_step(Model(), **{"optim.scale_decay": scale_decay, "optim.weight_decay": 0.1})
     matrix = (1 + 0.1 * 2.0 * (4 if scale_decay else 1)) / 4

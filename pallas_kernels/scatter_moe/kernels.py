@@ -91,10 +91,11 @@ class Kernels(Protocol):
         `x_rows` says how the rows of x are ordered: "token", "pair" or "sorted", as in `call.Rows`. `gates` is [T, k].
         Return (dx, gated, gated_numbers, d_gate):
 
-        `dx`: the gradient of x, gate * dy, with rows in the order of x. But if x has one row per token, dx has one row
-          per (token, choice) pair, and the caller sums the k rows of a token.
-        `gated`, `gated_numbers`: the array gate * x, and for every row of the tiles the index of its row in this array.
-          The caller passes both to `d_weights` as `left` and `left_numbers`, for the gradient of the weight.
+        `dx`: the gradient of x, gate * dy. If x has one row per token, dx has one row per (token, choice) pair, and the
+          caller sums the k rows of a token. Otherwise the rows of dx have the order of the rows of x.
+        `gated`: the array gate * x.
+        `gated_numbers`: row i of the tiles is row gated_numbers[i] of `gated`. The caller passes `gated` and
+          `gated_numbers` to `d_weights`, as `left` and `left_numbers`, for the gradient of the weight.
         `d_gate`: for every (token, choice) pair, the dot product <x, dy>. The gradient of the gate of the pair is this
           number plus <bias[e], d_out[t]>, where t is the token. The caller adds the second term.
         """

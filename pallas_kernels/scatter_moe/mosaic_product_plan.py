@@ -18,8 +18,8 @@ class Plan(NamedTuple):
     """The static sizes of one launch of a kernel.
 
     x is [x_parts, rows of x, width], and a result is [parts, rows of the result, columns].
-    A row of x or of the result has two parts if it has the two halves of a gated hidden layer, else one part. In a
-    float32 product, which is the sum of six bfloat16 products, a row of x has one part for each of the six products.
+    Usually, x and the result have one part. The hidden layer of a gated activation has two parts, its two halves. A
+    float32 product is the sum of six bfloat16 products. There, x has six parts, one for each bfloat16 product.
     """
 
     x_parts: int  # the number of parts of a row of x
@@ -67,7 +67,7 @@ class Kind(NamedTuple):
     def columns_of_tile(self) -> int:
         """The number of columns of a tile of the result: 256 in `product`, 128 in `activated` and `d_activated`.
 
-        In one case, the number is 256 in `activated` too: if the activation is gated, and the result has exactly 128
-        columns. There, 128 and 256 give the same single tile, which has all 128 columns.
+        If the activation is gated and the result has exactly 128 columns, the number is 256 in `activated` too. This
+        does not change the computation: one tile has all 128 columns of the result in any case.
         """
         return self.per_tile * COLUMNS if self.apart == COLUMNS else COLUMNS

@@ -3,15 +3,16 @@
 `_grouped` applies a function of one expert, such as its feed-forward network, to the rows of every expert:
 - The first C rows of every expert are computed together, as one batched product that reads every weight in place. C is
   usually a little above the mean number of rows of an expert.
-- The other rows of an expert are computed block by block in a loop. The loop has one pass for each block, and no pass
-  if the experts are balanced. With few rows (decoding), C is 0, and the loop computes only experts that have rows.
+- The other rows of an expert are computed block by block in a loop. If no expert has more than C rows, as with
+  balanced experts, the loop has nothing to do. With few rows (decoding), C is 0, and the loop computes only the experts
+  that have rows.
 The cost is at most a fixed factor times the useful work, and no array has size T * E.
 
 The backward pass applies the derivative of the function in the same way. If x has 256 columns or more, the forward pass
 of a feed-forward network saves the pre-activation, sorted by expert. Its name for remat policies is PRE_ACTIVATION
 (call.py). With fewer columns, the backward pass computes the pre-activation again. The hidden layer, which is the
-result of the activation, is always computed again. The gradient of x has one row for every (token, choice) pair, and
-then the k rows of a token are summed. So it needs no scatter-add.
+result of the activation, is always computed again. The gradient of x is first computed for every (token, choice) pair,
+and then the k rows of a token are summed. So no scatter-add is needed.
 """
 
 import math
@@ -235,16 +236,17 @@ _jitted = jax.jit(_grouped, static_argnums=0)  # without a jit, the loop would b
 def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
     """Call `block` until all rows of all experts are computed. Return (row outputs, weight outputs) of all calls.
 
-    `block(w, xs, valid)` computes some rows of one expert. It takes the weights `w` of the expert, these rows `xs` of
-    each array in `arrays`, and `valid`, bool [rows], which is False for a padding row. It returns (row outputs, weight
-    outputs): a tuple of arrays with one output row for each of these rows, and a tree of arrays for the expert.
+    `block(w, xs, valid)` computes some rows of one expert. `w` are the weights of the expert. `xs` are the arrays in
+    `arrays`, but with only the rows to compute. `valid`, bool [rows], is False for a padding row. `block` returns (row
+    outputs, weight outputs). The row outputs are a tuple of arrays, whose rows belong to the rows of `xs`. The weight
+    outputs are a tree of arrays for the expert, such as the gradients of its weights.
 
     The row outputs of all calls become arrays [R, ..] with a row for every (token, choice) pair. The weight outputs of
     all calls for one expert are summed. The sums become arrays [E, ..].
 
     `weights` has arrays [E, ..]. `in_rows` has the order of the rows of each array in `arrays`: "token", "pair" or
     "sorted", as in `call.Rows`. `out_rows` has the order of the rows of each row output: "pair" or "sorted". An array
-    or an output may be None, and then stays None.
+    that is None is None in `xs` too, and an output of `block` that is None is None in the result.
     """
     k = routing.expert_indices.shape[1]
     R, E = routing.order.shape[0], routing.num_experts
@@ -328,10 +330,10 @@ def _together(run, weights, starts, ends, C: int, pieces: int):
     `run(w, p, end)` computes the rows of the list with the indices p [rows] for one expert, with its weights `w`. Rows
     with an index of `end` or more do not belong to the expert. They count as padding.
 
-    On a CPU, if C is _MANY_ROWS or more, two experts are computed at a time, or one at a time if E is odd. Their rows
-    stay in the cache, which saves more time than the copy of their weights takes. The C rows are cut into `pieces`
-    pieces, which are computed one after the other. A piece is skipped if these experts have no rows in it, as happens
-    if many tokens have no expert.
+    On a CPU, if C is _MANY_ROWS or more, two experts are computed at a time, or one at a time if E is odd. This copies
+    the weights of these experts, but is faster, because their rows stay in the cache. The C rows are cut into `pieces`
+    pieces, which are computed one after the other. A piece without rows of these experts is skipped. This saves time if
+    many tokens have no expert.
     """
     E, size = len(starts), C // pieces
 

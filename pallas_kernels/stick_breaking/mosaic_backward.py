@@ -1,9 +1,9 @@
 """Code that the two backward kernels for Hopper GPUs share: the weights A and the gradients dz of the logits of a tile.
 
 For a query q and a key k, z = scale * <q, k> is the logit, and beta = sigmoid(z) is the share of the remaining stick
-that the key breaks off. The weight A is beta times the product of 1 - beta over the nearer keys: the keys between this
-key and the query, which are further right. dO is the cotangent of the output, and d_log_rem is the cotangent of
-log_rem, the sum of log(1 - beta) over all keys. The gradients are
+that the key breaks off. The weight A of a key is its beta, times the product of 1 - beta over all keys on the right of
+this key. dO is the cotangent of the output, and d_log_rem is the cotangent of log_rem, the sum of log(1 - beta) over
+all keys. The gradients are
     dA = dO @ V^T,  a = A * dA (element by element),  P = d_log_rem + the sum of `a` over the keys further left,
     dz = (1 - beta) * a - beta * P,  dq = scale * dz @ K,  dk = scale * dz^T @ Q,  dv = A^T @ dO.
 

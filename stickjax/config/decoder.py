@@ -123,8 +123,8 @@ class ModelConfig(FamilyConfig):
         chosen = self.N // self.K if self.attention_experts.E else 0
         if self.attention_experts.k not in (0, chosen):
             raise ValueError(
-                f"attention_experts.k={self.attention_experts.k} must be {chosen}: "
-                "N / K with attention experts, or 0 if attention_experts.E=0"
+                f"attention_experts.k={self.attention_experts.k} must be {chosen}; it is N / K if the model has "
+                "attention experts, else 0"
             )
         self.attention_experts.check("attention_experts", chosen)
         if self.attention_experts.E:
@@ -169,7 +169,10 @@ class ModelConfig(FamilyConfig):
         `sizes` is {mesh axis: its number of devices}.
         """
         if sizes["expert"] > 1 and not self.experts.E:
-            raise ValueError(f"mesh axis expert={sizes['expert']} needs a model with experts, but it has experts.E=0")
+            raise ValueError(
+                f"mesh axis expert={sizes['expert']} needs a model with experts, but the model has experts.E=0; set "
+                "mesh.expert=1"
+            )
         if sizes["expert"] > 1 and self.experts.added:
             old, added = self.experts.E, self.experts.added
             raise ValueError(

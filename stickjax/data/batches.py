@@ -241,10 +241,10 @@ def text_data(config: Config) -> TrainingData:
             "set data.curriculum=0"
         )
     if d.split is not None:
-        raise ValueError(f"split={d.split!r} divides examples; this model reads a text, so leave data.split out")
+        raise ValueError(f"split={d.split!r} is for examples, but this model reads a text; leave data.split out")
     if d.valid_every:
         raise ValueError(
-            f"valid_every={d.valid_every} divides examples; this model reads a text, so set data.valid_every=0"
+            f"valid_every={d.valid_every} is for examples, but this model reads a text; set data.valid_every=0"
         )
     if d.source == "labelled":
         raise ValueError(

@@ -22,10 +22,11 @@ Conversation = str | Sequence[Mapping[str, Any]]
 
 
 def template_of(files: Mapping[str, bytes]) -> str | None:
-    """Return the chat template in the files beside a tokenizer.json, {name of the file: content}, or None.
+    """Return the chat template of a model, or None if the model has no template.
 
-    The first of these files that has a template is used: chat_template.jinja, tokenizer_config.json,
-    chat_template.json. If a file has several templates with names, the one with the name "default" is used.
+    `files` is {name: content} of the files beside the model's tokenizer.json. The template is read from the first of
+    these files that has one: chat_template.jinja, tokenizer_config.json, chat_template.json. If a file has several
+    templates with names, the one with the name "default" is used.
 
     Raises ValueError if a file cannot be read, or has several templates and none with the name "default".
 
@@ -55,8 +56,8 @@ def template_of(files: Mapping[str, bytes]) -> str | None:
 def chat_prompt(files: Mapping[str, bytes], conversation: Conversation) -> str:
     """Return the prompt with which a model answers the last message of a conversation.
 
-    Encode the prompt with its special tokens, and without a prefix, which the template writes if the model needs it:
-    `Tokenizer.prompt(text, special=True, prefix=False)`.
+    The prompt contains special tokens as text. If the model needs a prefix, the template has already written it. So
+    encode the prompt by `Tokenizer.prompt(text, special=True, prefix=False)`.
 
     Args:
       files: {name of the file: content} of the files beside the model's tokenizer.json, such as `tokenizer.files`.

@@ -254,11 +254,12 @@ def _errors_in_one_line(tasks: Sequence[str]):
 
 @contextlib.contextmanager
 def _one_process():
-    """Let the harness compute standard errors in this process. Processes that it forks would inherit the locks of JAX.
+    """A context in which the harness computes standard errors in this process.
 
-    If stickjax runs as several processes, the harness returns the results in every process, and not only in the first.
-    Warnings of the harness are not printed: most of them say which default values its own tasks use. The
-    harness does not call git, which would print an error outside of a repository.
+    Otherwise the harness would fork processes, which would inherit the locks of JAX. In this context, the harness also:
+    - returns the results in every process, if stickjax runs as several processes;
+    - prints no warnings, because most warnings are about default values in the harness's own tasks;
+    - does not call git, because git prints an error outside of a repository.
     """
     from lm_eval import evaluator
 

@@ -25,7 +25,7 @@ _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0
 
 
 class Pair(NamedTuple):
-    """The token ids of a context, which are at least one, and of its continuation."""
+    """The token ids of a context and of its continuation. The context has at least one token."""
 
     context: list[int]
     continuation: list[int]

@@ -29,10 +29,7 @@ def linear_weight(key, inputs: int, outputs: int, config) -> nnx.Param:
 
 
 def linear_bias(key, inputs: int, outputs: int, config) -> nnx.Param:
-    """Return a new bias [outputs], drawn uniformly between -1/sqrt(inputs) and 1/sqrt(inputs).
-
-    It belongs to a matrix of `linear_weight`, which has the same limits.
-    """
+    """Return a new bias [outputs] for a matrix of `linear_weight`, drawn from the same distribution as the matrix."""
     return uniform(key, (outputs,), inputs**-0.5, config)
 
 

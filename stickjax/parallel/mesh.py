@@ -32,8 +32,8 @@ def make_mesh(config: Config, devices=None, *, training: bool = True) -> Mesh | 
 
     Raises:
       ValueError: the mesh needs more devices than there are; an axis of size -1 cannot use all devices; with several
-        processes, the mesh does not use all devices; or a size of the model, or of the batch of a training, is not a
-        multiple of the size of the mesh axis over which it is sharded.
+        processes, the mesh does not use all devices; the model cannot be divided over the mesh; or, with `training`, a
+        batch cannot be divided over the mesh.
 
     >>> make_mesh(Config()) is None
     True

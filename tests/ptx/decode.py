@@ -31,7 +31,7 @@ _HANDLERS: list[tuple[re.Pattern, Callable]] = []
 
 
 class UnknownInstruction(NotImplementedError):
-    """Raised if the PTX machine does not support an instruction, or not with these modifiers or operands."""
+    """Raised if the PTX machine does not support an instruction, one of its modifiers, or one of its operands."""
 
 
 class Step(NamedTuple):

@@ -210,7 +210,7 @@ def _number(text: str) -> int | float | None:
     if re.fullmatch(r"-?(?:0x[\da-fA-F]+|\d+)U?", text):
         return int(text.rstrip("U"), 0)
     if re.fullmatch(r"-?\d+\.\d*(?:[eE][+-]?\d+)?", text):
-        raise ValueError(f"an operand is a decimal fraction, which PTX writes by its bits: {text}")
+        raise ValueError(f"the operand {text} is a decimal fraction; PTX writes its bits, such as 0f3F000000 for 0.5")
     return None
 
 

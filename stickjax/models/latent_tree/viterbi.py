@@ -1,7 +1,7 @@
-"""Find the best binary tree inside a complete binary tree: the sum of the scores of its leaves is the highest.
+"""Find the binary tree with the highest score inside a complete binary tree. The score is a sum over the leaves.
 
-`stickjax.models.latent_tree.chart` defines the nodes, the binary trees inside the complete tree, and the line with the
-places 0 .. 2^D that the leaves cover.
+`stickjax.models.latent_tree.chart` explains the terms: the complete tree and its nodes, a binary tree inside it, and
+the line from place 0 to place 2^D, which the leaves of a tree cover from left to right.
 """
 
 from functools import partial

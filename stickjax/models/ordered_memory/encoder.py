@@ -15,8 +15,8 @@ from stickjax.models.ordered_memory.compose import Masks
 class Encoded(NamedTuple):
     """The output of an Ordered Memory encoder for B sentences of up to T tokens.
 
-    `output` [B,T,H]: the candidate of every token for the highest slot; 0 for padding. The candidate of the last token
-      represents the sentence.
+    `output` [B,T,H]: the vector that every token computes for the highest slot; 0 for padding. The vector of the last
+      token represents the sentence.
     `p` [B,T,N]: the distribution of every token over the N slots. `parse.induced_tree` converts the distributions of a
       sentence to a binary tree.
     `memory`: the memory after the last position of the array.
@@ -45,11 +45,11 @@ class Encoder(nnx.Module):
     def __call__(self, embedded: Float[Array, "B T D"], token_mask: Bool[Array, "B T"], N: int, key=None) -> Encoded:
         """Encode B sentences, given as embedded tokens, with a memory of N slots each.
 
-        Padding may be on the right or on the left. As in the original code, the two sides give different results,
-        because they treat the first token differently. With padding on the right, the first token is at position 0.
-        There the cell is not used: the candidate for every slot, its possible new content, is x, the projected
-        embedding of the token. With padding on the left, the cell composes x with the highest slot, which is still
-        empty. With a random key, dropout is applied.
+        Padding may be on the right or on the left. As in the original code, the result depends on the side. A token at
+        position 0 does not use the cell: its new vector for every slot is x, its projected embedding. With padding on
+        the right, the first token of the sentence is at position 0. With padding on the left, the first token is at a
+        later position, and the cell composes its x with the highest slot, which is still empty. With a random key,
+        dropout is applied.
         """
         c = self.config
         x = self.norm(embedded @ cast(self.w_in, c) + cast(self.in_bias, c)[None, None])

@@ -53,9 +53,9 @@ class Halting(NamedTuple):
     `running` [B,T]: w, the probability that the token has not halted yet. If w falls below 1 - threshold, the token
       halts, and w becomes 0. For padding, w is 0.
     `depth` [B,T]: the mean number of steps: the mean of i + 1, with the same weights as in `state`.
-    `act` [B,T]: the mean of i, the number of the step in which the token halts, with the same weights. A loss on `act`
-      makes tokens halt earlier. Unlike `depth`, `act` still changes after the token has halted: it is then the sum of
-      p_i * i.
+    `act` [B,T]: the mean number of the step in which the token halts. A loss on `act` makes tokens halt earlier. Until
+      the token halts, `act` is `depth` - 1. After that, `act` still changes: in every step, it becomes the sum of
+      p_i * i over all previous steps.
     `expected` [B,T,D], `expected_step` [B,T]: the sum of p_i * h_i and the sum of p_i * i, over the steps so far.
     `log_rest` [B,T]: the logarithm of the probability that the token has not halted yet (the rest of the stick).
       Unlike `running`, it still changes after the token has halted.

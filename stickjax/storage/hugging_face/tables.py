@@ -78,8 +78,8 @@ def _each_expert(c: ModelConfig, moe: str, names: tuple[str, str, str]) -> list[
     """Return the rows of the router and of the experts, for a model type that has separate tensors for each expert.
 
     `moe` is the name of the module with the router and the experts. `names` are the names of the matrices of an expert:
-    (gate, up, down). The rows of one leaf come one after the other, because `names.tensors_from_leaves` keeps only one
-    layer of one leaf in memory. In this order, it reads each layer of a leaf once.
+    (gate, up, down). The rows of one leaf come one after the other. `names.tensors_from_leaves` keeps only one layer of
+    one leaf in memory, so it would read a layer several times if the rows of two leaves alternated.
     """
     gate, up, down = (f"{moe}.experts.%d.{name}.weight" for name in names)
     w_in = [("blocks/ffn/w_in", name, "F D", part) for part, name in enumerate((gate, up))]
