@@ -83,10 +83,12 @@ def _kept(implementation: str, arrays) -> dict:
 
 
 def rows(run: Run, shape: dict, kernels: tuple[str, ...], *, others: tuple[str, ...] = (), tiles=None) -> None:
-    """Check our implementations at one shape, time them and the peers, and add the rows to the record of `run`.
+    """Check and time our implementations at one shape, time the peers, and add the results to the record of `run`.
 
-    `kernels`: our implementations that are checked against the reference, once without and once with `skip_below`. Each
-    of these two settings is timed only if its own check passes. The peers are timed without a check.
+    Peers are implementations of other projects. They are timed without a check.
+
+    `kernels`: our implementations that are checked against the reference, without `skip_below` and with it. Each of the
+    two is timed only if it passes its check.
     `others`: our implementations that are timed without a check, and without `skip_below`.
     `tiles`: {implementation: pairs (queries, keys) of tile sizes}. They are timed without a check, in addition to the
     tile sizes that the implementation chooses.

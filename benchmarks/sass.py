@@ -56,7 +56,7 @@ class Loop:
 
     @property
     def bound(self) -> str:
-        """Return the resource with the most cycles. Its cycles are a lower bound for an iteration."""
+        """Return the resource with the most cycles. An iteration takes at least this number of cycles."""
         return max(self.cycles, key=self.cycles.get)
 
 
@@ -75,11 +75,11 @@ def read(listing: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def find_loops(listing: str) -> list[Loop]:
-    """Return the loops that do the work of a kernel, found in the listing of its machine code by nvdisasm.
+    """Return the loops that do the work of a kernel. `listing` is its machine code, as nvdisasm prints it.
 
-    These are the loops that contain no other loop, and the loops with matrix products whose inner loops have no matrix
-    products. The instructions of such an inner loop, for example a search for the next tile to copy, count once for
-    each iteration of the outer loop. Loops that wait for a barrier are left out, and do not count as inner loops.
+    A loop with matrix products is returned if no loop inside it has matrix products. The instructions of a loop inside
+    it, for example a search for the next tile to copy, count once for each iteration of the returned loop. A loop
+    without matrix products is returned if it contains no other loop. Loops that wait for a barrier are ignored.
     """
     instructions, labels = read(listing)
     found = [(i.address, re.search(r"\.L\w+", i.operands)) for i in instructions if i.op == "BRA"]

@@ -97,10 +97,10 @@ def generate(
 
 
 def _with_whole_sequences(model: nnx.Module) -> tuple[nnx.Module, Mesh | None]:
-    """Return (model, mesh) for a mesh in which the devices of the axis "context" have moved to the axis "data".
+    """Return (model, mesh), where the devices of the mesh axis "context" have moved to the axis "data".
 
-    Generation does not divide sequences over "context". The parameters stay on their devices, because no parameter is
-    divided over these two axes. On a single device, the returned mesh is None.
+    This is needed because generation does not divide a sequence over several devices. The parameters stay on their
+    devices, because no parameter is divided over these two axes. On a single device, the returned mesh is None.
 
     Raises ValueError for a model that generates no text.
     """

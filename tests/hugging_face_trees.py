@@ -1,6 +1,7 @@
 """A small config.json, as a dict, for each model_type that is like Llama and for the stick-breaking types.
 
-If an entry changes the model and stickjax supports several values of it, the value here is not the default.
+If stickjax supports several values of an entry, and they give different models, the value here is not the default. So a
+test fails if stickjax ignores the entry.
 """
 
 LLAMA = dict(

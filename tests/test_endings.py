@@ -163,9 +163,9 @@ def test_a_finished_run_says_so_and_nothing_else(words, capsys, tmp_path):
 
 
 def test_a_branch_without_steps_is_refused(words, capsys, tmp_path):
-    """A branch whose train.steps is not above the step of its checkpoint gives an error, and no folder is made.
+    """A branch gives an error if its checkpoint has already reached train.steps, because no step is left to train.
 
-    It would have nothing to train.
+    No run folder is made.
     """
     assert main([*words, "--train.steps=2"]) == 0
     assert main([*words[:1], "--from", words[2], "--run", str(tmp_path / "branch"), "--train.steps=2"]) == 1

@@ -1,6 +1,7 @@
 """Every test case of the Mosaic kernels can be lowered for a Hopper GPU, without the CUDA wheels and without a GPU.
 
-The interpreter does not lower kernels. Errors of the lowering, and races that it introduces, are found only here.
+The interpreter does not lower kernels. So only the tests here find errors of the lowering, or races that only lowered
+kernels have.
 """
 
 import contextlib

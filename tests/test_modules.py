@@ -320,7 +320,7 @@ def test_uneven_layers_and_the_new_denominator(model):
     assert not pruned.blocks.ffn.w_in[1, 3].any()
     with pytest.raises(ValueError, match="are no longer there"):
         prune(pruned, {"ffn": np.ones((2, 4))}, count=2, denominator="old")
-    with pytest.raises(ValueError, match="count=4 of ffn modules per layer must be at least 2, .* at most 3"):
+    with pytest.raises(ValueError, match="count=4 must be at least 2, the number of ffn modules .* at most 3"):
         prune(pruned, {"ffn": np.ones((2, 4))}, count=4, denominator="new")
 
 
@@ -340,8 +340,8 @@ def test_mutual_information_against_its_definition():
         (lambda m: extend(m, jax.random.key(0)), "experts and attention_experts are both 0"),
         (lambda m: extend(m, jax.random.key(0), experts=-1), "to add, experts=-1 and attention_experts=0, must be"),
         (lambda m: prune(m, {}), "give either count or threshold, got count=None"),
-        (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=1), "a token uses, and at most 6, the number in the layer"),
-        (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=7), "count=7 of ffn modules per layer must be"),
+        (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=1), "uses, and at most 6, the number of ffn modules in"),
+        (lambda m: prune(m, {"ffn": np.ones((2, 6))}, count=7), "count=7 must be at least 2, the number of ffn"),
         (lambda m: prune(m, {"ffn": np.ones((2, 5))}, count=3), r"has shape \[2, 5\], but must have \[2, 6\]"),
         (lambda m: prune(m, {"ffn": np.ones((2, 6))}, threshold=2), "threshold=2 must be a share"),
         (lambda m: prune(m, {}, count=3, denominator="odd"), "denominator='odd' is not one of 'old', 'new'"),

@@ -1,4 +1,4 @@
-"""docs/reference/proven.md says for every call of the Mosaic kernels how it is tested, and agrees with the tests."""
+"""docs/reference/proven.md lists the calls of the Mosaic kernels, and agrees with the tests on how each is tested."""
 
 import json
 from pathlib import Path
@@ -107,7 +107,7 @@ def test_every_kind_of_call_is_executed(name):
 
 
 def test_every_call_is_lowered_or_executed():
-    """Every call that Mosaic supports is executed as PTX, which includes lowering and compiling it."""
+    """Every call that Mosaic supports is executed as PTX. For this, the call is lowered and compiled first."""
     lacks = {f"small {name}" for name in test_kernels.LACKS["mosaic"]}
     assert set(CALLS) - lacks <= executed()
 

@@ -114,7 +114,7 @@ FOUND = {
         replaced(r"(shfl\.sync\.bfly\.b32.*), 1, 31", r"\1, 2, 31", count=None), Race, "two values to one byte"
     ),
     "a box of half the width": (changed_map(0, box=lambda old: (old.box[0] // 2, *old.box[1:])), Deadlock, r"bytes to"),
-    "a box of twice the width": (changed_map(0, box=lambda old: (2 * old.box[0], *old.box[1:])), Fault, "swizzled by"),
+    "a box of twice the width": (changed_map(0, box=lambda old: (2 * old.box[0], *old.box[1:])), Fault, "swizzle of"),
     "a tensor map too large": (
         changed_map(1, sizes=lambda old: (*old.sizes[:2], old.sizes[2] + 64)), Fault, "array 2, which has"
     ),

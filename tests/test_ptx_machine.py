@@ -294,7 +294,7 @@ FAULTS = {
         "setp.lt.u32 %p1, %r62, 16; @%p1 bra END; bar.sync 0; END:", DivergentBarrier, "only some lanes"
     ),
     "a barrier of two sizes": (
-        "setp.eq.u32 %p1, %r61, 0; @%p1 bar.sync 1, 96; bar.sync 1, 64;", DivergentBarrier, "told of 96 threads and"
+        "setp.eq.u32 %p1, %r61, 0; @%p1 bar.sync 1, 96; bar.sync 1, 64;", DivergentBarrier, "names 96 threads, "
     ),
     "beyond an array": ("add.s64 %d1, %d0, 256; ld.global.b32 %r1, [%d1];", Fault, "byte 259 of array 0"),
     "before an array": ("st.global.b32 [%d0+-4], %r1;", Fault, "outside of all arrays"),

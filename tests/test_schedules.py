@@ -39,11 +39,11 @@ HALF_DIGIT = 5e-10  # the golden values are printed with nine decimals
 
 
 def place_in_decay(decay) -> float:
-    """Return the tolerance for the learning rate in the decay, relative to the rate at its beginning.
+    """Return the tolerance for a learning rate in the decay, divided by the learning rate at the start of the decay.
 
-    `decay` is the shape of the decay. In float32, the token count has an error of about 6e-8 of the run. The decay is
-    a tenth of the run, so the position x in the decay, from 0 to 1, has an error of 6e-7. The shape "sqrt" uses
-    sqrt(x), whose error near x = 0 is sqrt(6e-7) = 8e-4.
+    `decay` is the shape of the decay. In float32, a number of tokens has an error of about 6e-8 times the number of
+    tokens of the run. The decay is a tenth of the run, so the position x in the decay, from 0 to 1, has an error of
+    6e-7. The shape "sqrt" uses sqrt(x), whose error near x = 0 is sqrt(6e-7) = 8e-4.
     """
     return 8e-4 if decay == "sqrt" else 2e-6
 

@@ -176,7 +176,7 @@ PLAIN = SMALL.replace(
 
 @pytest.fixture(scope="module")
 def stable(tmp_path_factory):
-    """Train a run of eight steps of 128 tokens, four in the warmup and four at a constant rate; return its folder."""
+    """Train four steps of warmup, then four at a constant learning rate, of 128 tokens each. Return the run folder."""
     run = tmp_path_factory.mktemp("stable") / "run"
     fit(PLAIN.replace({"optim.warmup_tokens": 512}), str(run), quiet=True)
     return run
@@ -184,10 +184,10 @@ def stable(tmp_path_factory):
 
 @pytest.mark.parametrize(("B", "T"), [(4, 32), (8, 32), (2, 32), (2, 64), (1, 32)])
 def test_a_branch_decays_over_its_own_tokens_whatever_their_batch(stable, tmp_path, B, T):
-    """A branch with another batch size decays over exactly the tokens that it trains.
+    """A branch with another batch size decays over exactly the tokens on which it is trained.
 
-    The schedule uses the tokens that were counted: for B=1, T=32 they are 1024 of the old run and 8 * 32 of the branch.
-    The formula steps * B * T = 16 * 32 would give 512.
+    The schedule adds up the tokens of all steps. For B=1 and T=32, there are 1024 tokens of the old run and 8 * 32
+    tokens of the branch. The product steps * B * T = 16 * 32 = 512 would be wrong.
     """
     changes = {"data.B": B, "data.T": T, "train.steps": 16, "optim.warmup_tokens": 512, "optim.decay_tokens": 8 * B * T}
     fit(PLAIN.replace(changes), str(tmp_path / "run"), branch=f"{stable}@8", quiet=True)
@@ -206,7 +206,8 @@ def test_a_branch_decays_over_its_own_tokens_whatever_their_batch(stable, tmp_pa
 def test_a_branch_of_another_batch_follows_the_cosine_to_its_end(stable, tmp_path):
     """A branch with another batch size follows the cosine schedule to its end.
 
-    At the branch, 512 tokens of warmup and 512 of the cosine's 1024 tokens are over, so half of the cosine is left.
+    The whole run has 512 tokens of warmup and then 1024 tokens of the cosine. The branch begins after 1024 tokens, so
+    half of the cosine is left.
     """
     changes = {"data.B": 2, "train.steps": 16, "optim.warmup_tokens": 512, "optim.schedule": "cosine"}
     fit(PLAIN.replace(changes), str(tmp_path / "run"), branch=str(stable), quiet=True)

@@ -55,8 +55,8 @@ class Scratch(NamedTuple):
 class Operands(NamedTuple):
     """References to the arrays in global memory that the kernel reads.
 
-    The rows of every expert are cut into tiles of M rows. For every row of the tiles, `left_numbers` has the index of
-    its row in `left`, and `right_numbers` has the index of its row in `right`. For an empty row, both are -1.
+    The rows of every expert are cut into tiles of M rows. Row i of the tiles is row `left_numbers[i]` of `left` and row
+    `right_numbers[i]` of `right`. If row i of the tiles is empty, both numbers are -1.
     """
 
     left: Any  # [rows of left, D]
@@ -81,13 +81,13 @@ class Piece(NamedTuple):
 def d_weights(left, left_numbers, right, right_numbers, tasks: Tasks, out_dtype=None):
     """Compute the gradients of the weights of all experts. Return an array [E, D, parts, F].
 
-    For expert e and part p, the gradient [D, F] is
+    `left` is [rows of left, D], and `right` is [parts, rows of right, F]. There are two parts if `right` has the halves
+    of a gated hidden layer, else one part. For expert e and part p, the gradient [D, F] is
 
-      sum_i left[left_numbers[i]]^T @ right[p, right_numbers[i]],
+      sum_i left[left_numbers[i]]^T @ right[p, right_numbers[i]].
 
-    where i runs over the rows of the tiles of expert e in `tasks`. `left` is [rows of left, D], and `right` is
-    [parts, rows of right, F]. There are two parts if `right` has the halves of a gated hidden layer, else one part.
-    `left_numbers` and `right_numbers` have a row index for every row of the tiles, or -1 for an empty row. The dtype of
+    The tiles in `tasks` have M rows each, and every tile belongs to one expert. The sum is over the rows i of all tiles
+    of expert e. An empty row has the row index -1 in `left_numbers` and `right_numbers`, and adds nothing. The dtype of
     the result is `out_dtype`, or the dtype of `left` if `out_dtype` is None.
     """
     (_, D), (P, _, F), E = left.shape, right.shape, tasks.rows.shape[0]

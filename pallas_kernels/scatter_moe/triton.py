@@ -126,9 +126,8 @@ def _d_activated(activation, d_out, source, weight, tasks, h, gates):
 def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
     """Compute the backward pass of gate * (x @ weight[e]), the output of one expert in `expert_linear` with gates.
 
-    The kernel `d_activated` computes it: gate * (x @ weight[e]) is gate * act(h) @ weight[e] with h = x, and with the
-    identity as act. Return the four results that `Kernels.d_gated` explains: the gradient of x; the array gate * x; for
-    every row of the tiles, a row index in this array; and the gradient of the gates without the term of the bias.
+    The kernel `d_activated` computes the backward pass of gate * act(h) @ weight[e]. Here, h is x, and act is the
+    identity. Return (dx, gated, gated_numbers, d_gate), as `Kernels.d_gated` explains them.
     """
     k = gates.shape[1]
     target, x_numbers = row_numbers(tasks, "pair" if x_rows == "token" else x_rows, k), row_numbers(tasks, x_rows, k)

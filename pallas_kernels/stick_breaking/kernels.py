@@ -152,12 +152,11 @@ class Kernels(Protocol):
         """Compute the gradient of the queries. Return (d_query [B,rows,N,H], d_scale [B,N,padded], snapshots).
 
         d_scale is what every query row adds to the gradient of the scale. `log_decay` and `reached` are results of
-        `forward`. The snapshots are two numbers for every query row and key tile (in the Mosaic backend, for every
-        query row and half of a key tile):
-        - the sum of -log2(1 - sigmoid(logit)) over all keys on the right of the tile (or half);
-        - P: d_log_rem plus the sum of weight * <d_out, value> over all keys on the left of the tile (or half).
-        `d_key_value` reads these two numbers for a tile, so it needs no running sum over other key tiles. Each backend
-        chooses the shape of the array of snapshots.
+        `forward`. The snapshots are two numbers for every query row and key tile:
+        - the sum of -log2(1 - sigmoid(logit)) over all keys on the right of the tile;
+        - P: d_log_rem plus the sum of weight * <d_out, value> over all keys on the left of the tile.
+        `d_key_value` reads these two numbers, so it needs no running sum over other key tiles. The Mosaic backend
+        stores the two numbers for each half of a key tile instead. Each backend chooses the shape of the array.
         """
 
     def d_key_value(self, plan: Any, query, key, value, d_out, snapshots, reached, scale, *planned) -> tuple:

@@ -191,7 +191,7 @@ def sum_of_nearer(softplus):
     `softplus` [R,C] is -log2(1 - beta), limited to ENOUGH (160), so that it fits into float16. The sums are a matrix
     product of `softplus` and a strictly triangular matrix of zeros and ones [C,C]. Each number in `softplus` is split
     into two float16 numbers, which together keep 22 bits. A tensor core multiplies them by ones without an error, and
-    adds in fp32. The sum does not include the key itself, so nothing has to be subtracted, which would lose digits.
+    adds in fp32. The key itself is not in the sum: to subtract it afterwards would lose digits.
     `tl.cumsum(reverse=True)` would be slower: it exchanges every score between threads before and after a scan from the
     left.
     """

@@ -218,7 +218,7 @@ def _short_backward(call: Call, reach, d_out, d_log_rem):
 
 
 def _pad(x, axis, size):
-    """Return x, padded with zeros at the end of axis `axis`, so that its size is a multiple of `size`."""
+    """Return x with zeros appended to the axis `axis`, so that the length of this axis is a multiple of `size`."""
     pads = [(0, 0)] * x.ndim
     pads[axis] = (0, -x.shape[axis] % size)
     return jnp.pad(x, pads)

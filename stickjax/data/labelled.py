@@ -156,7 +156,7 @@ class LabelledRows:
         """Return the examples for training ("train"), for validation ("valid") or for tests ("test").
 
         An example has int32 arrays. Each name in `names` is an array [T]: the token ids of a text, padded with 0.
-        `label` [] is the id of the label. If T is None, T is the number of tokens of the longest text.
+        `label` [] is the id of the label. If T is None, T is the number of tokens of the part's longest text.
 
         Raises ValueError, with the file and the line, for a text without tokens, for a text of more than T tokens, and
         for a label that is not in `labels`.

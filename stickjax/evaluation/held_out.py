@@ -26,8 +26,8 @@ def total_sums(model: nnx.Module, windows: np.ndarray, target_mask: np.ndarray, 
       model: the module with the parameters.
       windows: token ids [n,T+1]. In each row, the first T tokens are inputs, and the last T tokens are targets.
       target_mask: [n,T], True for the targets that count, and False for padding.
-      B: the number of texts in one call of the model. On a mesh, it is rounded up to a multiple of the number
-        of parts into which the mesh divides the texts of a batch.
+      B: the number of texts in one call of the model. A mesh divides these texts into parts, so B is rounded up until
+        all parts have the same size.
 
     Returns:
       The dictionary that `target_sums` returns for a batch, with every value summed over all batches.
@@ -73,7 +73,7 @@ def row_scores(
 def _batches(mesh: Mesh | None, windows: np.ndarray, target_mask: np.ndarray, B: int) -> Iterator[dict]:
     """Divide the n texts of `total_sums` into batches of B texts, and shard every batch over the mesh.
 
-    The last batch is filled up with texts without targets that count.
+    Padding fills up the last batch, and `mask` is False there. B is rounded up as in `total_sums`.
     """
     rows = row_parts(mesh)
     pieces = 1 if mesh is None or mesh.shape["context"] == 1 else 2 * mesh.shape["context"]
@@ -120,10 +120,10 @@ def target_sums(model: nnx.Module, batch: dict[str, jax.Array], mesh: Mesh | Non
 def _row_scores(
     model: nnx.Module, batch: dict[str, jax.Array], mesh: Mesh | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Predict each target of a batch of texts, as `target_sums` does, and return two arrays [B] with sums for each row.
+    """Predict each target of a batch of B texts. Return (nll [B], misses [B]). The arguments are as in `target_sums`.
 
-    The sums are over the targets that count: their negative log-likelihoods, and the number of these targets that are
-    not the most likely token. Every device gets the sums of all rows.
+    `nll`: for each text, the sum of the negative log-likelihoods of its targets that count, in nats. `misses`: how many
+    of these targets are not the most likely token. Every device gets the numbers of all texts.
     """
 
     def sums(model, batch):

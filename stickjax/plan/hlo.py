@@ -49,7 +49,7 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str, mesh: Mesh | None, per_host: int | None = None) -> list[Collective]:
-    """Return the collectives of a compiled program that send data: a group has more than one device.
+    """Return the collectives of a compiled program. A collective is left out if its groups have only one device.
 
     Args:
       text: the HLO of the program, `compiled.as_text()`.

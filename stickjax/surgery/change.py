@@ -103,13 +103,13 @@ def prune(
 ) -> Transformer:
     """Return a smaller model, without the least used modules (experts of attention or of feed-forward networks).
 
-    Each layer has as many places for modules as the layer that keeps the most modules; unused places are zeros. The
-    parameter `slot` of a router has the index of the module of each router column, or -1 if the module was pruned.
+    All layers have as many places for modules as the largest layer needs; unused places are zeros. The parameter `slot`
+    of a router has the place of each router column's module, from 0, or -1 if the module was pruned.
 
     Args:
       model: a trained model. Modules that `extend` added are first merged into the old modules (see `merged`).
-      use: {kind: [L, columns]}, as `usage.use` returns it: the (token, choice) pairs of each router column and layer.
-        If a kind ("ffn" or "attention") is missing here, or in `count` or `threshold`, its modules are all kept.
+      use: {kind: [L, columns]}, the result of `usage.use`: the number of (token, choice) pairs of each router column in
+        each layer. A kind ("ffn" or "attention") that is missing here, or in `count` or `threshold`, is not pruned.
       count: each layer keeps this number of its most used modules. One number, or {kind: number}.
       threshold: a layer keeps the modules that have at least this share of its (token, choice) pairs. If a token uses k
         modules, each layer keeps at least its k most used modules. One number, or {kind: number}.
@@ -118,8 +118,8 @@ def prune(
         (see `extend`). "new": only the columns of the kept modules, so the gates grow. With the experts' config field
         order="topk_softmax", both give the same gates.
 
-    Raises ValueError if not exactly one of count and threshold is given, or its value is out of range; if the model has
-    no modules of a kind in `use`, or an array there has a wrong shape; or for "old" after a pruning with "new".
+    Raises ValueError if both or none of `count` and `threshold` are given, or a value is out of range; if `use` has an
+    array of a wrong shape, or of a kind that the model lacks; or for denominator="old" after a pruning with "new".
 
     >>> from stickjax.config import ExpertsConfig, ModelConfig
     >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, experts=ExpertsConfig(4, 2, "softmax_topk"))
@@ -159,9 +159,10 @@ def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | 
     """Choose the modules (experts) that `prune` keeps. Return a mask [L, columns]: True for their router columns.
 
     `alive` [L, columns] is False for the columns of modules that were pruned earlier. `use` [L, columns] has the number
-    of (token, choice) pairs of each column. `k` is the number of modules that a token uses. If `threshold` is None, a
-    layer keeps its `count` most used modules. If `count` is None, a layer keeps its `k` most used modules, and all
-    modules that have at least the share `threshold` of its pairs.
+    of (token, choice) pairs of each column. `k` is the number of modules that a token uses.
+
+    If `count` is given, each layer keeps its `count` most used modules. If `threshold` is given, a layer keeps a module
+    if it has at least this share of the layer's pairs, or if it is one of the layer's `k` most used modules.
     """
     if use.shape != alive.shape:
         raise ValueError(
@@ -171,8 +172,8 @@ def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | 
     fewest = int(alive.sum(1).min())
     if count is not None and not k <= count <= fewest:
         raise ValueError(
-            f"count={count} of {kind.name} modules per layer must be at least {k}, the number that a token uses, and "
-            f"at most {fewest}, the number in the layer that has the fewest modules"
+            f"count={count} must be at least {k}, the number of {kind.name} modules that a token uses, and at most "
+            f"{fewest}, the number of {kind.name} modules in the layer that has the fewest"
         )
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold={threshold} must be a share: a number from 0 to 1")

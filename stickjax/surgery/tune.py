@@ -18,7 +18,7 @@ TRAINABLE = {"frozen": "*.new_*", "full": "*.new_*,*.router.*"}
 
 
 def freeze(config: Config, patterns: str) -> Config:
-    """Return a copy of a config in which the parameters whose names match one of `patterns` are frozen, too.
+    """Return a copy of `config` that also freezes the parameters whose names match one of `patterns`.
 
     `patterns` is a text with patterns that are separated by commas. Each pattern is added to `optim.trainable`, with a
     ! in front.

@@ -89,7 +89,11 @@ class Run:
             listener(dict(row))
 
     def prepare_validation(self) -> str:
-        """Set `validation` if the config asks for it. Return the end of the banner: a line break and a line, or ""."""
+        """Set `validation`, if `train.eval_every` is not 0. Return a text to append to the banner of the training.
+
+        The text is a line break and one line: what is measured, or why nothing can be measured. It is "" if
+        `train.eval_every` is 0.
+        """
         if not self.config.train.eval_every:
             return ""
         found = validation_of(self.config, self.data)
@@ -204,7 +208,7 @@ def _new(run: Run, init_from: str | None) -> TrainState:
         changed = [d for d in loaded.config.diff(config) if d.startswith("model.")]
         fields = "; ".join(changed)
         raise ValueError(
-            f"--init-from {init_from} has another model than this config (the run's value -> your "
+            f"--init-from {init_from}: the model of this run does not fit this config (the run's value -> your "
             f"value: {fields}); use the run's values"
         )
     run.say(f"parameters from {init_from}@{loaded.step}")
@@ -286,9 +290,9 @@ def fit(
 
 
 def _check_start(config: Config, data: TrainingData) -> None:
-    """Raise ValueError if the package of the tracker is missing, or if this process and process 0 differ.
+    """Raise ValueError if the package of the tracker is missing, or if the processes have different configs or data.
 
-    They differ if they have different configs or data. Paths of files may differ.
+    This process is compared with process 0. Config fields that are paths of files are not compared.
     """
     if processes.is_writer():
         check_tracker(config.train.track)

@@ -117,8 +117,8 @@ def named_barrier(decoder, x, match, operands, *, vote=None):
         expected = block.threads if count is None else int(np.max(count(u)))
         if barrier.expected not in (None, expected):
             raise DivergentBarrier(
-                f"barrier {int(numbers[0])} is told of {barrier.expected} threads and of {expected}; "
-                "all its instructions must name the same number"
+                f"barrier {int(numbers[0])}: one instruction names {barrier.expected} threads, another {expected}; "
+                "all instructions of a barrier must name the same number"
             )
         barrier.expected = expected
         known = block.clocks.publish(warps)
@@ -182,11 +182,11 @@ def warp_barrier(decoder, x, match):
 
 
 def lanes_of(u, mask, *values):
-    """Select, from each of `values`, the elements of the lanes that execute an instruction.
+    """Return each of `values` for the lanes that execute an instruction, and last the index of each lane's warp.
 
-    Each of `values` is an array [lanes] or one number for all lanes. `mask` [lanes] says which lanes of the unit `u`
-    execute the instruction; None: all. Return one array for each of `values`, and as the last array the index in the
-    block of each lane's warp. Every returned array has one element per lane that executes the instruction.
+    `mask` [lanes] says which lanes of the unit `u` execute the instruction; None: all. Each of `values` is an array
+    [lanes], or one number for all lanes. Each result is an array with one element per lane that executes the
+    instruction. The warps are counted from the block's first warp.
     """
     lanes = np.arange(u.lanes) if mask is None else np.flatnonzero(mask)
     return *(np.broadcast_to(v, (u.lanes,))[lanes] for v in values), u.warps[lanes // WARP]
@@ -213,16 +213,16 @@ def mbarrier_init(decoder, x, match):
 
 
 def find_mbarrier(u, address: int, warps, text: str) -> Mbarrier:
-    """Return the mbarrier at an address of shared memory that `warps` of the unit `u` use in the instruction `text`.
+    """Return the mbarrier at `address` in shared memory. `warps` of the unit `u` use it in the instruction `text`.
 
-    Raises Fault if no mbarrier is at this address, or if no barrier orders the initialisation of the mbarrier before
-    its use.
+    Raises Fault if no mbarrier is at this address. Also raises it if another warp initialised the mbarrier, and no
+    barrier comes between this initialisation and the instruction.
     """
     if int(address) not in u.block.mbarriers:
         raise Fault(f"no mbarrier at byte {int(address) - SHARED} of shared memory: {text}")
     shared, at = u.block.shared, int(address) - SHARED
     if np.any(u.block.clocks.seen[warps, shared.writer[at]] < shared.write_time[at]):
-        raise Fault(f"{u.name} use an mbarrier with no barrier after its initialisation by another warp: {text}")
+        raise Fault(f"{u.name} use an mbarrier, but no barrier comes after its initialisation by another warp: {text}")
     return u.block.mbarriers[int(address)]
 
 
@@ -264,11 +264,11 @@ def mbarrier_expect(decoder, x, match):
 def mbarrier_wait(decoder, x, match):
     """Decode instruction x, an mbarrier.try_wait or test_wait, into the function that executes it.
 
-    Each lane waits for the phase of a given parity of one mbarrier. The function returns BLOCKED while none of these
-    phases is complete. On the chip, a loop in the PTX would repeat the instruction during this time. As soon as one or
-    more of these phases are complete, the function writes the predicate of the instruction: true in the lanes whose
-    phase is complete, false in the other lanes. The loop in the PTX then repeats the instruction for the lanes with
-    false.
+    Each lane names an mbarrier and a parity, 0 or 1. A lane must wait as long as the current phase of its mbarrier has
+    this parity. While all lanes must wait, the function returns BLOCKED. (On the chip, a loop in the PTX repeats the
+    instruction during this time.) As soon as one or more lanes need not wait, the function writes the predicate of the
+    instruction: true in these lanes, false in the other lanes. The loop in the PTX then repeats the instruction for the
+    lanes with false.
     """
     target, address, parity = x.operands[:3]
     write, address, parity = decoder.write(target, "pred"), decoder.pointer(address), decoder.read(parity, "u32")
@@ -318,7 +318,7 @@ def proxy_fence(decoder, x, match):
 def other_fence(decoder, x, match):
     """Decode instruction x, a fence that has no effect in this machine.
 
-    The machine does not check whether a kernel has these fences. Its clocks order accesses to shared
-    memory by barriers and by waits for asynchronous operations, and global memory has no clocks.
+    The machine does not check whether a kernel has these fences. It orders accesses to shared memory only
+    by barriers and by waits for asynchronous operations. It knows no order of accesses to global memory.
     """
     return lambda u, mask: None

@@ -38,7 +38,7 @@ def load_parameter(decoder, x, match):
     if data is None:
         raise UnknownInstruction(f"the kernel has no parameter of this name: {x.text}")
     if not isinstance(data, bytes):
-        raise Fault(f"loads a tensor map, which only bulk copies may read: {x.text}")
+        raise Fault(f"a load must not read a tensor map; only bulk copies may read it: {x.text}")
     writes = []
     for i, part in enumerate(targets):
         start = source.value + i * size
@@ -264,22 +264,22 @@ def _tensor_map(u, address: int, text: str) -> TensorMap:
 
 
 def _box_in_shared(tensor: TensorMap, address: int, text: str) -> np.ndarray:
-    """Return the offsets in shared memory of the bytes of a box that is copied to or from `address`.
+    """Return the offset of every byte of a box in shared memory. The box begins at `address`.
 
     The offsets include the swizzle. Raises Fault if the copy engine does not support the box or the address. `text` is
     the instruction, for the error.
     """
     if tensor.swizzle > 16 and tensor.box[0] * tensor.itemsize > tensor.swizzle:
         width = tensor.box[0] * tensor.itemsize
-        raise Fault(f"a box with rows of {width} bytes is swizzled by {tensor.swizzle} bytes, which is less: {text}")
+        raise Fault(f"a row of the box has {width} bytes, more than its swizzle of {tensor.swizzle} bytes: {text}")
     if address % 128:
-        raise Fault(f"the copy engine needs a multiple of 128 bytes in shared memory, not {address}: {text}")
+        raise Fault(f"the shared-memory address of a box must be a multiple of 128 bytes, not {address}: {text}")
     return swizzled(address + np.arange(_box(tensor)[1]), tensor.swizzle) - SHARED
 
 
 def _coordinates(decoder, operand: Operand, rank: int, text: str):
     if len(operand.parts) != rank:
-        raise UnknownInstruction(f"{len(operand.parts)} coordinates for a box of rank {rank}: {text}")
+        raise UnknownInstruction(f"{len(operand.parts)} coordinates for an array of {rank} dimensions: {text}")
     return [decoder.read(part, "s32") for part in operand.parts]
 
 

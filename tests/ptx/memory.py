@@ -24,7 +24,8 @@ NOBODY, SEVERAL = -1, -2  # instead of a block's number: no block, or several bl
 class GlobalMemory:
     """The arrays of a launch.
 
-    An access raises Race if two blocks have now accessed the same byte, and at least one of them has written it.
+    A read raises Race if another block has written the byte. A write raises Race if another block has read or written
+    the byte.
     """
 
     def __init__(self, arrays: list[np.ndarray]):
@@ -102,7 +103,7 @@ class GlobalMemory:
 class SharedMemory:
     """The shared memory of one block, with checks for races. Its addresses begin at SHARED.
 
-    `equal_writes`: two warps may write the same value to a byte without an order.
+    `equal_writes`: if True, two warps may write the same value to a byte, even if no barrier orders the two writes.
     """
 
     def __init__(self, size: int, clocks: Clocks, equal_writes: bool):

@@ -1,7 +1,9 @@
 """The composition of a token with the slots of a memory, from the lowest used slot to the highest slot.
 
-Ordered Memory spends nearly all its time here. The derivative is written by hand, for two reasons: the loops skip slots
-that no sentence of the batch uses, and only two intermediate arrays per slot are saved for the backward pass.
+Ordered Memory spends nearly all its time here. The loop over the slots skips the slots that no sentence of the batch
+uses, so its length depends on the data. JAX cannot compute the reverse-mode derivative of such a loop. So the
+derivative is written by hand. This also saves memory: only two intermediate arrays per slot are kept for the backward
+pass.
 """
 
 from typing import NamedTuple
