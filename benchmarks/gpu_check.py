@@ -35,11 +35,11 @@ class Errors(NamedTuple):
 
 
 def attended(attention: Callable) -> Callable:
-    """Return a function that calls `attention`, whose result begins with (out, rem), and returns (out, 1 - rem).
+    """Return a function that calls `attention`, and returns (out, 1 - rem) instead of its results (out, rem, ...).
 
-    rem is the part of the stick that remains after all keys. With `skip_below`, rem is the part that remains where the
-    kernel stopped, for example 2^-24 instead of 2^-90. Such a difference is too small to matter, but it is a large
-    relative error of rem. It is a small relative error of 1 - rem.
+    rem is the part of the stick that remains after all keys. With `skip_below`, the kernel stops early, and rem is the
+    part that remains then, for example 2^-24 instead of 2^-90. This difference is too small to matter, but it is a
+    large relative error of rem. It is a small relative error of 1 - rem.
     """
 
     def run(*arrays):
@@ -76,7 +76,7 @@ def exact(reference: Callable, cotangent, arguments):
 def exact_forward(reference: Callable, arguments):
     """Return (outputs, None) of the function `reference`, computed in fp32 and copied to the host.
 
-    `exact` returns the gradients in the place of None.
+    This function computes no gradients; `exact` does.
 
     `arguments`: the same inputs that the checked function gets. They are converted to fp32.
     """

@@ -179,7 +179,8 @@ class Run:
         """Time the passes of a case for the contestant `name`, and add one row per pass.
 
         `measure(pass)` times a pass, such as "forward". A row has the time, the TFLOP/s, the entry "of limit", and the
-        entries of `extra()`. "of limit" is the larger lower bound of `Cost.limits`, divided by the time.
+        entries of `extra()`. "of limit" is the least possible time (the larger of the two numbers in `Cost.limits`),
+        divided by the measured time.
         """
         for passes, work in case.work.items():
 
@@ -214,9 +215,9 @@ class Run:
 def with_ratios(rows: list[Row], peers: tuple[str, ...]) -> list[Row]:
     """Return the rows grouped by case, with the ratios of their times to the times of the peers in the same case.
 
-    `peers`: names of contestants, the most important first. The field `ratio` is the time of a row divided by the time
-    of the first other contestant in `peers` that was timed in the same case. The field `extra` has the ratios to the
-    further peers.
+    `peers`: names of contestants, the most important first. A row is compared with all peers that were timed in its
+    case, but not with itself. The field `ratio` is its time divided by the time of the first of these peers. The field
+    `extra` has the ratios to the others.
     """
     cases: dict[tuple, list[Row]] = {}
     for row in rows:

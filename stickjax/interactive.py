@@ -97,8 +97,8 @@ class TrainedModel(Loaded):
         """Generate the text that follows a prompt. For a list of prompts, return a list of texts.
 
         Args:
-          prompts: one string, or a list of strings. With `chat`, a conversation may stand in the place of a string:
-            [{"role": "user", "content": text}, ...].
+          prompts: one string, or a list of strings. With `chat`, a prompt may also be a conversation, a list of
+            messages: [{"role": "user", "content": text}, ...].
           max_new_tokens: the largest number of new tokens in a text.
           temperature: the logits are divided by it; with 0, the most likely token is always chosen.
           top_k: draw only from the k most likely tokens.
@@ -107,8 +107,8 @@ class TrainedModel(Loaded):
           stop: strings or special tokens that end a text; the text does not contain them.
           special_tokens: True to encode the special tokens in a prompt, such as <|user|>, as special tokens; False to
             encode them as ordinary text.
-          chat: True if a prompt is a conversation, or a message of the user; the chat template of the model writes it
-            as a prompt.
+          chat: True if the prompts are conversations; a string is then one message of the user. The chat template of
+            the model converts a conversation to text.
           on_text: `on_text(row, piece)` is called with each new piece of text for the prompt with the index `row`.
 
         Raises:
@@ -132,16 +132,16 @@ class TrainedModel(Loaded):
     def evaluate(self, *, lengths: Sequence[int] = LENGTHS, max_tokens: int = 2**17, max_pairs: int = 1024) -> Columns:
         """Compute the loss on held-out text, in bits per byte, with contexts of m * T tokens for every m in `lengths`.
 
-        T is the training length. Each m must divide the largest m. If no document has m * T tokens, m is left out. The
-        smallest m is never left out. For every m, the same tokens are predicted: at most `max_tokens`, but always at
-        least one piece of text. The result is {name: numpy array with a value per m}. The names are the keys of the
-        records of `stickjax.evaluate.evaluate`, such as "bits_per_byte".
+        T is the training length. Each m must divide the largest m. The smallest m is always used. A larger m is left
+        out if no document has m * T tokens. For every m, the same tokens are predicted: at most `max_tokens`, but
+        always at least one piece of text. The result is {name: numpy array with a value per m}. The names are the keys
+        of the records of `stickjax.evaluate.evaluate`, such as "bits_per_byte".
 
         For a model that reads examples, such as a classifier, this method computes the accuracy instead. The examples
         are divided into buckets, for example by the number of logical operators. At most `max_pairs` examples of each
         bucket are used, and the arrays have a value per bucket. The names are the keys of the records of
-        `stickjax.evaluation.examples.accuracy`, or of `stickjax.evaluation.pairs.accuracy` for a Universal Transformer
-        on the data source logic without `data.split`.
+        `stickjax.evaluation.examples.accuracy`. If the model is a Universal Transformer, `data.source` is "logic" and
+        `data.split` is None, they are the keys of the records of `stickjax.evaluation.pairs.accuracy`.
 
         Nothing is written into the run folder.
         """

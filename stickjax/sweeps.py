@@ -45,9 +45,9 @@ def coordinate_check(widths: Iterable[int], make: Callable, *, steps: int = 4, p
     """Measure the mean absolute value of every activation, before the first training step and after each step.
 
     Models of several widths are compared, to test that they follow muP. Under muP no activation grows or shrinks with
-    the width: the slope of log2 mean |activation| against log2 width is between -0.1 and 0.1. The logits are an
-    exception, unless the output matrix starts at zero: before training they are proportional to width^(-1/2), and they
-    reach their final size only during training. Without muP at least one slope is above 0.3.
+    the width: the slope of log2 mean |activation| against log2 width is between -0.1 and 0.1. Without muP at least one
+    slope is above 0.3. The logits may differ from this rule before training: if the output matrix starts with random
+    values, they are proportional to width^(-1/2), and reach their final size only during training.
 
     Args:
       widths: the widths of the models; `slopes` needs at least two widths.

@@ -246,7 +246,7 @@ def test_without_the_package(tmp_path, monkeypatch, capsys):
 
 
 def test_a_tokenizer_with_more_ids_than_the_model():
-    """A model with fewer ids than the tokenizer would give NaN, so no task runs."""
+    """If the tokenizer has more ids than the model, no task runs: an id without an embedding would give NaN."""
     pytest.importorskip("lm_eval")
     config = Config(ModelConfig(**SIZES, V=61), DataConfig(tokenizer="byte"))
     loaded = stickjax.storage.run_folder.Loaded(model_of(V=61), config, ByteTokenizer(), 0)
@@ -283,7 +283,7 @@ def test_rolling_pairs_predict_each_token_once(length):
 
 
 def test_log_likelihoods_are_sums_of_log_probabilities():
-    """The pairs are in batches of several lengths, and some are longer than the model reads."""
+    """A pair is a context and its continuation. The pairs have several lengths, and some are too long for the model."""
     model, draw = model_of(), np.random.default_rng(0)
     pairs = [Pair(draw.integers(0, 257, a).tolist(), draw.integers(0, 257, b).tolist()) for a, b in
              ((1, 1), (3, 70), (90, 5), (1, 80), (60, 60), (5, 2))]  # fmt: skip
@@ -303,7 +303,10 @@ def test_log_likelihoods_are_sums_of_log_probabilities():
 
 
 def test_prompts_are_continued_up_to_a_stop_string():
-    """The answers are in the order of the requests, although longer prompts and other options are in other batches."""
+    """The answers are in the order of the requests, even if the requests are computed in another order.
+
+    Requests with the same options are computed together, the longest prompts first.
+    """
     loaded = stickjax.storage.run_folder.Loaded(model_of(), Config(ModelConfig(**SIZES)), ByteTokenizer(), 0)
     said = []
     model = harness.HarnessModel(loaded, generate, 30, said.append)
@@ -319,7 +322,7 @@ def test_prompts_are_continued_up_to_a_stop_string():
 
 
 def test_each_batch_draws_other_texts(monkeypatch):
-    """A task may ask for several random texts for one prompt. They are in several batches, and must differ."""
+    """If a task asks for several random texts for one prompt, the texts differ, even if they are in several batches."""
     monkeypatch.setattr(task_requests, "BATCH_TOKENS", 150)  # two prompts of 64 tokens, rounded up, with 8 new tokens
     loaded = stickjax.storage.run_folder.Loaded(model_of(), Config(ModelConfig(**SIZES)), ByteTokenizer(), 0)
     model = harness.HarnessModel(loaded, generate, 32)

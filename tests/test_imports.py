@@ -1,4 +1,4 @@
-"""Test the source files: which file may import which, their dependencies, length, examples and annotations."""
+"""Test the source files: what they may import, how long they are, and whether examples and annotations hold."""
 
 import ast
 import doctest
@@ -43,7 +43,10 @@ def module_name(path: Path) -> str:
 
 
 def folder(name: str) -> str | None:
-    """Return the longest name in `LAYERS` that contains the module `name`; None for a module of another project."""
+    """Return the folder in `LAYERS` that has the module `name`, or None for a module of another project.
+
+    If several folders contain the module, the innermost one is returned.
+    """
     return max((prefix for prefix in LAYERS if name == prefix or name.startswith(f"{prefix}.")), key=len, default=None)
 
 
@@ -68,7 +71,7 @@ def imports(path: Path) -> set[str]:
 
 
 def test_what_is_installed_is_what_is_there():
-    """pyproject.toml lists every package of the repository, and its patterns for data files match files.
+    """pyproject.toml lists every package of the repository, and each of its patterns for data files matches a file.
 
     The folder `configs` is installed as the package `stickjax.configs`.
     """
@@ -160,9 +163,10 @@ def test_the_package_is_a_few_rooms():
 
 @pytest.mark.parametrize("path", [p for p in FILES if "stickjax" in p.parts], ids=module_name)
 def test_families_are_asked_through_their_protocol(path):
-    """Only the files of a model family use its classes and fields; all others use the methods of the protocol Family.
+    """Only the files of the Universal Transformers may test which family a model has, or read the field `classes`.
 
-    stickjax.models.classifier is an exception, because it is a part of the classifiers of all families.
+    The other files call the methods of the protocol Family. stickjax.models.classifier may read `classes`, too, because
+    it builds the output layer of the classifiers of all families.
     """
     if "universal" in module_name(path) or module_name(path) == "stickjax.models.classifier":
         return

@@ -1,6 +1,6 @@
-"""The sum and the maximum over binary trees, compared with lists of all trees.
+"""Test `log_likelihood` (the sum over binary trees) and `viterbi` (the best tree) against lists of all trees.
 
-Also test the total probability of all sentences.
+Another test adds up the probabilities of all sentences.
 """
 
 import itertools
@@ -32,7 +32,10 @@ def drawn(*shape, scale=3.0, seed=0):
 
 
 def test_the_trees_with_four_leaves():
-    """`trees` returns the five trees in the original code's test, where the nodes are numbered from left to right."""
+    """`trees` finds the same five trees as the test in the code of the paper (arXiv 2010.04704).
+
+    That test numbers the nodes from left to right.
+    """
     number = np.argsort(in_order(3))
     found = [tuple(number[list(tree)].tolist()) for tree in trees(3, 4)]
     assert sorted(found) == [(0, 2, 5, 11), (1, 4, 6, 11), (1, 5, 9, 13), (3, 8, 10, 13), (3, 9, 12, 14)]
@@ -40,9 +43,10 @@ def test_the_trees_with_four_leaves():
 
 @pytest.mark.parametrize("depth, count", [(1, 1), (3, 21), (8, 1434)])
 def test_the_edges(depth, count):
-    """`edges` returns all pairs of nodes in which the second node starts where the first one ends.
+    """`edges` returns all pairs of nodes whose intervals are next to each other.
 
-    For each inner node, these are the pairs from the right edge of its left subtree and the left edge of its right one.
+    In each pair, the first node is on the right edge of the left subtree of an inner node, and the second node is on
+    the left edge of its right subtree.
     """
 
     def spine(node, child):
@@ -60,7 +64,7 @@ def test_the_edges(depth, count):
 
 @pytest.mark.parametrize("depth", [3, 4])
 def test_the_sum_over_trees_and_its_gradient(depth, x64):
-    """The sum and its gradient equal the reference for sentences of different lengths in one batch.
+    """For sentences of different lengths in one batch, the sum and its gradient equal `log_likelihood_reference`.
 
     The scores after the end of a sentence have no effect.
     """
@@ -113,10 +117,10 @@ def test_sentences_without_a_tree_have_no_likelihood_and_no_gradient():
 def grammar(depth, V, seed):
     """Return random scores [n,V] of a tree-shaped grammar, and the probability that a derivation fits in the depth.
 
-    A node becomes a leaf with its own probability, or splits. A derivation that would split a node of the last level
-    does not fit. The score of a tree is the sum of the scores of its leaves, so the log-probability of a split must be
-    divided among the leaves below it. Each of the two children gets half of this log-probability, and half of the share
-    that the parent got from earlier splits. The scores of a node include its share.
+    Every node is a leaf with its own probability; otherwise it splits into two children. A derivation fits if no node
+    of the last level splits. The score of a tree is the sum of the scores of its leaves. So the log-probability of a
+    split must be added to the scores of the leaves below it: each child takes half of the parent's log-probability to
+    split, and half of what the parent itself took.
     """
     n = 2 ** (depth + 1) - 1
     rng = np.random.default_rng(seed)

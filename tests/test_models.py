@@ -73,8 +73,8 @@ def by_embedding(model, config, segment_ids=None):
 def influence(config, segment_ids=None):
     """Return an array [B, T, B, T]: how much the output at each position depends on the embedding at each position.
 
-    The first two axes are the output's batch entry and position, the last two those of the embedding. Zero means
-    independent.
+    The first two axes are the batch entry and the position of the output. The last two axes are the batch entry and
+    the position of the embedding. A zero means that the output does not depend on the embedding.
     """
     config = dataclasses.replace(config, tied=False)
     logits, zero = by_embedding(init(config, jax.random.key(0)), config, segment_ids)

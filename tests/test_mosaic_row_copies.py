@@ -67,7 +67,7 @@ def test_rows_move(width):
 
 
 class Numbers:
-    """NumPy operations that replace the integer operations of the address computation, for all threads at once."""
+    """The integer operations that `mosaic_row_copies.chunks` needs, in NumPy. `thread` has all threads at once."""
 
     thread = np.arange(mosaic_row_copies.THREADS)
     add, multiply, exclusive_or = staticmethod(np.add), staticmethod(np.multiply), staticmethod(np.bitwise_xor)

@@ -19,8 +19,9 @@ PLANTED = {"contradiction": ["nobody", "cat"], "entailment": ["outdoors", "least
 def biased(count: int, seed: int = 0) -> list[dict]:
     """Return rows in which about half of the hypotheses have a planted word.
 
-    With probability 0.9, this word belongs to the label of the row, else to a random label. The premises say nothing
-    about the label. Each rare word occurs in one row, so only with one label.
+    Every label has its own planted words. With probability 0.9, the word is one of the planted words of the label of
+    the row, otherwise of a random label. The premises say nothing about the label. Every fortieth hypothesis also has a
+    rare word. It occurs in no other row, so only with one label.
     """
     random = Random(seed)
     found = []
@@ -73,9 +74,9 @@ def test_the_formula_and_its_bounds():
 
 
 def test_the_filtered_rows_are_those_that_the_words_do_not_give_away(data, tmp_path):
-    """`filtered_rows` keeps the rows that a model of the hypothesis alone gets wrong.
+    """`filtered_rows` keeps the rows for which a model that reads only the hypothesis chooses a wrong label.
 
-    Here the model is a rule that adds up the pointwise mutual information of the words with each label.
+    Here the model is a rule: for each label, it adds up the pointwise mutual information of the words.
     """
     rows = LabelledRows(data, ("left", "right"))
     train, test = rows.records("train"), rows.records("test")

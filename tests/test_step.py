@@ -120,9 +120,9 @@ def test_a_run_without_a_finite_step_fails(tmp_path, poison, capsys):
 
 @pytest.mark.parametrize("end", ["finished", "stopped"])
 def test_what_was_learnt_before_bad_steps_is_saved(tmp_path, poison, monkeypatch, capsys, end):
-    """If a run ends while its steps are skipped, it saves the state after the last good step.
+    """If the last steps of a run are skipped, the run still saves the parameters of its last good step.
 
-    `end`: whether the run finishes or is stopped by a signal.
+    A step is skipped if its loss or gradient is not finite. `end`: the run finishes, or a signal stops it.
     """
     poison[0], update = False, Progress.update
 

@@ -71,7 +71,10 @@ FEATURES = {
 
 @contextlib.contextmanager
 def at_home(implementation: str):
-    """Trace as on a device for the implementation: an H200 for mosaic, an A100 for triton, otherwise this device."""
+    """Trace as if the device were the GPU of the implementation in `GPUS`; if it has none, trace for this device.
+
+    Types of 64 bits are allowed.
+    """
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.enable_x64(True))
         if implementation in GPUS:
@@ -81,9 +84,9 @@ def at_home(implementation: str):
 
 
 def refusal(implementation: str, op: str, arguments, options) -> str | None:
-    """Return the reason with which an implementation refuses a call of `op`; None if it supports the call.
+    """Return the reason why an implementation refuses a call of `op`, or None if it supports the call.
 
-    The sizes of the call are cut off from the reason.
+    The end of the reason, ", not ..." or ", got ...", is removed, because it has the sizes or types of the call.
     """
     try:
         explain(op, *arguments, **options, implementation=implementation)
@@ -106,9 +109,9 @@ def table() -> str:
 
 
 def test_the_table_of_the_readme_is_what_the_implementations_say(monkeypatch):
-    """The table in docs/reference/support.md equals the table that the implementations' answers give.
+    """The table in docs/reference/support.md equals the table that `table` makes from the implementations.
 
-    After a change, `python tests/test_support.py` writes the table again.
+    If they differ after a change, run `python tests/test_support.py`: it writes the new table into the page.
     """
     monkeypatch.setattr(triton_call, "_missing", tuple)
     assert table() == written()[1].rstrip()

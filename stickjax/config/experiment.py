@@ -221,7 +221,7 @@ class Config:
         if family not in tuple(MODEL_CONFIGS):
             raise ValueError(
                 f"family={shown(family)} is not one of {', '.join(map(repr, MODEL_CONFIGS))}"
-                f"{nearest(str(family), MODEL_CONFIGS)}; import the file that defines a new family first"
+                f"{nearest(str(family), MODEL_CONFIGS)}; import the file that defines the family, if it is your own"
             )
         config = cls(MODEL_CONFIGS[family]())
         sections = {section: _flat(type(getattr(config, section)), fields) for section, fields in tree.items()}
@@ -252,10 +252,11 @@ class Config:
 
 
 def _with_one_source(changes: dict[str, Any]) -> dict[str, Any]:
-    """Return `changes`, {"section.field": value}, with further changes if data.mixture or data.source is changed.
+    """Return `changes`, {"section.field": value}, with the other data fields that a new mixture or source changes.
 
-    A mixture that is not None also sets data.source to "mixture" and data.path to None. Without such a mixture, a
-    source other than "mixture" also sets data.mixture to None. A field that `changes` already has keeps its value.
+    If `changes` sets data.mixture to a mixture, data.source becomes "mixture" and data.path becomes None. Otherwise,
+    if it sets data.source to another source, data.mixture becomes None. A field that `changes` already has keeps its
+    value.
     """
     if changes.get("data.mixture") is not None:
         return {"data.source": "mixture", "data.path": None} | changes
@@ -283,7 +284,7 @@ def _flat(section: type, fields: dict) -> dict:
 def _changed(section, changes: dict[str, Any]):
     """Return a copy of a section of a config, such as `config.model`, with changes such as {"D": 64, "experts.E": 8}.
 
-    In a key with a dot, the first part is a field of the section whose value is a dataclass.
+    A key with a dot, such as "experts.E", means the field E of the dataclass in the field `experts` of the section.
     """
     values: dict[str, Any] = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
     for group in nested_fields(type(section)):

@@ -76,10 +76,10 @@ class _Stream(io.RawIOBase):
 
 
 class _Checked(_Stream):
-    """The bytes of the stream `source`, which decompresses the file at the path `file`.
+    """The decompressed bytes of the file at the path `file`. They are read from the stream `source`.
 
-    If reading from `source` raises one of `errors`, reading from this stream raises ValueError. The message names the
-    file and its compression `kind`, such as "gzip", and says whether the data are damaged or the disk has failed.
+    If reading from `source` raises one of `errors`, this class raises ValueError. The message names the file. It gives
+    the error of the disk, or says that the data are damaged or cut off. `kind` is the compression, such as "gzip".
     """
 
     def __init__(self, source: BinaryIO, file: Path, kind: str, errors: tuple[type[Exception], ...]):

@@ -54,8 +54,9 @@ def read_object(content: bytes, where: str | Path) -> dict[str, Any]:
 def read_files(folder: Path) -> dict[str, bytes]:
     """Read the files of a tokenizer's folder that may name special tokens, and return {name of the file: content}.
 
-    These are the files in `FILES` that exist. The config.json of a Hugging Face model also has ids of special tokens.
-    They are returned as the content of a file with the name TOKEN_IDS.
+    The result has the files in `FILES` that exist. If the folder has the config.json of a Hugging Face model, the
+    result also has an entry TOKEN_IDS: the ids of special tokens in this config.json, as JSON. This entry replaces a
+    file with the name TOKEN_IDS.
 
     Raises ValueError if a file cannot be read.
     """
@@ -145,7 +146,7 @@ def token_texts(files: Mapping[str, bytes], folder: Path) -> dict[str, str]:
     """Return the texts of the special tokens that the files in a tokenizer's folder name: {"bos_token": text, ...}.
 
     An entry of tokenizer_config.json replaces an entry of special_tokens_map.json. `files` and `folder` are as in
-    `named`. The token "bos_token" is not always put in front of a text: `prefix_of` returns the ids that are.
+    `named`. The token "bos_token" is not always put in front of a text (see `prefix_of`).
 
     >>> token_texts({"tokenizer_config.json": b'{"bos_token": {"content": "<s>"}}'}, Path("folder"))
     {'bos_token': '<s>'}

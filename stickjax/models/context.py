@@ -73,8 +73,8 @@ def attention_in_context(
         stick that no key takes.
 
         `which`: 0 for the early piece of this device, 1 for the late piece. `place`: the index of the piece in the
-        sequence. `reach`: all earlier pieces are among the first `reach` pieces. All devices use the same `reach`,
-        because they run the same program.
+        sequence. `reach`: the kernel gets the keys of the first `reach` pieces, which contain all earlier pieces on
+        every device. The number is the same on all devices, because they run the same program.
         """
         S = reach * C
         # Keys that are not before the piece get the segment id of padding, so that the kernel skips their key tiles.

@@ -121,8 +121,8 @@ def bit_field(decoder, x, match):
 def three_input_logic(decoder, x, match):
     """Decode instruction x, a lop3, into the function that executes it.
 
-    A lop3 is any bitwise function of three operands a, b and c. Bit 4 a + 2 b + c of the last operand is the result for
-    the bits a, b and c.
+    A lop3 computes a bitwise function of three operands. The last operand is its table: if the bits of the operands are
+    a, b and c, the result is bit 4 a + 2 b + c of the table.
     """
     write = decoder.write(x.operands[0], "b32")
     reads = [decoder.read(o, "b32") for o in x.operands[1:4]]

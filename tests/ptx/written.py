@@ -89,8 +89,8 @@ def apply(text: str, out: str, kinds: list[str], cases: list[tuple], *, odd_lane
       text: the instructions, with {d} for the register of the result, and {0}, {1}, .. for the operands' registers.
       out, kinds: the type of the result, and the types of the operands.
       cases: a tuple of operands for each case.
-      odd_lanes_only: make the predicate of the instructions false in the even lanes. The result of an even lane is then
-        the lowest bits of MASKED_OFF, or 0 for the type "pred".
+      odd_lanes_only: execute the instructions only in the odd lanes. The even lanes keep the value that the register of
+        the result has at the start: the lowest bits of MASKED_OFF, or 0 for the type "pred".
     """
     threads = -(-len(cases) // 32) * 32
     padded = list(itertools.islice(itertools.cycle(cases), threads))

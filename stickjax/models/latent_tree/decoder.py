@@ -91,16 +91,16 @@ class TreeDecoder(nnx.Module):
 
       P(w) = softmax_w(N(unembed)_w . Attend(x, values)),   N(v) = tanh((v - mean) / standard deviation).
 
-    Attend is `TreeAttention`. The values are N(v) of the vectors v of the source words (`Encoding.values`). The score
-    of a word w at a node is
+    Attend is `TreeAttention`. The bank is `Encoding.bank`, and the values are N(v) for every vector v in
+    `Encoding.values`. The score of a word w at a node is
 
       log P(w) + log p + h,   where h = (log(1 - p') + h') / 2 for the parent's p' and h', and h = 0 for the root.
 
-    So the log-probability that a node splits is divided among all nodes below it. In the sum over the leaves of a tree
-    it counts exactly once.
+    A node with children gives half of log(1 - p) + h to each child, as the h of the child. So in the sum over the
+    leaves of a tree, each log(1 - p) of the tree counts exactly once.
 
-    In training, both attentions of a node (to the bank and to the words) use the same dropout mask of the query. All
-    nodes use the same dropout mask of the keys. The original code draws a mask for each use.
+    Dropout in training: a node has one query, with one dropout mask, to attend to the bank and to the words. All nodes
+    attend to the same keys, with one dropout mask. The original code draws a new mask each time.
     """
 
     def __init__(self, config: TreeConfig, key):
@@ -170,9 +170,10 @@ class TreeDecoder(nnx.Module):
         return self._level(jnp.concatenate(children, 1), None, jnp.concatenate([shared] * 2, 1), source, random)
 
     def _level(self, x: Float[Array, "B n H"], context, shared: Float[Array, "B n 1"], source: Source, random) -> Level:
-        """Return the `Level` of nodes with the vectors x and with h = `shared` (`TreeDecoder`).
+        """Return the `Level` of the nodes that have the vectors `x`.
 
-        If `context` is None, compute it from the bank.
+        `shared` is h of these nodes (see `TreeDecoder`). `context` are the contexts of the nodes; None: compute them
+        by attention to the bank.
         """
         c, M = self.config, source.bank.shape[1]
         y, deviation = self.attention.queries(dropped(x, c.attention_dropout, random[QUERY]))
@@ -207,8 +208,9 @@ def _centred_pair(weight):
 def _by_parent(levels: list[jax.Array]) -> jax.Array:
     """Concatenate the arrays [B,n,...] of all levels into one, in which the children of node i are 2i + 1 and 2i + 2.
 
-    The index of a node in its level, as a binary number, is the node's path from the root: 0 is left, 1 is right. In
-    `Level` the first digit is the last step of the path. In the result the first digit is the first step of the path.
+    Write the index of a node in its level as a binary number. Its digits are the steps of the path from the root to the
+    node: 0 is left, 1 is right. In a `Level`, the first digit is the last step. In the result, the first digit is the
+    first step.
     """
     order = np.zeros(1, int)
     ordered = [levels[0]]

@@ -1,5 +1,6 @@
-"""The encoders of the source. Each returns the vector of the root of the target tree, and vectors that nodes attend to.
+"""The encoders of the source. An encoder returns a vector for the root of the target tree, and vectors of the source.
 
+The nodes of the target tree attend to the vectors of the source.
 `OrderedMemoryEncoder` induces a tree over the source, `TreeEncoder` uses the brackets of the batch, and
 `RecurrentEncoder` is a GRU without trees.
 """
@@ -50,13 +51,13 @@ def _table(config: TreeConfig, key) -> nnx.Param:
 
 
 class OrderedMemoryEncoder(nnx.Module):
-    """A bidirectional GRU whose outputs an `OrderedMemory` reads. The memory induces a tree over the source.
+    """A bidirectional GRU, and an `OrderedMemory` that reads its outputs. The memory induces a tree over the source.
 
     At every word, the memory computes a candidate for each of its N slots: a new vector for this slot. Nodes attend to
     the candidates for all slots at all words. The root vector is the candidate for the highest slot at the last word.
-    With `early_root` in the config, it is this candidate at the second-to-last word, and zero for a source of one word.
-    `embed` is the embedding that the GRU reads. `values` is the embedding whose attention-weighted sum chooses the word
-    of a node.
+    If `early_root` is set in the config, the root vector is the candidate at the second-to-last word, or zero if the
+    source has one word. The GRU reads the embedding `embed`. The decoder chooses the word of a node from a weighted sum
+    of the embedding `values`; the weights come from attention.
     """
 
     def __init__(self, config: TreeConfig, key):

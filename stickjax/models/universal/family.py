@@ -168,8 +168,9 @@ class Universal(Family):
     def parameter_counts(self, config: SutConfig) -> tuple[int, int]:
         """Return (the number of all parameters, the number of active parameters).
 
-        Active parameters are the parameters that one pass through the shared block uses for one token: of E experts
-        only k count, and everything outside of the stack, such as the embedding, does not count.
+        Active parameters are the parameters of the `UniversalStack` that one step uses for one token: k of the E
+        experts of each kind, and all other parameters of the stack. Parameters outside the stack, such as the
+        embedding, are not active.
         """
         shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
         block, size = shapes.stack.block, lambda tree: sum(x.size for x in jax.tree.leaves(tree))

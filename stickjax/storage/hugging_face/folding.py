@@ -1,9 +1,9 @@
 """Fold the multipliers of muP into the parameters, for a model_type whose config.json has no multipliers.
 
 A decoder computes x = m_emb * embed[token], then x + m_res * branch(norm(x)) for every branch, attention logits
-a * q.k with a = `attention_scale`, and output logits norm(x) @ unembed / s with s = `logits_scaling`. The last
-normalisation is linear in its scale, so s can be folded into this scale. If the embedding is also the output matrix,
-the scale is divided by m_emb too. The residual stream x stays the same.
+a * q.k with a = `attention_scale`, and output logits norm(x) @ unembed / s with s = `logits_scaling`. The output of the
+last normalisation is proportional to its scale, so the scale can be divided by s. The embedding is multiplied by m_emb.
+If it is also the output matrix, the scale is divided by m_emb, too. The residual stream x stays the same.
 """
 
 import dataclasses

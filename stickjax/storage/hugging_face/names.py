@@ -6,21 +6,27 @@ inside a layer belongs to one layer; its leaf has the values of all layers, with
 stands for the index of the layer. `ours` is the name of the leaf. `axes` are the axes of the tensor; the module
 `stickjax.models.parameters` has the axes of the leaf.
 
-Axes are written as in "NH D": spaces separate the axes, and every letter is a size. A letter is a field of ModelConfig,
-except five: E is the number of feed-forward experts, A is the number of attention experts, R and S are the hidden
-widths of their routers (`experts.hidden` and `attention_experts.hidden`), and W is the width of the shared expert
-(`experts.shared`). Several letters together are one axis, whose last letter varies fastest. For example, a tensor with
-the axes "NH D" becomes a leaf with the axes "D N H".
+Axes are written as in "NH D": spaces separate the axes, and every letter is a size. Several letters together are one
+axis, whose last letter varies fastest. For example, a tensor with the axes "NH D" becomes a leaf with the axes "D N H".
+Most letters are fields of ModelConfig. These are not:
 
-A digit is a size, too. For example, the axis "2F" of a gated feed-forward network has 2 * F entries: F values of the
+E: the number of feed-forward experts.
+A: the number of attention experts.
+R: the hidden width of the router of the feed-forward experts (`experts.hidden`).
+S: the hidden width of the router of the attention experts (`attention_experts.hidden`).
+W: the width of the shared expert (`experts.shared`).
+
+A digit is also a size. For example, the axis "2F" of a gated feed-forward network has 2 * F entries: F values of the
 gate, then the F values that the gate multiplies. If only the tensor or only the leaf has the digit 2, then a row of the
 table maps one of the two halves: `part` is 0 for the first half, and 1 for the second. Some model types have one tensor
 for each feed-forward expert. Then `expert` is the index of the expert, and only the leaf has the axis E.
 
-Three letters exist only for the type stickbreaking, and `part` is the index on their axes, too. P and Q: a tensor with
-the axis "KPH" has, for each of the K key heads, P = N / K + 2 heads: Q = N / K query heads, the key head and the value
-head. The axis N of the leaf with the queries is then the axis "KQ". U has the size 2, like the digit 2 of the leaf, but
-the two halves of the tensor are in the opposite order: the index on the axis U is 1 - `part`.
+Three more letters occur only in the tables of the type stickbreaking:
+
+P and Q: a tensor with the axis "KPH" has P = N / K + 2 heads for each of the K key heads: first Q = N / K query heads,
+  then the key head and the value head. A row maps one of these P heads, and `part` is its index on the axis P. In the
+  leaf of the queries, the axis N is written as "KQ", and `part` is also the index on the axis Q.
+U: the size 2. The tensor has the two halves of the leaf in the opposite order. So the index on U is 1 - `part`.
 """
 
 import functools
@@ -85,8 +91,8 @@ def _sizes(c: ModelConfig, name: str, axes: str) -> str:
     `E`, `C`: the axis of the experts, and the axis of the router columns. Both become A in an attention layer, and E in
       a feed-forward network.
     `G`: the number of inputs of the activation. It becomes a digit: 2 for a gated activation, otherwise 1.
-    `R`: the number of inputs of the router's last matrix. In an attention layer it becomes S. But in a linear router it
-      becomes D, because this matrix is the only one, and its inputs have the model width D.
+    `R`: the number of inputs of the router's last matrix. A linear router has only this matrix, so R becomes D, the
+      model width. For any other router, R becomes S in an attention layer, and stays R in a feed-forward network.
     """
     in_attention = name.startswith("blocks.attention.")
     experts, hidden, mixture = ("A", "S", c.attention_experts) if in_attention else ("E", "R", c.experts)
@@ -152,18 +158,17 @@ def _size(config: ModelConfig, letter: str) -> int:
 def _place(config: ModelConfig, target: np.ndarray, to: str, source: np.ndarray, of: str, row: Row) -> None:
     """Copy the array `source` into the array `target`, with the axes in the order of `target`.
 
-    `of` are the axes of `source`, and `to` are the axes of `target`, as in "NH D". A digit is an axis, too: an array
-    with the axes "2 F D" has two parts with the axes "F D". If only `of` has a digit, only the part of `source` with
-    the index `row.part` is copied. If only `to` has a digit, `source` is copied into the part of `target` with this
-    index. In the same way, `row.expert` is the index on the axis E if only one of the two arrays has this axis.
+    `of` are the axes of `source`, and `to` are the axes of `target`, as in "NH D". Here every letter and every digit is
+    an axis of its own. An axis of both arrays is copied whole. If only one array has an axis, only one index of this
+    axis is read or written: `row.expert` for E, 1 - `row.part` for U, and `row.part` for any other axis.
     """
     to, of = to.replace(" ", ""), of.replace(" ", "")
 
     def common(array: np.ndarray, own: str, other: str) -> np.ndarray:
         """Return a view of `array` with one axis for every letter or digit that is in both `own` and `other`.
 
-        `own` are the letters and digits of `array`, and `other` are the letters and digits of the other array. If only
-        `own` has a digit or one of the letters E, P, Q and U, the view has only one index on this axis.
+        `own` are the letters and digits of `array`, and `other` are the letters and digits of the other array. An axis
+        that is only in `own` is left out: the view has only the index that `_place` explains.
         """
         view = array.reshape([_size(config, letter) for letter in own])
         index = {"E": row.expert, "U": 1 - row.part}
