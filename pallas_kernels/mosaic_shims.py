@@ -172,7 +172,7 @@ def minus_sum_right(minuend, factor, x, start):
     log2(beta), `x` is the log-decay of each key, -log2(1 - beta), and `start` is the sum of the log-decays of the keys
     to the right of this tile.
 
-    One operation computes all of y. So the sums over m > c are never in registers for all columns at the same time.
+    To save registers, the GPU body subtracts each sum over m > c as soon as it has computed the sum.
     """
     if is_interpreted():
         total = jnp.cumsum(x[:, ::-1], axis=1)[:, ::-1]
@@ -238,18 +238,16 @@ class _GpuThread:
 
 
 def scan_registers(ops, minuend, factor, x, start, *, right: bool):
-    """Compute `minus_sum_right` (if `right`) or `minus_sum_left` in one thread. Return the thread's part of (y, sums).
+    """Compute the part of one thread in `minus_sum_right` (if `right`) or `minus_sum_left`. Return its (y, sums).
 
-    `ops` is the arithmetic of the thread, a `_GpuThread`. An argument array is a NumPy array of the registers that this
-    thread holds. The thread holds elements of two rows. In each row, it holds two neighbouring elements of every group
-    of 8 columns.
+    The thread holds elements of two rows. In each row, it holds two neighbouring elements of every group of 8 columns.
+    The arguments are NumPy arrays of its registers:
 
-    `minuend`, `factor`, `x`: [1, groups, 1, 1, 2, ..]; the axis of size 2 is the row. One register has the two
-      elements of one group and one row.
-    `start`: [1, 1, 2, ..]; one register has the value of one row.
+    `minuend`, `factor`, `x`: [1, groups, 1, 1, 2 rows, ..]. A register has the two elements of one group in one row.
+    `start`: [1, 1, 2 rows, ..]. A register has the value of one row.
 
-    The results have the same shapes: y as `x`, and sums as `start`. For each group and row, the thread exchanges two
-    sums with the other threads of its quad (four neighbouring threads).
+    y has the shape of `x`, and sums has the shape of `start`. `ops`, a `_GpuThread`, computes with registers. For each
+    group and row, the thread exchanges two sums with the other threads of its quad (four neighbouring threads).
     """
     # `near` and `far` are for the partner threads, whose index differs from this thread's index in bit 0 or in bit 1.
     # They are 1 if the columns of the partner are summed before the columns of this thread, else 0.

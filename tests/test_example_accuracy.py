@@ -51,7 +51,10 @@ def test_batches_have_all_examples_once_and_are_padded():
 
 
 class Copies:
-    """A stand-in for a family of translations: it repeats the source, but a long one without word 8."""
+    """A stand-in for a family of translations: the translation is the source itself.
+
+    If a source has more than 8 words, word 8 of the translation is missing: its id is 0.
+    """
 
     @staticmethod
     def predict(model, batch):

@@ -1,4 +1,7 @@
-"""A model with muP multipliers is exported as a type without them: parameters are multiplied by the multipliers."""
+"""Test that a model with muP multipliers can be exported as a model type without multipliers.
+
+The export multiplies parameters by constants instead, so that the logits stay the same.
+"""
 
 import math
 

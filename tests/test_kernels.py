@@ -124,9 +124,9 @@ def test_skipping_stops_early_forward_and_backward(kernels):
 
 
 def test_skipping_beside_a_tile_without_queries(kernels):
-    """Early exit is correct if the last thread block has a tile without queries, which must not wait for keys.
+    """Early exit is correct in the last thread block, which has one tile with queries and one empty tile.
 
-    There are nine tiles of 64 queries and two tiles per thread block.
+    There are nine tiles of 64 queries, and every thread block has two tiles. The empty tile must not wait for keys.
     """
     case = Stick(T=520, N=1, H=32)
     values = run(kernels, case, "bfloat16", skip_below=-24.0)
@@ -187,9 +187,10 @@ def test_the_gradient_of_the_scale_is_no_quotient_by_it(kernels):
 def test_saturated_logits_give_the_limits_and_their_gradients(kernels):
     """Saturated logits give correct and finite outputs and gradients.
 
-    One exception is allowed: with logits of 1e5, Mosaic's d_value may be wrong. The backward pass subtracts
-    the terms -log2(1 - beta) of the keys from their sum, where beta = sigmoid(logit). The sum is up to several million,
-    so rounding leaves no correct digits of the small differences for the keys near the query.
+    One exception is allowed: with logits of 1e5, Mosaic's d_value may be inaccurate, but it must be finite. For each
+    key, the backward pass needs the sum of -log2(1 - beta) over the nearer keys, where beta = sigmoid(logit). It
+    computes this sum as a difference of two larger sums, of up to several million. Near the query the difference is
+    small, and rounding leaves none of its digits.
     """
     errors = limits.errors(limits.results("bfloat16", implementation=kernels), "bfloat16")
     assert np.isfinite(list(errors.values())).all(), errors

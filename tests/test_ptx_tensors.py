@@ -127,11 +127,11 @@ MORE = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{{}}}, {{{}}}, %d2,
 @pytest.mark.parametrize(
     "place, text, message",
     [
-        (1, "mov.b32 %r3, 0;", "wrote %r3 after its last wgmma.fence"),
+        (1, "mov.b32 %r3, 0;", "wgmma.fence is missing between a write to %r3"),
         (2, "mov.f32 %f9, %f3;", "%f3 belongs to a wgmma that nothing has waited for"),
         (3, "mov.b32 %r4, 0;", "%r4 belongs to a wgmma"),
-        (2, MORE.format("%f4, %f5, %f6, %f7", "%f0, %f1, %f2, %f3"), "uses %f0 in another way"),
-        (2, MORE.format("%r1, %r2, %r3, %r4", "%r5, %r6, %r7, %r8"), "uses %r1 in another way"),
+        (2, MORE.format("%f4, %f5, %f6, %f7", "%f0, %f1, %f2, %f3"), "%f0 is an operand of one wgmma and the result"),
+        (2, MORE.format("%r1, %r2, %r3, %r4", "%r5, %r6, %r7, %r8"), "%r1 is an operand of one wgmma and the result"),
     ],
 )
 def test_registers_of_a_product_that_runs_are_left_alone(place, text, message):

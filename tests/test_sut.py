@@ -304,7 +304,10 @@ def pair_gradients(model, batch, key):
 
 @pytest.fixture(scope="module")
 def classifier():
-    """Return a model that classifies pairs of sentences, a batch, and the jitted function of the gradients."""
+    """Return a model that classifies pairs of sentences, a batch of pairs, and a jitted function.
+
+    The function (model, batch, key) returns the gradients and the metrics of the batch.
+    """
     return drawn(init, MODELS["pairs"][0]), pairs(16, 6, jax.random.key(1)), jax.jit(pair_gradients)
 
 
@@ -399,9 +402,9 @@ def test_no_token_depends_on_later_ones_or_on_other_documents():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_type_of_the_computation_is_kept(name):
-    """With dtype bfloat16, the model can be traced, so every carry of the loop keeps its type from step to step.
+    """With dtype bfloat16, the model can be traced, and its floating-point outputs are in float32.
 
-    The floating-point outputs, such as logits and statistics, are in float32.
+    Tracing would fail if a carry of the loop over the steps changed its type.
     """
     config, make, batch, f = MODELS[name]
     config = dataclasses.replace(config, dtype="bfloat16")
@@ -411,7 +414,7 @@ def test_the_type_of_the_computation_is_kept(name):
 
 
 def test_hidden_units_that_drop_out_have_a_path_of_their_own():
-    """Dropout of hidden units, which uses another code path, changes nothing at a rate of nearly zero."""
+    """Dropout of hidden units uses a code path of its own. With a rate near zero, the output is as without dropout."""
     config = SutConfig(**TINY, dropout=1e-9)
     experts = BiasedExperts(config, jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (1, 5, 16))

@@ -62,9 +62,10 @@ def merge(_):
 
 
 def routed(_):
-    """Return a function of rows and expert indices whose result depends on all outputs of `route`.
+    """Return a function (x, indices) that adds to each element of x the index of its expert.
 
-    The function adds to each row the index of its expert, which it computes from the sorted order.
+    The function computes the index from the results of `route`. The argument of `routed`, the name of an
+    implementation, is not used: `route` has only one implementation.
     """
 
     def run(x, indices):
@@ -130,16 +131,17 @@ def like(x, y):
 
 
 def several(x):
-    """Return two different arrays with the shape of x, stacked, or their abstract type if x is abstract."""
+    """Stack two different arrays with the shape of x. If x is a ShapeDtypeStruct, return the one of the stack."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
     return np.stack([x, x[::-1] if x.ndim else 2 * x])
 
 
 def mesh(kind, arrays=()):
-    """Return a 2 x 2 mesh with axes "data" and "model" of type `kind`.
+    """Return a 2 x 2 mesh with axes "data" and "model" of type `kind`, on the first four devices of this machine.
 
-    Its devices are absent GPUs if an array of `arrays` is abstract.
+    If one of `arrays` is a ShapeDtypeStruct, the mesh is for Hopper GPUs instead, which this machine may not have. JAX
+    can then trace a program, but not run it.
     """
     absent = any(isinstance(x, jax.ShapeDtypeStruct) for x in arrays)
     make = functools.partial(AbstractMesh, abstract_device=platform.HOPPER) if absent else jax.make_mesh
@@ -251,10 +253,13 @@ def outcome(op: str, implementation: str, transformation: str) -> str:
 
 
 def traced(transform, arrays, specs) -> str:
-    """Return "traced" if the transformed op can be traced with the kernels for an absent GPU, otherwise "no".
+    """Trace a transformed op with its kernels for a Hopper GPU, which this machine may not have. Return "traced".
+
+    If the trace has a forward-mode derivative of a kernel, JAX cannot compile it: return "no".
 
     Args:
       transform: a function of (arrays, specs) that returns a function to trace and its arguments.
+      arrays: the arguments of the op, of which only the shapes and types are used.
       specs: the partition of each array on a mesh.
     """
     types = {np.dtype(np.float32): jnp.bfloat16}

@@ -26,7 +26,7 @@ transformers.logging.disable_progress_bar()
 def attend_by_reference(self, hidden_states, attention_mask=None, **_):
     """Compute what StickBreakingAttention.forward of flash-linear-attention computes on a GPU.
 
-    The keys of padding on the left get no attention, so each row is computed alone, without its padding.
+    Padding on the left must get no attention. So each sequence is computed alone, after its padding has been cut off.
     """
     from fla.ops.stickbreaking_attn.naive import naive_stickbreaking_attn
 

@@ -121,19 +121,18 @@ def _rows_of_tile(routing, x) -> int:
 
 
 def _parts(x):
-    """Return x as an array [parts, rows, width].
+    """Return x as an array [parts, rows, width]. A gated hidden layer has two parts, its halves; other arrays have one.
 
-    An array [rows, width] becomes [1, rows, width]. The pre-activation and its gradient are [parts, rows, width]
-    already, and are returned unchanged.
+    An array [rows, width] becomes [1, rows, width]. An array with three axes is returned unchanged.
     """
     return x if x.ndim == 3 else x[None]
 
 
 def _plan(tasks, x, columns: int, *, parts: int = 1, **options) -> Plan:
-    """Return the static sizes of a kernel launch, for x [parts of x, rows, width] and a result [parts, rows, columns].
+    """Return the `Plan` of a kernel launch, for x [x_parts, rows, width] and a result [parts, rows, columns].
 
-    The number of multiplying warpgroups follows from the tiles in `tasks`, since a warpgroup multiplies 64 rows of a
-    tile. `options` are other fields of `Plan`.
+    `Plan` explains what a part is. `options` are other fields of `Plan`. A multiplying warpgroup has 64 rows of a tile,
+    so the size of the tiles in `tasks` determines the number of these warpgroups.
     """
     warpgroups = tasks.rows_of_tile // ROWS
     return Plan(x.shape[0], x.shape[2], columns, parts, x.dtype, warpgroups, **options)
@@ -173,9 +172,8 @@ def _d_activated(activation, d_out, source, weight, tasks, h, gates):
 def _d_gated(d_out, source, weight, tasks, x, x_rows, gates, routing):
     """Compute the backward pass of gate * (x @ weight[e]), the output of one expert in `expert_linear` with gates.
 
-    A Mosaic kernel computes dy = d_out[source] @ weight[e]^T, with one row per (token, choice) pair. XLA computes the
-    rest. Return four results: the gradient of x; the array gate * x; for every row of the tiles, the index of its row
-    in this array; and the gradient of the gates without the term of the bias. `Kernels.d_gated` explains them.
+    Return (dx, gated, gated_numbers, d_gate). `Kernels.d_gated` explains the arguments and the results. A Mosaic kernel
+    computes dy = d_out[source] @ weight[e]^T, with one row per (token, choice) pair. XLA computes the rest.
     """
     k = gates.shape[1]
     dy = _product(d_out, source, weight, tasks, tasks.pairs, transposed=True).astype(jnp.float32)
@@ -193,11 +191,11 @@ def _d_weights(left, left_numbers, right, right_numbers, tasks):
 
 
 def _d_bias(bias, right, numbers, tasks, gates=None):
-    """Return the gradient of `bias`, with the same shape: for every expert, the sum of the cotangents of its outputs.
+    """Compute the gradient of `bias` [E, F]: for every expert, the sum of the cotangents of its outputs.
 
-    The cotangents of an expert are the rows right[numbers[i]], for every row i of its tiles in `tasks`. With gates,
-    each cotangent is first multiplied by its gate. A Mosaic kernel computes the sums as a matrix product,
-    left^T @ right, where `left` has ones, or the gates.
+    `Kernels.d_bias` explains the arguments. A Mosaic kernel computes the sum for an expert as a matrix product,
+    left^T @ right. `left` has a row for every (token, choice) pair. Without gates, the row is filled with ones. With
+    gates, it is filled with the gate of the pair.
     """
     gate_of_pair = jnp.ones((1, 1)) if gates is None else gates.reshape(-1, 1)
     left = jnp.broadcast_to(gate_of_pair.astype(right.dtype), (tasks.num_pairs, ONES))

@@ -95,7 +95,10 @@ def task_of(config: Config) -> Task:
     """
     reads, d = config.model.reads, config.data
     if reads not in TASKS_OF:
-        raise ValueError(f"this model of family={config.model.family!r} reads {reads}, not examples")
+        raise ValueError(
+            f"this model of family={config.model.family!r} reads {reads}, not examples; use a model that reads pairs, "
+            "sentences or translations"
+        )
     tasks = TASKS_OF[reads]
     if d.source not in tasks:
         known = " or ".join(map(repr, tasks))

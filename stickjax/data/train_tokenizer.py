@@ -72,10 +72,10 @@ def train_tokenizer(
 
 
 def _check_folder(path: Path) -> None:
-    """Raise ValueError if the folder of `path` does not exist, or has a file that a new tokenizer.json conflicts with.
+    """Raise ValueError unless a new tokenizer.json can be written to `path`.
 
-    Such a file is another tokenizer.json, or a file of another tokenizer or model, such as a tokenizer_config.json,
-    which may name another end of text.
+    The folder of `path` must exist. It must have no tokenizer.json, and no other file of a tokenizer or model, such as
+    tokenizer_config.json. Such a file could name an end of text that the new tokenizer does not have.
     """
     if not path.parent.is_dir():
         raise ValueError(f"{printable(path.parent)} is not a folder; make it first")

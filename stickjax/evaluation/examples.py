@@ -181,11 +181,11 @@ def _texts_read(task: Task, row) -> list[str]:
 
 
 def table(runs: dict[str, Records], bucket_name: str) -> Table:
-    """Return a table of the accuracy of every run, with a row per bucket (examples of about the same length).
+    """Return a table of accuracies: a column for each run, a row for each bucket (examples of about the same length).
 
     `runs` is {name of a run: the records of `accuracy`}. `bucket_name` is what the number of a bucket counts, such as
-    "operators"; "" if all examples are in one bucket. The other columns, such as "first word", are results of the first
-    run.
+    "operators"; "" if all examples are in one bucket. The last columns, such as "first word", show more results, but
+    only of the first run.
     """
     first = next(iter(runs.values()))
     extra = [name for name in ("majority", "first_word", "f1") if name in first[0]]
@@ -215,10 +215,11 @@ def report(model, config: Config, folder: Path | None, part: str, max_examples: 
 
 
 def example_trees(model, config: Config, part: str, count: int = 3, longest: int = 24) -> list[tuple]:
-    """Return a list of (tree, words, title): the true tree and the induced tree of each text of `count` examples.
+    """Return the trees of up to `count` examples as a list of (tree, words, title), which `trees.plot_trees` draws.
 
-    `part` names a part of the examples, such as "test". The longest examples whose texts have at most `longest` tokens
-    are chosen. The list is empty if the model induces no trees, or if the source has no true trees.
+    Each text of two or more words gives two entries: its true tree, and the tree that the model induces. `part` names a
+    part of the examples, such as "test". The longest examples whose texts have at most `longest` tokens are chosen. The
+    list is empty if the model induces no trees, or if the source has no true trees.
     """
     task, family = task_of(config), family_of(config.model)
     if task.brackets is None:

@@ -69,7 +69,7 @@ class Lock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise OSError if another process has taken the lock from this process, because this process seemed dead."""
+        """Raise OSError if another process owns the lock now. It may take the lock when this process seems dead."""
         owner = _read(self._path)
         if owner is not None and owner.get("token") != self._record["token"]:
             raise OSError(f"{self.folder} was taken over by {_name(owner)}; this process must not write there any more")

@@ -76,9 +76,10 @@ def make_optimizer(config: Config, params) -> Transform:
       params: the parameters, or their ShapeDtypeStructs; their values are not used.
 
     Returns:
-      The optimizer. `optax.tree.get(state, name)` returns a value of its state for logs: "learning_rate", "tokens" (the
-      tokens trained so far, which `int()` converts) or, if there are masters, "masters". `init` also accepts parameters
-      in a larger type than `params`; then the masters keep the values of these parameters without rounding.
+      The optimizer. `optax.tree.get(state, name)` returns a value of its state for logs: "learning_rate", "tokens" or,
+      if there are masters, "masters". "tokens" is the number of tokens trained so far, as a `TokenCount`; `int()` makes
+      it an integer. `init` also accepts parameters in a larger type than `params`; then the masters keep the values of
+      these parameters without rounding.
 
     Raises:
       ValueError: a parameter is not in the table of `models.parameters`, a pattern of `optim.trainable` matches no

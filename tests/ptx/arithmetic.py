@@ -131,7 +131,7 @@ def _high(kind):
         wide = np.int64 if kind == "s32" else np.uint64
         return lambda a, b: ((a.astype(wide) * b.astype(wide)) >> wide(32)).astype(DTYPES[kind])
     if kind != "u64":
-        raise UnknownInstruction(f"mul.hi.{kind}")
+        raise UnknownInstruction(f"the PTX machine supports .hi only for s32, u32 and u64, not for {kind}")
 
     def run(a, b):
         low, half = np.uint64(0xFFFFFFFF), np.uint64(32)

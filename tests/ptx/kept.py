@@ -111,7 +111,7 @@ def made_with(name: str) -> dict[str, str]:
 
 
 def _without_lines(program: Program) -> Program:
-    """Return the program without the references in its PTX to lines of Python code, which change with every edit."""
+    """Return the program without debug information in its PTX, because line numbers change with every edit."""
     text = re.sub(r"^\s*\.(?:loc|file|section)\b.*\n|^\$L__(?:tmp|func_)\w+:\n", "", program.ptx, flags=re.M)
     return program._replace(ptx=text.rstrip() + "\n")
 

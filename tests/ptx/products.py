@@ -47,7 +47,7 @@ def _accumulator(columns: int) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _fragment() -> tuple[np.ndarray, np.ndarray]:
-    """Return (row, column): the place in a wgmma operand A [64, 16] of each 16-bit number that the registers hold.
+    """Return (row, column): where each 16-bit number in the registers belongs in a wgmma operand A [64, 16].
 
     Both are integer arrays [4 registers, 2 halves of a register, 128 threads].
     """
@@ -156,10 +156,13 @@ def wgmma(decoder, x, match):
         actor = clocks.tensor + u.index
         group = int(clocks.groups[actor]) + 1
         if missing := names & u.written:
-            raise Fault(f"{u.name} wrote {min(missing)} after its last wgmma.fence: {x.text}")
+            raise Fault(f"{u.name}: wgmma.fence is missing between a write to {min(missing)} and this wgmma: {x.text}")
         running = u.in_flight.keys()
         if clash := factors & running & u.results or results & running - u.results:
-            raise Fault(f"{u.name}: a running wgmma uses {min(clash)} in another way (operand or result): {x.text}")
+            raise Fault(
+                f"{u.name}: {min(clash)} is an operand of one wgmma and the result of another, and both would run at "
+                f"the same time: {x.text}"
+            )
         if in_registers:
             values = np.stack([np.broadcast_to(read(u), (u.lanes,)) for read in a_reads])
             halves = np.ascontiguousarray(values).view(np.uint16).reshape(4, WARPGROUP, 2).transpose(0, 2, 1)
@@ -219,9 +222,9 @@ def _operand(u, descriptor: int, rows: int, is_transposed: int, kind: str, actor
 
 @cache
 def _matrix_lanes(is_transposed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return (row, column), arrays [32 lanes, 2]: the places in an 8 x 8 matrix of the two elements that a lane holds.
+    """Return (row, column), arrays [32 lanes, 2]: where the two elements of each lane belong in an 8 x 8 matrix.
 
-    `is_transposed`: the instruction has the modifier .trans, which exchanges rows and columns.
+    `is_transposed`: whether the instruction has the modifier .trans. Then rows and columns are exchanged.
     """
     lane, half = np.arange(WARP)[:, None], np.arange(2)[None]
     row, column = np.broadcast_to(lane // 4, (WARP, 2)), lane % 4 * 2 + half
@@ -233,7 +236,7 @@ _MATRIX = r"\.sync\.aligned\.m8n8\.x(?P<count>[124])(?P<trans>\.trans)?\.shared(
 
 def _require_registers(operand: Operand, count: int, text: str) -> None:
     if len(operand.parts) != count:
-        raise UnknownInstruction(f"{len(operand.parts)} registers instead of {count}: {text}")
+        raise UnknownInstruction(f"the operand has {len(operand.parts)} registers, but needs {count}: {text}")
 
 
 def _row_bytes(u, mask, pointer, count: int, text: str):
@@ -241,15 +244,14 @@ def _row_bytes(u, mask, pointer, count: int, text: str):
 
     Args:
       u, mask: the unit, and a bool array [lanes]: which lanes of the unit execute the instruction; None: all.
-      pointer: a function from the unit to one address per lane. Lane 8 m + r of a warp has the address of row r of
-        matrix m.
+      pointer: pointer(u) returns an address for each lane. Lane 8 m + r of a warp has the address of row r of matrix m.
       count: the number of matrices.
       text: the instruction, for error messages.
 
     Returns:
       (offsets, warps, places), three integer arrays. W is the number of warps that execute the instruction.
       offsets: [W, count, 8 rows, 16 bytes], the offset of each byte in shared memory.
-      warps: the shape of `offsets`; for each byte, the number in the block of the warp that accesses the byte.
+      warps: [W, count, 8 rows, 16 bytes], the warp that accesses each byte. A block numbers its warps from 0.
       places: [W], the position of each of the W warps in the unit, from 0 to 3.
     """
     warps = full_warps(u, mask, text)
@@ -315,10 +317,10 @@ def mma(decoder, x, match):
     group, place = lane // 4, lane % 4
 
     def matrix(u, reads, rows):
-        """Return A, or B transposed, as float32 [warps, rows, k]. `reads` are functions that read its registers.
+        """Return A, or B transposed, as float32 [warps, rows, k]. Each of `reads` reads one register.
 
-        The registers with the first half of the axis k come before the registers with the second half. Within each half
-        of the axis k, the register with rows 0 to 7 comes before the register with rows 8 to 15, if there is one.
+        The first half of the registers has the first half of the axis k. A matrix with 8 rows has one register for each
+        half of k. A matrix with 16 rows has two: first the register with rows 0 to 7, then the one with rows 8 to 15.
         """
         result = np.empty((u.lanes // WARP, rows, depth), np.float32)
         halves = rows // 8

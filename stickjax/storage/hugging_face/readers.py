@@ -79,7 +79,7 @@ def qwen3(get: Entries) -> dict:
 def experts_of(get: Entries, *names: str, order: str = "topk_softmax", shared: int = 0) -> ExpertsConfig:
     """Return the config of the feed-forward experts, for a model type that has experts in every layer.
 
-    `names` are the one or two names that the entry with the number of experts can have. `order` and `shared` are fields
+    `names`: one or two names. The entry with the number of experts has one of them. `order` and `shared` become fields
     of the result.
     """
     if (E := get.either(names[0], names[-1], int)) < 1:
@@ -89,12 +89,12 @@ def experts_of(get: Entries, *names: str, order: str = "topk_softmax", shared: i
 
 
 def switch_weight(get: Entries, name: str, k: int) -> float:
-    """Return the weight of the load-balancing loss of each of L layers, for the coefficient in the entry `name`.
+    """Return the weight of the load-balancing loss in stickjax, from its coefficient in the entry `name`.
 
-    transformers adds coefficient * loss, where the loss is computed once, from the mean loads and the mean
-    probabilities of all layers. This loss is k times as large as the loss of stickjax. stickjax adds weight * loss for
-    every layer. With weight = coefficient * k / L, both libraries add the same value if all layers have the same means.
-    Without the entry, the weight is 0.
+    transformers computes the loss once, from the mean loads and the mean probabilities of all L layers, and adds
+    coefficient * loss. stickjax computes a loss for every layer, and adds weight * loss for each of them. The loss of
+    transformers is k times as large, where k is the number of experts per token. With weight = coefficient * k / L,
+    both libraries add the same value if all layers have the same means. If the entry is missing, the weight is 0.
     """
     L = get.either("num_hidden_layers", "num_layers", int)
     return get(name, float, 0.0) * k / max(L, 1)  # ModelConfig refuses L=0

@@ -152,7 +152,10 @@ def stickjax(c: ModelConfig) -> dict:
 
 
 def explicit(c: ModelConfig) -> ModelConfig:
-    """Return a copy of `c`. Fields that are None, but stand for a value such as 1 / sqrt(H), get this value."""
+    """Return a copy of `c` with default values in place of None, such as 1 / sqrt(H) for `attention_scale`.
+
+    Only the fields V, attention_scale, logits_scaling and final_norm_eps are changed.
+    """
     return dataclasses.replace(
         c, V=c.vocabulary, attention_scale=c.scale, logits_scaling=logits_scaling_of(c),
         final_norm_eps=final_norm_eps(c),

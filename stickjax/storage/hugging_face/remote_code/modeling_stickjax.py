@@ -136,8 +136,8 @@ def stick_breaking(c, q, k, v, token_mask):
 def attention(c, layer: int, q, k, v, context: Context, head_bias=None):
     """Return the outputs of the heads [B,T,N,H] for the queries q [B,T,N,H] and the new keys and values [B,T,K,H].
 
-    `layer` is the index of the layer in the cache. In stick-breaking attention, `remainder` says what is multiplied by
-    the rest of the stick and added: nothing, the token's own value, or the vectors `head_bias` [N,H].
+    `layer` is the index of the layer in the cache. Stick-breaking attention can add rest * r to an output, where rest
+    is what remains of the stick. `remainder` chooses r: the token's own value (value), or `head_bias` [N,H] (bias).
     """
     own = v
     if c.attention == "softmax" and c.rope_theta is not None:
@@ -277,7 +277,7 @@ class MixtureOfHeads(nn.Module):
 
 
 def activate(name: str, hidden):
-    """Apply an activation. With a gate, the first half of `hidden` is the gate of the second half."""
+    """Apply an activation. A gated one returns f(first half of `hidden`) * second half. For swiglu, f is silu."""
     if name not in GATED:
         return ACTIVATIONS[name](hidden)
     gate, up = hidden.chunk(2, -1)
