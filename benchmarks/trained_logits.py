@@ -1,12 +1,12 @@
-"""Queries and keys to time early exit (`skip_below`). Attention reaches as far with them as in trained models.
+"""Queries and keys to time early exit (`skip_below`). Their heads attend as far as the heads of a trained model.
 
 If benchmarks/trained_heads.py has written runs/trained_heads.npz, the queries and keys are taken from this file, which
 has the heads of a trained model. Otherwise they are random: the logits of head n have the distribution N(mean_n, 1). In
 both cases, most heads attend to the keys of one tile, and a few heads attend to several hundred keys.
 
-The means are fitted to the fraction of the tiles of 64 queries and 64 keys that a trained model computed: 34% at T=1024
-and 21% at T=2048. For single heads, it was from 12% to 65%. The model had 0.9M parameters and read source code, with
-skip_below=-24.
+The means are fitted to a trained model with 0.9M parameters, which read source code with skip_below=-24. Of all tiles
+of 64 queries and 64 keys, the model computed 34% at T=1024 and 21% at T=2048. Each head computed from 12% to 65% of its
+tiles.
 
 With standard normal queries and keys, early exit would look too good, because nearly all tiles would be skipped. With
 one mean for all heads, the work would look too balanced, because all heads would have the same work.

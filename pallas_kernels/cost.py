@@ -38,9 +38,9 @@ def kernel(name: str, flops: float | int, run: Callable) -> Callable:
     `flops` is the number of floating-point operations of one launch. If `name` is "product" and `flops` is 1.5e9, the
     jitted function is called "product_flops_1500000000". It takes the arguments of `run` and returns its results.
 
-    Inside `jax.shard_map`, JAX does not know over which mesh axes the results of a kernel vary, that is, differ between
-    devices. So the jitted function marks every result as varying over each mesh axis over which at least one argument
-    varies.
+    Inside `jax.shard_map`, an array varies over a mesh axis if it may differ between the devices along this axis. JAX
+    does not know over which axes the results of a kernel vary. So if an argument varies over an axis, the jitted
+    function marks all results as varying over this axis.
     """
 
     def varying(*arguments):

@@ -161,10 +161,10 @@ def differences(
       **kwargs: the keyword arguments of the op. A Python number, such as `scale=0.125`, is not differentiated.
 
     Returns:
-      `Differences`: a `Difference` for every output and every gradient. If an output has different shapes or dtypes in
-      the two implementations, or if only one of them returns it, the tuple has only such outputs, and no gradients. A
-      NaN or an infinity counts as a difference, even in the expected results, because a comparison with it would prove
-      nothing.
+      `Differences`: a `Difference` for every output and every gradient. If some outputs have different shapes or dtypes
+      in the two implementations, or are returned by only one of them, nothing is computed: the tuple has a `Difference`
+      for each of these outputs only. A NaN or an infinity counts as a difference, even in the expected results, because
+      a comparison with it would prove nothing.
 
     Raises:
       ValueError: no argument is a floating-point array, or the arguments of the op are wrong.

@@ -160,8 +160,8 @@ def _jax_triton():
     """Import jax_triton, make it work with the installed JAX, and return the module.
 
     jax_triton registers a dead-code rule, with which JAX removes a kernel whose results are not used. JAX 0.12 and
-    newer cannot call the rule of jax_triton 0.4.1 and older. For these versions, the rule is removed here, and JAX uses
-    its default rule.
+    newer cannot call the rule of jax_triton 0.4.1 and older. If both packages have such versions, this function removes
+    the rule. Then JAX uses its default rule.
     """
     import jax_triton
     from jax._src.interpreters import partial_eval

@@ -197,7 +197,7 @@ def test_the_loss_of_the_page_is_the_same_on_several_devices(tmp_path):
 
 
 def test_config_classes_that_are_refused():
-    with pytest.raises(TypeError, match="Mine.family='decoder' is the family of ModelConfig"):
+    with pytest.raises(TypeError, match="Mine.family='decoder' is already the name of the family of ModelConfig"):
 
         class Mine(FamilyConfig):
             family: str = "decoder"

@@ -175,7 +175,7 @@ def test_a_resumed_run_is_the_same(run, tmp_path):
 
 
 def test_a_run_keeps_its_words_and_labels(run, tmp_path):
-    """A run folder has copies of its vocabulary and labels. They are used if it was moved and its data is missing."""
+    """A run folder has copies of the vocabulary and the labels. A moved run uses them, even if its data is missing."""
     moved = tmp_path / "moved"
     shutil.copytree(run, moved)
     assert json.loads((moved / "labels.json").read_text()) == list(LABELS)

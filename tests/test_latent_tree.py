@@ -280,7 +280,10 @@ def test_the_nodes_share_one_formula(x64):
 
 
 def test_the_tree_of_an_encoder_with_brackets():
-    """From the closing brackets of a text, `joins_of` gives the joins that build its tree; the last one is the root."""
+    """The joins that `joins_of` computes from the closing brackets of a text build the tree of the text.
+
+    A join makes one subtree of two subtrees.
+    """
     for text in ("a", "(a b)", "((a b) (c d))", "(a (b (c d)))", "(((a b) c) (d e))"):
         spaced = text.replace("(", "( ").replace(")", " )")
         tree, words = from_brackets(spaced.split())
@@ -404,7 +407,10 @@ def test_the_size_of_the_original():
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_the_counted_operations(encoder):
-    """`flops_per_token` is 3 times the operations of a forward pass per token, as counted by `flops`, within 10%."""
+    """`flops_per_token` differs by at most 10% from 3 times the operations of a forward pass per token.
+
+    `flops` counts the operations of the forward pass.
+    """
     config = TreeConfig(V=9, V_target=6, H=64, N=3, depth=5, encoder=encoder)
     T, B = 8, 2
     batch = {name: jnp.ones((B, T), int) for name in ("source", "target", "brackets")}

@@ -1,6 +1,7 @@
 """Parameters in bfloat16 or float16 train as well as parameters in float32.
 
-The optimizer keeps a float32 copy of them, the masters, which adds up updates that are too small for the 16-bit type.
+The optimizer keeps a float32 copy of the parameters, the masters. Updates that are too small for the 16-bit type add up
+in the masters.
 """
 
 import jax

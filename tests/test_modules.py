@@ -125,7 +125,8 @@ def test_merged_is_the_same_function(model):
 def test_what_is_frozen_does_not_move(routing):
     """Training does not change one bit of the frozen parameters.
 
-    The test uses router losses and selection biases, because a bias moves without a gradient.
+    The model has router losses and selection biases. Selection biases move without a gradient, so it is not enough to
+    set the gradients of frozen parameters to zero.
     """
     changes = dict(bias_rate=0.01, switch_weight=0.1)
     model = CONFIG

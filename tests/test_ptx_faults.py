@@ -54,7 +54,7 @@ def replaced(pattern: str, new: str, first: int = 0, count: int | None = 1):
 def changed_map(place: int, **changes):
     """Return a change of tensor map number `place`.
 
-    `changes` gives for each changed field a function from the old tensor map to the new value.
+    `changes`: for each field to change, a function of the old tensor map that returns the new value of the field.
     """
 
     def change(program):

@@ -1,4 +1,4 @@
-"""While a step is traced, dispatch records which implementations its ops chose.
+"""While a step is traced, dispatch records which implementation it chooses for each op of the step.
 
 This works for decoders and Sparse Universal Transformers, on a mesh, and when JAX reuses an earlier trace.
 """

@@ -60,7 +60,7 @@ def trained(tmp_path_factory):
 def project(trained, tmp_path, monkeypatch):
     """Copy the project folder `trained`, make the copy the current folder of the test, and return it.
 
-    In the copy, the config of the run has paths in the copy.
+    In run/config.json of the copy, the paths of files in `trained` are replaced by the paths of their copies.
     """
     folder = shutil.copytree(trained, tmp_path / "project")
     tree = json.loads((folder / "run/config.json").read_text().replace(str(trained), str(folder)))

@@ -1,8 +1,8 @@
 """Run tasks of lm-evaluation-harness with transformers, without jax: python tests/torch_harness.py TASKS OUT FOLDER...
 
-TASKS is a folder with the YAML files of the tasks, and each FOLDER is a Hugging Face folder. The JSON file OUT becomes
-{FOLDER: {"scores": {task: {"metric,filter": number}}, "requests": {kind of the requests: list}}}. An entry of the list
-has the arguments of a request and the answer of the model.
+TASKS is a folder with the YAML files of the tasks, and each FOLDER is a Hugging Face folder. The results are written to
+the JSON file OUT, as {FOLDER: {"scores": {task: {"metric,filter": number}}, "requests": {kind: requests}}}. A kind of
+requests is, for example, "loglikelihood". `requests` is a list with [arguments, answer of the model] for each request.
 """
 
 import json

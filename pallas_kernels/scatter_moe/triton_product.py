@@ -94,7 +94,7 @@ def product(x, source, weight, bias, expert, count, target, out, E: tl.constexpr
     `x`: [.., D], the rows to read.
     `out`: [.., F], the rows to write.
     `weight`: [E, D, ALL], or [E, ALL, D] if TRANSPOSED. Only F of the ALL columns are used, from column FIRST on.
-    `bias`: [E, ALL]. The same columns are added, but only if BIASED.
+    `bias`: [E, ALL]. If BIASED, the same F columns of the bias are added. Otherwise the bias is not used.
     `source`: [TILES * M], for every row of the tiles a row index in x, or -1 for an empty row.
     `target`: [TILES * M], for every row of the tiles a row index in `out`, or -1 for an empty row.
     `expert`: [TILES], the expert of every tile, or E for a tile without an expert, whose results are zero.

@@ -63,8 +63,8 @@ class Parser(argparse.ArgumentParser):
         """Parse a command line that has options of the command and changes of config fields.
 
         `argv` are the words after the name of the command; None: take them from `sys.argv`. Return the parsed options,
-        and the list of all other words, such as `--section.field=value`. Raise UsageError for an option that the
-        command does not have, unless its name has a dot, as config fields do.
+        and the list of all other words, such as `--section.field=value`. Raise UsageError for an unknown option. An
+        option whose name has a dot is taken for a config field and is not checked here.
         """
         words: list[str] = []
         for word in sys.argv[1:] if argv is None else argv:

@@ -38,7 +38,8 @@ class FamilyConfig:
             raise TypeError(f"{cls.__name__}.family must have a default, a string: the name of the model family")
         if not same_definition(MODEL_CONFIGS.get(name, cls), cls):
             raise TypeError(
-                f"{cls.__name__}.family={name!r} is the family of {MODEL_CONFIGS[name].__name__}; choose another name"
+                f"{cls.__name__}.family={name!r} is already the name of the family of {MODEL_CONFIGS[name].__name__}; "
+                "choose another name"
             )
         MODEL_CONFIGS[name] = cls
 
@@ -59,8 +60,8 @@ class FamilyConfig:
     def check_mesh(self, sizes: dict[str, int], T: int) -> None:
         """Raise ValueError if the model cannot be trained on the mesh with sequences of T tokens.
 
-        `sizes` is {name of a mesh axis: its number of devices}. This default accepts only the axis "data"; a family
-        that can divide its parameters or sequences overrides it.
+        `sizes` is {name of a mesh axis: its number of devices}. In this base class, only the axis "data" may have more
+        than one device. A family that can divide its parameters or sequences overrides this method.
         """
         if other := [f"{axis}={n}" for axis, n in sizes.items() if axis != "data" and n > 1]:
             raise ValueError(

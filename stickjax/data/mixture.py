@@ -20,7 +20,7 @@ class Mixture(grain.transforms.DatasetSelectionMap):
     So c_i differs from n * w_i / W_1 by less than i, for every n. The numbers c_i depend only on n. So the number n
     alone describes a position in the mixture. `grain.MapDataset.mix` uses the same formula, but rounds the weights.
 
-    Every source is read in epochs: when all its examples are used, it starts over in a new order. No source is cut.
+    Every source is read in epochs. An epoch uses every example of the source once, in a new order.
 
     >>> mixture = Mixture([range(3), range(100)], weights=[2, 1])
     >>> mixture.counts(10), mixture.epochs(10)

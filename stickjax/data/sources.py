@@ -253,9 +253,9 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
     of a saved Hugging Face dataset, only the files with rows are read. Empty documents are left out. A byte order mark
     is removed. A file that is compressed by gzip or zstd, such as a.jsonl.gz, is read like the file that it contains.
 
-    In a folder, hidden files are left out, and files that are not text: files that are not UTF-8 or have NUL bytes,
-    archives such as .tar.gz, token files, pipes, sockets, devices and broken links. A log message gives their number.
-    Links to folders are followed. No file is read twice.
+    In a folder, hidden files are skipped. Files that are not text are left out too, and a log message gives their
+    number. They are files that are not UTF-8 or have NUL bytes, archives such as .tar.gz, token files, pipes, sockets,
+    devices and broken links. Links to folders are followed. No file is read twice.
 
     Args:
       path: the file or folder.
@@ -263,9 +263,9 @@ def text_documents(path: str, text_field: str = "text", name: str = "data.path")
       name: the name of the config field or argument that has the path, for messages.
 
     Raises ValueError if the path does not exist, cannot be read, has no text, or is a file that is not text; if a
-    compressed file or a table is damaged; or if a file needs the package `zstandard` or `pyarrow`, and the package is
-    missing. Also raises ValueError, with the file and the number of the line or row, if a line of a .jsonl or .ndjson
-    file, or a row of a table, has no text in `text_field`. If the first object of a .json file has one, all must.
+    compressed file or a table is damaged; or if the package that a file needs, `zstandard` or `pyarrow`, is missing.
+    Also raises ValueError, with the file and the number of the line or row, if a line of a .jsonl or .ndjson file, or a
+    row of a table, has no text in `text_field`. If the first object of a .json file has such a text, all objects must.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

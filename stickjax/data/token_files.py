@@ -1,7 +1,7 @@
 """Token files: tokenized texts on disk, which may be larger than the memory of the machine.
 
-A token file OUT consists of two files. OUT.bin has the token ids of the text. OUT.json has the name of the tokenizer
-that made them, their number, and the sha256 of OUT.bin.
+A token file OUT consists of two files. OUT.bin has the token ids of the text. OUT.json has the name of the tokenizer,
+the number of token ids, and the sha256 of OUT.bin.
 """
 
 import functools
@@ -186,7 +186,8 @@ def open_tokens(path: str, tokenizer: Tokenizer, name: str) -> tuple[np.ndarray,
     if not n or size != n * dtype.itemsize:
         raise ValueError(
             f"{name}={path!r}: {data_path} has {size} bytes instead of "
-            f"num_tokens={n} times {dtype.itemsize} bytes; the file is empty, truncated or of another type"
+            f"num_tokens={n} times {dtype.itemsize} bytes, so the file is empty or damaged; make it again by "
+            "python -m stickjax.data tokenize"
         )
     tokens = np.memmap(data_path, dtype, mode="r")
     largest = max(int(tokens[:_BLOCK].max()), int(tokens[-_BLOCK:].max()))

@@ -47,7 +47,10 @@ def induced_trees(model, config: Config, texts: Sequence[Text]) -> list[Tree] | 
     def trees(batch):
         found = family.induced_trees(model, batch)
         if found is None:
-            raise ValueError(f"this model of family={config.model.family!r} induces no trees")
+            raise ValueError(
+                f"this model of family={config.model.family!r} induces no trees; use a model that does, such as one of "
+                "family='ordered_memory'"
+            )
         return list(zip(*found.values(), strict=True))
 
     found = _answers(config, texts, trees)

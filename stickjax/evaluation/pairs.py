@@ -27,7 +27,7 @@ THRESHOLDS = (0.999, 0.8, 0.6, 0.5, 0.3)
 
 @jax.jit
 def _read(model: PairClassifier, pairs: dict[str, jax.Array], threshold) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Run the model on B pairs of sentences, until all tokens have halted or after the largest number of steps.
+    """Run the model on B pairs of sentences: apply its block until all tokens have halted, but at most L times.
 
     `threshold` is the halting threshold. `pairs` has the token ids `left` and `right` [B,T]. Return (the predicted
     labels [B], the depth of every token of both sentences [2,B,T], the number of (token, choice) pairs that experts

@@ -130,11 +130,11 @@ class Decoder(Family):
 
 
 def _experts(model: Transformer, kind: str, load: jax.Array) -> int | jax.Array:
-    """Return how many experts each layer has. Pruned experts do not count.
+    """Return the number of experts in each layer, without the pruned experts.
 
-    `kind`: "" for the experts of the feed-forward networks, "attention_" for the experts of attention. `load` [L,E]:
-    the share of the (token, choice) pairs that chose each expert. The result is one number for all layers, or [L,1] in
-    a pruned model, whose layers may have different numbers of experts.
+    `kind`: "" for the experts of the feed-forward networks, "attention_" for the experts of attention. `load`: the
+    loads [L,E] of these experts. If the model is not pruned, the result is E. The layers of a pruned model may have
+    different numbers of experts, so the result is then an array [L,1].
     """
     slot = getattr(model.blocks, ROUTERS[kind][0]).router.slot
     return load.shape[-1] if slot is None else (slot[...] >= 0).sum(-1, keepdims=True)

@@ -139,8 +139,8 @@ def first_of(axis: str, count: int):
     """Return the index of the first expert that this device has, among the experts of all devices.
 
     Every device along the mesh axis `axis` has `count` experts. Device 0 has the experts 0 to `count` - 1, device 1 has
-    the next `count` experts, and so on. The function also works for the token ids of a vocabulary, if every device has
-    `count` of them.
+    the next `count` experts, and so on. A vocabulary can be divided in the same way. Then `count` is the number of
+    token ids of a device, and the result is the first token id of this device.
     """
     return lax.axis_index(axis) * count if size(axis) > 1 else 0
 

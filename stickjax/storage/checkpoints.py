@@ -94,7 +94,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         return processes.shared(partial(self._best, before))
 
     def is_best(self, step: int, score: float) -> bool:
-        """Return whether `score` is lower than the scores of all checkpoints of earlier steps than `step`.
+        """Return whether `score` is lower than the scores of all checkpoints with a step below `step`.
 
         A score that is not finite is never the best.
         """
@@ -225,7 +225,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         (self.folder / f"{step}.tmp").mkdir(parents=True)
 
     def _complete(self, step: int, response, manifest: str) -> None:
-        """Wait for `response`, the future of Orbax. Then write manifest.json: `manifest` (JSON) and file checksums."""
+        """Wait for Orbax (`response`). Then write the JSON text `manifest` and the file checksums to manifest.json."""
         response.result()
         path = self.folder / f"{step}.tmp" / "manifest.json"
         if not processes.is_writer():

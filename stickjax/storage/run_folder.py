@@ -152,7 +152,8 @@ def check_tokenizer(extra: dict, config: Config, tokenizer: Tokenizer | None, so
     if recorded and tokenizer and recorded not in (tokenizer.name, tokenizer.name.partition("+")[0]):
         where = f"data.tokenizer={config.data.tokenizer!r}"
         raise ValueError(
-            f"{where} is the tokenizer {tokenizer.name}, but {source} was trained with {recorded}; use the latter"
+            f"{where} is the tokenizer {tokenizer.name}, but {source} was trained with {recorded}; set data.tokenizer "
+            "to the tokenizer of the training"
         )
 
 
@@ -163,15 +164,18 @@ def check_trained(extra: dict, config: Config, tokenizer: Tokenizer | None, sour
     is the dictionary in the checkpoint. Only the message uses `config` and `source`, the name of the checkpoint.
     """
     if missing := {"config", "corpus", "data"} - extra.keys():
-        raise ValueError(f"{source} was not saved by a training run: it does not record {', '.join(sorted(missing))}")
+        raise ValueError(
+            f"training cannot continue from {source}: it is not a checkpoint of a training run, because the "
+            f"dictionary `extra` in it has no {' and no '.join(map(repr, sorted(missing)))}"
+        )
     check_tokenizer(extra, config, tokenizer, source)
 
 
 def check_config(run: str | os.PathLike, config: Config) -> None:
     """Raise ValueError if training with `config` cannot begin or continue in the folder `run`.
 
-    Training can begin if the folder has no config.json. It can continue if the config.json in the folder differs from
-    `config` only in fields that do not change the training, such as paths. The message lists all other fields that
+    Training can begin if the folder has no config.json. It can continue if config.json and `config` agree in all fields
+    that change the training. (A path does not change it.) If they do not agree, the message lists the fields that
     differ. Training cannot continue in a folder that has one model and no checkpoints (see `model_leaves`).
     """
     if not (Path(run) / "config.json").exists():
@@ -347,8 +351,8 @@ def tokenizer_of(config: Config) -> Tokenizer | None:
 def _on_devices(leaf: Lazy, spec: jax.ShapeDtypeStruct) -> jax.Array:
     """Read an array from its file, and place it on devices, with the type and the sharding of `spec`.
 
-    The array is read once for each of its different parts on the devices. If the array is stacked (its first axis is
-    the axis of layers), only one part and one layer are in the memory of the host at the same time.
+    If several devices need the same part of the array, the part is read only once. A stacked array, whose first axis is
+    the axis of layers, is read layer by layer. So the host needs memory for one part and one layer only.
     """
 
     def part(index: tuple[slice, ...]) -> np.ndarray:

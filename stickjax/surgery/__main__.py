@@ -57,7 +57,8 @@ def table(result: dict) -> Table:
     """Return `result`, the result of `usage.report`, as a table with a row for each kind of modules (experts).
 
     The columns have the number of modules, the number of modules that each source does not use, and the mutual
-    information of modules and sources in bits, one number for each layer.
+    information of modules and sources in bits. The two numbers of modules are sums over the layers. The mutual
+    information is one number for each layer.
     """
     shown = Table(title=f"modules, on {result['max_tokens']} held-out tokens of each source")
     shown.add_column("kind")

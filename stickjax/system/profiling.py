@@ -22,7 +22,7 @@ class StepTrace(contextlib.AbstractContextManager):
     Args:
       folder: the folder for the trace; None: nothing is traced.
       first: the number of training steps that were done before this loop. It is not 0 if a run is resumed.
-      last: the number of training steps that will be done at the end of the loop.
+      last: the number of training steps that are done when the loop ends, including the `first` steps.
       say: a function that prints one line of text.
     """
 

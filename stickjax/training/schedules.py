@@ -97,9 +97,9 @@ def wsd_by_tokens(*, warmup_tokens, **shape) -> TokenSchedule:
     """Return the warmup-stable-decay (WSD) schedule (arXiv 2404.06395) as a function of the tokens trained so far.
 
     The learning rate rises to `max_value`, stays there, and decays at the end. The arguments are the arguments of
-    `power_by_tokens` without a and b. With decay_tokens=None, the decay begins where the warmup ends; then
-    decay="cosine" gives the usual cosine schedule, and decay="linear" the usual linear schedule. Without a decay, the
-    learning rate is constant after the warmup.
+    `power_by_tokens` without a and b. With decay_tokens=0, the default, there is no decay: the learning rate stays
+    constant after the warmup. With decay_tokens=None, the decay begins where the warmup ends. Then decay="cosine" gives
+    the usual cosine schedule, and decay="linear" the usual linear schedule.
 
     >>> learning_rate = wsd_by_tokens(warmup_tokens=100, total_tokens=1000, decay_tokens=200, decay="linear")
     >>> [f"{learning_rate(n, 1):.3f}" for n in (50, 100, 800, 900, 1000)]
