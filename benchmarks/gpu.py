@@ -56,10 +56,10 @@ def is_one(only: str | None) -> bool:
 
 
 def attention_kernels() -> tuple[str, ...]:
-    """Return the names of the kernels that can run stick-breaking attention on this GPU, the best first.
+    """Return the names of the kernels that can run stick-breaking attention on this GPU, such as ("triton",).
 
-    An example of a result is ("triton",). The kernels can run a bfloat16 call without options such as a window. If no
-    kernel can run this call, return ("xla",), the name of the implementation in plain JAX.
+    The best kernel comes first. The function asks for a bfloat16 call without options such as a window. If no kernel
+    can run this call, it returns ("xla",), the name of the implementation in plain JAX.
     """
     x = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
     every = tuple(implementations("stick_breaking_attention", x, x, x))
@@ -110,9 +110,10 @@ def _name(shape: dict) -> str:
 def _time(run: Run, part, shape: dict, *arguments, **settings) -> None:
     """Measure all rows of one shape. The function `rows` of the module `part` does the work.
 
-    At the end, a row with the contestant "every row" records that all rows of the shape are complete, or which error
-    ended this shape, such as too little memory. The next shape is measured in both cases. If an earlier run recorded
-    the row "every row", do nothing, unless `run.again` is set.
+    At the end, this function records a row whose field `contestant` is "every row". The row says that all rows of the
+    shape were measured, or it names the error that stopped them, such as too little memory. The error is not raised, so
+    the next shape is measured too. If an earlier run recorded the row "every row", this function does nothing, unless
+    `run.again` is set.
     """
     row = SPEED, f"{part.PART} {_name(shape)}", "every row"
     if run.record.find(*row) and not run.again:
@@ -128,10 +129,11 @@ def _time(run: Run, part, shape: dict, *arguments, **settings) -> None:
 
 
 def finished(collected: list[Row]) -> list[Row]:
-    """Return the rows of a run with the ratios of their times to the times of the peers, and then two summary rows.
+    """Return the rows of a run, with their times compared to the times of the peers, and then two summary rows.
 
-    `collected`: the rows that are in the record of the run. The first summary row says where the attention logits come
-    from. The second counts the checks that passed and the rows that were left out, and lists the checks that failed.
+    `collected`: the rows in the record of the run. The peers (PEERS) are other programs, such as "cudnn softmax". The
+    first summary row says where the attention logits come from. The second one counts the checks that passed and the
+    rows that were left out, and lists the checks that failed.
     """
     rows = with_ratios(collected, PEERS)
     checks = [row for row in rows if row.part in gpu_stages.STAGES or " checks" in row.part]

@@ -166,10 +166,10 @@ def _choice(op: Op, call: Any, implementation: str | Sequence[str] | None) -> Ch
 
 
 def _sizes(op: Op, call: Any) -> tuple[tuple[str, int], ...]:
-    """Return pairs (letter, size), such as ("T", 64), for the letters of all axes of the arrays in `call`.
+    """Return pairs (letter, size), such as ("T", 64), for the axes of the arrays in `call`.
 
-    `call` has the checked arguments of the op, as `op.prepare` returns them. An axis of 2 * F elements has the letters
-    "2F". Such an axis is left out, because the axis "F" of another array gives its size.
+    `call` has the checked arguments of the op, as `op.prepare` returns them. There is no pair for an axis "2F", of
+    2 * F elements, because the axis "F" of another array gives F.
     """
     if op.letters is None:
         return ()

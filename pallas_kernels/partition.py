@@ -85,8 +85,8 @@ class _Part(NamedTuple):
     `compute`: returns the results of the op for its arguments.
     `inside`: computes the arrays that are marked RECOMPUTED in `Letters`, and adds them to the arguments.
     `tree`: the pytree structure of the arguments.
-    `static`: the leaves of the arguments, with the class `_Array` in place of every array, and None in place of every
-      RECOMPUTED array.
+    `static`: one entry for every leaf of the arguments. A RECOMPUTED array has the entry None. Any other array has the
+      entry `_Array` (the class): its shard takes this position. The entry of any other leaf is its value.
     """
 
     compute: Callable[[Any], Any]
@@ -110,10 +110,12 @@ def run(letters: Letters, call: Any, compute: Callable[[Any], Any]) -> Any:
         equal, so that they are compiled only once.
 
     Raises:
-      ValueError: the mesh has Explicit axes, and one of these holds: an array is sharded along an axis that is not in
-        `letters.maps`; two axes of one group are sharded over different mesh axes; axes of two groups are sharded over
-        the same mesh axis; the size of an axis is not a multiple of the number of shards; `jax.vmap` maps over a
-        sharded axis.
+      ValueError: the mesh has Explicit axes, and at least one of these is true. `Letters.maps` explains the groups.
+        - An array is sharded along an axis that is not in a group.
+        - Two axes of the same group are sharded over different mesh axes.
+        - Two axes of different groups are sharded over the same mesh axis.
+        - The size of an axis is not a multiple of the number of shards.
+        - `jax.vmap` maps over a sharded axis.
     """
     arrays, part = _arrays(letters, call, compute)
     mesh = _mesh(arrays)

@@ -113,9 +113,9 @@ def load(
       changes: config fields to change, such as {"model.window": 128}. The shapes of the parameters must stay the same.
       mesh: the devices that hold the parameters, and on which `evaluate` and `generate` run. None: the first device. A
         `jax.sharding.Mesh` that `stickjax.parallel.mesh.make_mesh` made: all devices of the mesh. "run": the mesh in
-        the config of the run, with the `changes`, such as {"mesh.fsdp": 8}. If `changes` has no field of the mesh, and
-        there is only one process, the first device is used instead in two cases: the model is not a language model, but
-        for example a classifier; or the mesh of the config cannot be made on this machine.
+        the config of the run, with the `changes`, such as {"mesh.fsdp": 8}. If this mesh cannot be made on this
+        machine, or if the model is not a language model, the first device is used. But if `changes` has a field of the
+        mesh, or if there are several processes, both cases raise a ValueError.
 
     Returns:
       `TrainedModel` with the fields `model` (the module with the parameters: for a decoder, `model(tokens)` returns an
@@ -152,19 +152,20 @@ def export(
     lists the model types.
 
     Args:
-      model: the result of `stickjax.load`, or only the module with the parameters; then no tokenizer.json is written.
+      model: the result of `stickjax.load`, or only the module with the parameters. A module has no tokenizer, so no
+        tokenizer.json is written for it.
       path: a folder that does not exist yet; it appears only when it is complete.
-      type: the model type in config.json, such as "llama". None: the only type that can hold the model. The type
-        "stickjax" is never chosen by None. It can hold every decoder with attention "stick_breaking" or "softmax" and
-        without added or pruned experts, and the folder then also has PyTorch code.
+      type: the model type in config.json, such as "llama". None: the only type other than "stickjax" that can hold the
+        model. The type "stickjax" can hold every decoder with attention "stick_breaking" or "softmax" and without added
+        or pruned experts. With this type, the folder also has PyTorch code.
       shard_bytes: the largest size of a file with parameters, in bytes. A larger model is divided into several files,
         and an index file lists them.
       push: True to write the model to the Hugging Face hub instead. `path` is then its name, such as "org/name". A new
         model on the hub is private.
 
     Raises:
-      ValueError: the folder exists; the model type cannot express the model; `type` is None, and no type or several
-        types other than "stickjax" can express the model; a parameter is not finite; or the upload fails.
+      ValueError: the folder exists; the model type cannot express the model; `type` is None, and the number of
+        types other than "stickjax" that can express the model is not 1; a parameter is not finite; or the upload fails.
 
     >>> import jax, stickjax, tempfile
     >>> from stickjax.models.transformer import init

@@ -120,7 +120,10 @@ def test_where_the_template_is_found(monkeypatch):
 
 
 def test_a_model_answers_in_its_template(bpe, tmp_path, monkeypatch, capsys):
-    """The prompt is the template's text with special tokens. A begin-of-text token comes from the template only."""
+    """With `chat`, the prompt is the text of the template. Special tokens in it are encoded as special tokens.
+
+    The tokenizer does not add a begin-of-text token of its own.
+    """
     tree = json.loads(Path(bpe).read_text())
     first = max(tree["model"]["vocab"].values()) + 1
     for i, text in enumerate(("<s>", "<|user|>")):

@@ -67,7 +67,9 @@ def test_the_results_are_those_of_one_device(run, alone, sizes):
 def test_the_scores_of_rows_are_those_of_one_device(run, sizes):
     """The scores of rows on a mesh equal the scores on one device.
 
-    In rows 0, 2, 4, ..., the last target is the most likely token after the previous tokens, so these rows are greedy.
+    A row is greedy if each target that counts is the most likely token after the previous tokens. In rows 0, 2, 4, ...,
+    only the last target counts, and the test sets it to this token. The other targets are random, so no other row is
+    greedy.
     """
     one, model = load(run).model, load(run, mesh="run", changes={"mesh.fsdp": 1} | sizes).model
     windows = np.random.default_rng(0).integers(0, 768, (11, 23)).astype(np.int32)

@@ -189,9 +189,9 @@ TOKENS = np.random.default_rng(0).integers(0, 23, 9)
 
 
 def weights(tree):
-    """Return random weights for the model of the config.json `tree`, as a dict by tensor name.
+    """Return random weights {tensor name: array} for the model that `tree`, the content of a config.json, describes.
 
-    They are so small that every epsilon of the model changes the logits.
+    The weights are small, because the logits then depend noticeably on every epsilon of the model.
     """
     rng, model = np.random.default_rng(1), to_model_config(tree)[0]
     shapes = names.tensor_shapes(names.table(tree["model_type"], model), model)
@@ -330,11 +330,10 @@ def test_a_jetmoe_that_is_another_is_refused(changes, said):
 
 
 def test_what_is_ignored_changes_no_logits():
-    """No reader of a model type reads an entry of config.json that is in the set IGNORED.
+    """No entry in the set IGNORED is read from config.json, except the maximum sequence length.
 
-    Each type has an entry for the maximum sequence length, such as `max_position_embeddings`. Its value becomes T of
-    the data config. This entry may be in IGNORED although it is read, because it changes no logits. An entry that is
-    neither read nor ignored gives an error.
+    The maximum sequence length, such as `max_position_embeddings`, becomes T of the data config. It changes no logits.
+    An entry that is neither read nor in IGNORED gives an error.
     """
     seen = set()
 

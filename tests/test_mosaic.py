@@ -32,7 +32,7 @@ def interpreted():
 class Numbers:
     """NumPy operations that replace the GPU operations of `mosaic_shims.scan_registers`, for 128 threads at once.
 
-    A register is an array [128, elements]: its values in every thread.
+    An array [128, n] stands for a register of n elements: row t has the elements in thread t.
     """
 
     thread = np.arange(128)
@@ -51,9 +51,10 @@ class Numbers:
 
 
 def registers(layout, x):
-    """Return the elements of x that each thread holds, if x is in registers with this Mosaic layout.
+    """Return the elements of x that each of 128 threads holds, if x is in registers with this Mosaic layout.
 
-    The result is an array of objects with one entry per register. An entry is an array [128, elements].
+    The result is an array of objects, one for each register of a thread. Such an object is an array [128, n]: row t has
+    the n elements of the register in thread t.
     """
     for tile in layout.tiling.tiles:
         kept = x.ndim - len(tile)
@@ -144,9 +145,9 @@ def test_key_tile_ranges_hold_every_visible_key_and_whole_tiles_are_whole(
 def test_query_tile_ranges_hold_the_query_tiles_that_visit_a_key_tile():
     """`query_tile_ranges` returns, for each key tile, a range that contains all query tiles which read this key tile.
 
-    `query_tile_ranges` also returns a part of this range in which no query tile needs a mask. The test draws random
-    tables of the form that `key_tile_ranges` returns, and lets each of two query heads stop early at a random key tile
-    for every query tile.
+    `query_tile_ranges` also returns a part of this range in which no query tile needs a mask. Its two arguments are
+    random: the range of key tiles of each query tile (as from `key_tile_ranges`), and the key tile at which each query
+    tile of each query head stops early.
     """
     rng = np.random.default_rng(0)
     for _ in range(50):

@@ -93,8 +93,8 @@ def python() -> str:
 def answers(models, python, tmp_path_factory):
     """Return {name: (model, the arrays that torch_logits.py writes for it, the folder that transformers saved)}.
 
-    The models are all models of the fixture `models`, and the models of `TYPES`, which classes of transformers or of
-    flash-linear-attention open.
+    The names are the names in MODELS and in TYPES. The folders of MODELS contain the PyTorch code that opens them. The
+    folders of TYPES have none: transformers or flash-linear-attention opens them.
     """
     root, models = tmp_path_factory.mktemp("transformers"), dict(models)
     for name, kind in TYPES.items():
@@ -113,7 +113,10 @@ def answers(models, python, tmp_path_factory):
 
 @pytest.mark.parametrize("name", [*MODELS, *TYPES])
 def test_pytorch_computes_the_same(answers, name):
-    """PyTorch and stickjax have equal logits for left-padded rows, and `generate` chooses the largest logits."""
+    """PyTorch and stickjax compute equal logits for left-padded rows.
+
+    `generate` of PyTorch chooses the token with the largest logit in each step.
+    """
     model, found, saved = answers[name]
     greedy, T = found["greedy"], TOKENS.shape[1]
     np.testing.assert_array_equal(greedy[:, :T], TOKENS)

@@ -156,7 +156,7 @@ def test_parameters_and_optimizer_state_are_divided():
 
 
 def test_a_matrix_without_a_partition_is_an_error():
-    with pytest.raises(ValueError, match="'unheard_of' has 2 axes, so it must be an attribute of a Flax module"):
+    with pytest.raises(ValueError, match="'unheard_of' has 2 axes, but it is outside of a Flax module"):
         specs({"unheard_of": jnp.ones((2, 2))})
 
 

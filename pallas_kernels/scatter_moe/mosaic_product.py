@@ -92,7 +92,10 @@ class Activated(NamedTuple):
 
 
 class Derivative(NamedTuple):
-    """Arrays in global memory that the kernel `d_activated` reads after the matrix product. h is the pre-activation."""
+    """Arrays in global memory that the kernel `d_activated` reads after the matrix product of a tile.
+
+    h is the pre-activation of the hidden layer act(h), and dh is the gradient of h.
+    """
 
     rows: Any  # [tiles * rows of a tile]: for every row of the tiles, the index of its row in h and in dh, or -1
     hidden: Any  # [parts, R, F]: h
@@ -169,9 +172,10 @@ def _product(plan: Plan, kind: Kind, x, source, weight, tasks: Tasks, inputs, ou
 def _copy(plan: Plan, kind: Kind, operands: Operands, steps_mem: Steps, own, for_each_tile: Callable) -> None:
     """Copy weights and rows of x from global to shared memory. The copying warpgroup runs this.
 
-    Each step copies 64 columns of x and 64 rows of the weight to a stage of `steps_mem`. `own` has the shared memory
-    and the barriers for `kind.prefetch`. `for_each_tile(body, state)` calls `state = body(tile, state)` for each `Tile`
-    that this block computes.
+    Each step copies 64 columns of x and 64 rows of the weight to a stage of `steps_mem`. `kind.prefetch`, if it is
+    not None, copies other rows, which `kind.finish` needs (`Kind`). `own` has the shared memory and the barriers for
+    these rows. `for_each_tile(body, state)` calls `state = body(tile, state)` for each `Tile` that this block
+    computes.
     """
     ring, per_part = steps_mem.ring, plan.steps_of_part
 
@@ -283,12 +287,12 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
 def activated(plan: Plan, activation: str, x, source, weight, tasks: Tasks, bias=None, *, keep: bool):
     """Compute the hidden layer of `expert_mlp`. Return (act(h),), or (act(h), h) if `keep`.
 
-    The row of the pre-activation h for row i of the tiles in `tasks`, whose expert is e, is
+    Row i of the tiles in `tasks` belongs to one expert e. For this row, the pre-activation h is
 
       x[0, source[i]] @ weight[e] + bias[e].
 
-    x is [1, rows of x, D], and the weight is [E, D, parts * F]. For a gated activation, there are two parts, the halves
-    of the hidden layer, else one part. The bias is None or [E + 1, parts, F padded to a multiple of 256]. act(h) is
+    x is [1, rows of x, D], and the weight is [E, D, parts * F]. `parts` is 2 for a gated activation (the two halves of
+    the hidden layer), and 1 for any other. The bias is None or [E + 1, parts, F padded to a multiple of 256]. act(h) is
     [R, F], and h is [parts, R, F], where R is the number of (token, choice) pairs. The rows of both are sorted by
     expert. `activation` is the name of act, such as "swiglu".
     """

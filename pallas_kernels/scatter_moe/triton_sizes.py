@@ -89,9 +89,10 @@ def product_sizes(rows: int, depth: int, columns: int, dtype, *, products: int =
 def weight_sizes(D: int, F: int, dtype) -> Sizes:
     """Return the sizes of a program that computes a tile of the gradient of a weight [D, F].
 
-    The program sums over the rows of an expert, `Sizes.depth` rows in each step. A step has two loads, one after the
-    other: first the row numbers, and then the rows with these numbers. So the number of pipeline stages is twice the
-    number of steps (2 or 3) whose rows fit into shared memory.
+    The program sums over the rows of an expert, `Sizes.depth` rows in each step. A step has two loads: first the
+    row numbers, and then the rows with these numbers. The second load must wait for the first one, so each step takes
+    two pipeline stages. The number of stages is 2 * n, where n (2 or 3) is the number of steps whose rows fit into
+    shared memory.
     """
     if dtype == jnp.float32:
         rows_most, columns_most, depth, warps = 64, 64, 32, 4

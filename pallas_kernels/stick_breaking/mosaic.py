@@ -59,9 +59,9 @@ def attention(call: Call):
 
 
 def _warpgroups(call: Call) -> int:
-    """Return how many warpgroups of a block of `forward` or `d_query` compute, if the call is not computed by decoding.
+    """Return the number of warpgroups that compute in a block of `forward` or `d_query`. Each computes 64 query rows.
 
-    Each of these warpgroups computes 64 query rows.
+    In decoding, this number is not used. There, one warpgroup computes (`_plan`).
     """
     width = call.query.shape[-1] + call.value.shape[-1]
     rows, _ = call.tiles or tuning.tuned("sm_90", "stick_breaking", T=call.mask.T, width=width)["tiles"]

@@ -177,8 +177,8 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
 
     A step of the kernel computes one query tile, or two neighbouring ones. A loop goes over all query tiles of the
     query heads that use the key head of the block, in two passes: pass 0 selects the steps that need no mask, and
-    pass 1 selects the steps that need a mask. A step is left out if the forward pass computed the key tile of the
-    block for none of the query tiles of the step.
+    pass 1 selects the steps that need a mask. If no query tile of a step visited the key tile of the block in the
+    forward pass, the step is left out.
 
     `cursor` says where the loop is, by three indices: the pass, the query head (its index among the N / K query heads
     of the key head), and the first query tile of the step. At the end of a pass, the index of the query head is N / K.
@@ -195,9 +195,9 @@ def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: 
     query_tiles = inputs.key_ranges.shape[1]
 
     def kind(n, i):
-        """Return the kind of query tile i of query head n. It says how the block computes its keys for these queries.
+        """Return the kind of query tile i of query head n: 0, 1 or 2.
 
-        0: not at all. 1: with a mask. 2: without a mask.
+        0: the block does not compute this query tile. 1: it computes it with a mask. 2: it computes it without a mask.
         """
         inside = i < query_tiles
         i = jnp.minimum(i, query_tiles - 1)
@@ -265,10 +265,10 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
                 plgpu.copy_gmem_to_smem(part, mem.at[half], scratch.resident)
 
     def copy(cursor, step):
-        """Start the copies of step `step`. Return the cursor after the query tiles of this step.
+        """Find the query tiles of step `step`, and start to copy them. Return the cursor after these query tiles.
 
-        `cursor` is where the search for these query tiles begins: (pass, query head, query tile). Each call of `offer`
-        copies the one or two query tiles at the cursor if the pass selects them, and moves the cursor on.
+        `cursor` is where the search begins: (pass, query head, query tile). Each call of `offer` looks at the one or
+        two query tiles at the cursor, copies them if the pass selects them, and returns the next cursor.
         """
         is_to_find = lambda state: has_steps_left(state) & (state[1] == step)  # noqa: E731
         return lax.while_loop(is_to_find, lambda state: offer(*state), (cursor, step))[0]

@@ -29,14 +29,16 @@ def visit(
 ):  # fmt: skip
     """Add query tile i to the sums `dk` [C,Hp] and `dv` [C,Hvp] of the key tile of this block, and return the sums.
 
-    In registers: the sums, where `dk` is not yet multiplied by the scale, and the keys k [C,Hp] and values v [C,Hvp] of
-    the key tile. `column` is the index of the first key of the tile, b is the index of the batch entry, `multiplier` is
-    the scale times log2(e), and `position` is the position of the first query among the keys.
+    The two sums are in registers. The sum `dk` is multiplied by the scale later, after the last query tile. The keys
+    k [C,Hp] and the values v [C,Hvp] of the key tile are in registers too. `column` is the index of the first key of
+    the tile, b is the index of the batch entry, `multiplier` is the scale times log2(e), and `position` is the position
+    of the first query among the keys.
 
-    In global memory: `q_head` and `d_out_head` point to the queries of one query head and to the cotangent of their
-    output. `snapshots` points to the snapshots of this query head and key tile, two arrays with `padded` numbers each
-    (`padded` is the number of query rows of a head, rounded up to whole tiles). The first array is the sum of
-    -log2(1 - beta) over all keys on the right of the key tile, and the second array is P (see the module docstring).
+    The other arrays are in global memory. `q_head` points to the queries of one query head, and `d_out_head` points to
+    the cotangent of their output. `snapshots` points to the snapshots of this query head and key tile: two arrays of
+    `padded` numbers. `padded` is the number of query rows of a head, rounded up to whole tiles. The first array has
+    the sums of -log2(1 - beta) over all keys on the right of the key tile, and the second array has P (see the module
+    docstring).
 
     If `masked`, causality, the window and the segment ids may hide keys from queries. `query_segments_ref` points to
     the ids of all queries [B, padded], and `key_segments_ref` points to the ids of the keys of batch entry b. If not

@@ -17,7 +17,7 @@ _SKIP_TILES = (128, 256)  # (queries, keys) of a tile of a long call with skip_b
 
 
 def long_tiles(call):
-    """Return (number of queries, number of keys) of a tile of a long call, which loops over its key tiles."""
+    """Return the size of a tile in a long call: (number of queries, number of keys)."""
     # With skip_below, a query tile goes on until all its queries can stop. Tiles with fewer queries stop earlier.
     rows, columns = call.tiles or (_LONG_TILES if call.skip_below is None else _SKIP_TILES)
     return max(1, min(rows, call.mask.T)), max(1, min(columns, call.mask.S))
@@ -26,7 +26,8 @@ def long_tiles(call):
 def reach_of(call: Call, where: Where):
     """Return the range of key tiles that each query tile may see, as one array int32 [2, query tiles]: (start, stop).
 
-    In every batch entry of `where`, all keys that query tile i sees are in the key tiles start[i]..stop[i]-1.
+    In every batch entry, query tile i sees only keys in the key tiles start[i]..stop[i]-1. `where` has the position of
+    the first query, and the segment ids, for every batch entry.
     """
     rows, columns = long_tiles(call)
     needed = _within_mask(call, where.offset)
@@ -63,9 +64,9 @@ def _within_mask(call: Call, offset):
 def loop_of(call: Call):
     """Return a function like `lax.while_loop`, for the loop over the key tiles of a query tile.
 
-    The name of the jitted loop states its expected number of iterations, for cost estimates. The expected number is the
-    mean number of key tiles that a query tile may see. If the position of the first query is traced, the last query is
-    assumed to be at the position of the last key.
+    Estimates of the cost need to know how often the loop runs. So the name of the jitted loop contains an expected
+    number: the mean number of key tiles that a query tile may see. If the position of the first query is a traced
+    value, this number is computed as if the last query were at the position of the last key.
     """
     mask = call.mask
     offset = mask.S - mask.T if mask.static_offset is None else mask.static_offset

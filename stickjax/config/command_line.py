@@ -161,9 +161,9 @@ def read_json(path: str | os.PathLike) -> Config:
 def _run(file: Path) -> Config:
     """Run a Python file, call its function `get_config()` and return the config.
 
-    Raise ValueError for any error in the file. The message begins with the path of the file. If a line of the file
-    raised the error, the message also has the number of this line. For a syntax error in a module that the file
-    imports, the message begins with the path of the module, and has the line in the module.
+    Raise ValueError for any error in the file. The message begins with the path of the file and, if a line of the file
+    raised the error, the number of this line. If the file imports a module with a syntax error, the message begins with
+    the path of the module and the line in the module instead.
     """
     try:
         get_config = runpy.run_path(str(file)).get("get_config")

@@ -160,8 +160,8 @@ class Leaf(NamedTuple):
 def leaves_of(tree, owner: type | None = None, path: tuple[str, ...] = ()) -> Iterator[Leaf]:
     """Yield a `Leaf` for every array of a tree, in the order of `jax.tree.leaves`.
 
-    `owner`: the module class of the arrays, if the tree is a dictionary with parameters of one module. Leave out
-    `path`, which only the recursion uses: the names from the root of the whole tree to `tree`.
+    `owner`: the module class of the arrays, if the tree is a dictionary with parameters of one module. `path`: only for
+    the calls that this function makes itself. It has the names from the root of the whole tree to `tree`.
     """
     inside = lambda node: node is not tree and isinstance(node, nnx.Module | nnx.Variable)  # noqa: E731
     owner = type(tree) if isinstance(tree, nnx.Module) else owner
@@ -184,8 +184,8 @@ def map_leaves(function: Callable[[Leaf], Any], tree, owner: type | None = None)
 def parameter(leaf: Leaf) -> Parameter:
     """Return the row of the table of parameters for a parameter of a Flax module.
 
-    A module class also has the rows of its base classes. A parameter `new_<name>`, of added experts, has the row of
-    `<name>`.
+    A module class also has the rows of its base classes. If experts were added to a trained model, their parameter
+    `new_<name>` has the same row as `<name>`.
 
     Raises:
       ValueError: the table has no row for this module class and this name, or the number of axes in the row does not
@@ -203,8 +203,8 @@ def parameter(leaf: Leaf) -> Parameter:
     dims, axes = np.ndim(leaf.value), len(row.axes.split())
     if dims not in (axes, axes + 1):
         raise ValueError(
-            f"{leaf.name} has {dims} axes, but in the table of parameters its axes are {row.axes!r} (after L for "
-            f"stacked layers); correct the row {last!r} of the class {leaf.owner.__name__}"
+            f"{leaf.name} has {dims} axes, but in the table of parameters its axes are {row.axes!r} (stacked "
+            f"layers have an axis L before these); correct the row {last!r} of the class {leaf.owner.__name__}"
         )
     return row
 
@@ -244,8 +244,8 @@ def partition(leaf: Leaf) -> PartitionSpec:
     if leaf.owner is None:
         if dims >= 2:
             raise ValueError(
-                f"{leaf.name!r} has {dims} axes, so it must be an attribute of a Flax module; then the table of "
-                "parameters says over which mesh axes it is sharded"
+                f"{leaf.name!r} has {dims} axes, but it is outside of a Flax module, so the table of parameters does "
+                "not say how to shard it; make it an attribute of a Flax module, and add a row to the table"
             )
         return PartitionSpec()
     row = parameter(leaf)

@@ -23,10 +23,10 @@ def nearest_changes(compiled: Compiled, machine: Machine) -> list[Change]:
     """Find changes of the config that make a step fit into memory: the smallest change of each kind.
 
     There are three kinds: more remat, smaller microbatches, and a larger mesh axis "fsdp" with a smaller axis "data".
-    The third kind uses the same devices, but shards the parameters and the optimizer state over more of them. The
-    first two kinds do not change the size of the arguments, so they are not tried if the arguments alone do not fit. If
-    no kind is enough alone, the largest changes of all kinds are tried together. The step is compiled for every change
-    that is tried.
+    The third kind uses the same devices, but divides the parameters and the optimizer state among more of them. Only
+    this kind makes the arguments of the step smaller. So if the arguments alone do not fit, the first two kinds are not
+    tried. If no kind is enough alone, the largest changes of all kinds are tried together. The step is compiled for
+    every change that is tried.
     """
     found, room = [], estimate.MEMORY_SHARE * machine.memory - compiled.arguments
     kinds = [list(_more_parts(compiled))]

@@ -73,8 +73,8 @@ def kernels_launched_by(launch: Callable, device: str = "NVIDIA A100") -> Iterat
     def lower(ctx, *arguments, **parameters):
         """Lower a kernel call by the lowering rule of jax-triton, which compiles the kernel.
 
-        Two parts of the rule are replaced: the launch library only records the kernel, and the emitted code calls
-        `host` instead of a GPU.
+        Two parts of the rule are replaced. In place of the launch library, `launched` records the kernel. The emitted
+        code does not launch the kernel on a GPU, but calls `host`, which runs the kernel by `launch`.
         """
 
         def launched(kernel, *grid_and_parameters):
@@ -113,8 +113,8 @@ def kernels_launched_by(launch: Callable, device: str = "NVIDIA A100") -> Iterat
 def _kernel(name, warps, clusters, shared, ptx, _, __, *scratch):
     if clusters != 1 or scratch:
         raise NotImplementedError(
-            f"{name}: the PTX machine supports neither clusters, here of {clusters} blocks, nor scratch memory, here "
-            f"{scratch}"
+            f"{name}: the PTX machine supports only clusters of 1 block, not {clusters}, and only kernels without "
+            f"scratch memory, not {scratch}"
         )
     return _Kernel(name, warps, clusters, shared, ptx)
 

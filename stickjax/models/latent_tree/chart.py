@@ -7,9 +7,10 @@ sentence is the sum of scores[n_t, t] over the words t of the sentence.
 
 The leaves of the complete tree divide a line of length 2^D. A node i at depth d covers the interval
 [start(i), end(i)) of length 2^(D-d). The leaves of a tree cover the line without gaps: start(n_0) = 0,
-start(n_(t+1)) = end(n_t), end(n_(T-1)) = 2^D. Every such sequence of nodes is the leaves of exactly one tree, because
-an interval of length w begins at a multiple of w. So the sum over trees is a sum over paths, and a forward algorithm
-over the places 0 .. 2^D of the line computes it. With a_0(0) = 0 and all other a_0(p) = -inf,
+start(n_(t+1)) = end(n_t), end(n_(T-1)) = 2^D. Every such sequence of nodes is the leaves of exactly one tree: the
+sequence is the root alone, or no interval crosses the middle of the line, and each half is covered by the leaves of one
+subtree. So the sum over trees is a sum over paths, and a forward algorithm over the places 0 .. 2^D of the line
+computes it. With a_0(0) = 0 and all other a_0(p) = -inf,
 
   a_(t+1)(p) = logsumexp over the nodes i with end(i) = p of a_t(start(i)) + scores[i, t],
   log_likelihood = a_T(2^D).
@@ -112,10 +113,10 @@ def log_likelihood_reference(scores: Float[Array, "n T"]) -> Float[Array, ""]:
 def log_likelihood(scores: Float[Array, "B n T"], lengths: Int[Array, " B"]) -> Float[Array, " B"]:
     r"""Compute the log of the sum of exp(score) over all binary trees whose T leaves are the T words of a sentence.
 
-    The score of a tree whose leaves are the nodes n_0 .. n_(T-1) is the sum over t of scores[n_t, t]. Suppose that
-    scores[i, t] is the log-probability that the node i is a leaf with word t, plus h. Here h is the node's share of the
-    log-probability that all its ancestors have children (`TreeDecoder`). Then the result is the log-probability of the
-    sentence.
+    The score of a tree whose leaves are the nodes n_0 .. n_(T-1) is the sum over t of scores[n_t, t]. In
+    `TreeDecoder`, scores[i, t] is the log-probability that the node i is a leaf with word t, plus a share h. In the sum
+    over the leaves of a tree, the shares add up to the log-probability that all other nodes of the tree have children.
+    So the result is the log-probability of the sentence.
 
     The gradient is the posterior: d log_likelihood / d scores[i, t] is the probability that word t is at the leaf i. A
     backward recursion computes it from the saved a_t. With g_T(2^D) = 1 and all other g_T(p) = 0,
@@ -176,9 +177,9 @@ def reduced_at_ends(reduce: Callable, levels: list):
     level. `reduce(above, below)` combines two arrays (or tuples) of equal shape, such as `jnp.add`; `above` comes from
     the levels nearer to the root.
 
-    A right child ends where its parent ends. Where a left child ends, no other node of its level or of a level above
-    ends. So the result of a level has the values of its left children, and the values of its right children combined
-    with the result of the level above.
+    The levels are combined one after the other, from the root on. A right child ends where its parent ends, so its
+    value is combined with the result so far at this place. Where a left child ends, no other node of its level or of a
+    level above ends, so its value is the result at this place.
     """
     total = levels[0]
     for level in levels[1:]:

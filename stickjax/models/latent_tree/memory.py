@@ -59,15 +59,15 @@ class SlotDistribution(nnx.Module):
 class OrderedMemory(nnx.Module):
     """A memory of N slots that reads a sentence word by word.
 
-    The input e is projected: x = act(e w_project + project_bias), with act(x) = tanh(LN(x)). M_i are the contents of
-    the slots, and m_i the candidates for them. All are zero at first. p is the distribution of a word over the slots
-    (`SlotDistribution`). With s_i = sum over j <= i of p_j, r_i = sum over j >= i of p_j, and m_0 = x:
+    The vector e of a word is projected: x = act(e w_project + project_bias), with act(x) = tanh(LN(x)). M_i are the
+    contents of the slots, m_i are the word's candidates for these contents, and p is the word's distribution over the
+    slots (`SlotDistribution`). With s_i = sum over j <= i of p_j, r_i = sum over j >= i of p_j, and m_0 = x:
 
       M_i <- (1 - r_i) M_i + r_i m_i,   then in the order of i:   m_i = (1 - s_i) x + s_i cell(m_(i-1), M_i)
       cell(h, M) = v h + g M + u act(z),   [a, b, d, z] = relu([h; M] w_in + in_bias) w_out + out_bias,
 
     where (v, g, u) is the softmax of (a, b, d) in every unit. In the first formula, m_i are the candidates of the
-    previous word. At the first word, all s_i are 0 and all r_i are 1.
+    previous word. For the first word, p and all s_i are 0, all r_i are 1, and the previous M_i and m_i are 0.
     """
 
     def __init__(self, config: TreeConfig, key):
@@ -113,9 +113,9 @@ class OrderedMemory(nnx.Module):
         return x, candidates.swapaxes(0, 1), p.swapaxes(0, 1)
 
     def _compose(self, x: Float[Array, "B H"], slots: Float[Array, "B N H"], share: Float[Array, "B N"], random):
-        """Return the candidates m_1 .. m_N [B,N,H] of a word. `share` is s.
+        """Return the candidates m_1 .. m_N [B,N,H] of a word with the vector x. `slots` are M_1 .. M_N.
 
-        `random`: 6 arrays of random bytes [B,N,H] for dropout; 6 values None: no dropout.
+        `share`: s_1 .. s_N. `random`: 6 arrays of random bytes [B,N,H] for dropout; 6 values None: no dropout.
         """
         c = self.config
         rate, at = c.encoder_dropout, lambda array, i: None if array is None else array[:, i]

@@ -62,11 +62,12 @@ class TreeAttention(nnx.Module):
         return y, inverse_deviation(y, c.norm_eps)
 
     def keys(self, z: Float[Array, "B M H"], random=None) -> tuple[Float[Array, "B M H"], Float[Array, "B M"]]:
-        """Return (k', t) for the source vectors z: a node with (y, r) from `queries` has the score r (y . k') + t.
+        """Return (k', t) for the source vectors z. With these, the score q . k / sqrt(H) is r (y . k') + t.
 
-        k' is the key k times the scale of the queries' LayerNorm, and t is the dot product of k and the bias of this
-        LayerNorm, both divided by sqrt(H). There are usually fewer keys than queries, so this takes fewer operations
-        than to multiply the queries. `random`: random bytes [B,M,H] for dropout, or None.
+        k is the key of a source vector. q = r * y * scale + bias is the query of a node, with (y, r) from `queries`,
+        and with the scale and the bias of the queries' LayerNorm. So k' = k * scale / sqrt(H), and
+        t = k . bias / sqrt(H). There are usually fewer keys than queries, so it takes fewer operations to multiply the
+        keys by the scale. `random`: random bytes [B,M,H] for dropout, or None.
         """
         c, norm = self.config, self.query_norm
         k = self.key_norm(affine(dropped(z, c.attention_dropout, random), self.key, self.key_bias, c)) * c.H**-0.5
@@ -76,7 +77,7 @@ class TreeAttention(nnx.Module):
 def centred(weight):
     """Return `weight` minus its mean over the last axis.
 
-    For a weight [I,O], the O values of x weight then have mean 0 for every x. So a LayerNorm after the product need not
+    With the result w [I,O], the O values of x @ w have mean 0 for every x. So a LayerNorm after this product need not
     subtract a mean.
     """
     return weight - weight.mean(-1, keepdims=True)
@@ -104,10 +105,10 @@ def attention_weights(scores: Float[Array, "B n M"], mask: Bool[Array, "B M"]) -
 def largest_of(x: Float[Array, "B n M"]) -> Float[Array, "B n 1"]:
     """Return the maximum over the last axis. The whole gradient goes to the first element that has the maximum.
 
-    The derivative of `jnp.max` compares x with its maximum, and divides by the number of equal elements. XLA may
-    compute x once for the maximum and again for the comparison, and round differently: with a product and a sum in one
-    instruction, or in two. Then no element is equal, and the gradient is 0, infinite or NaN. This happens on CPUs with
-    such instructions, under JAX_DISABLE_MOST_OPTIMIZATIONS. The comparison of indices here is exact.
+    The derivative of `jnp.max` compares x with its maximum, and divides by the number of equal elements. But XLA may
+    compute x twice, for the maximum and for the comparison. If only one of the two uses fused multiply-add
+    instructions, they round differently. Then no element is equal, and the gradient is 0, infinite or NaN. This happens
+    on CPUs with these instructions, under JAX_DISABLE_MOST_OPTIMIZATIONS. The comparison of indices here is exact.
 
     >>> jax.grad(lambda x: largest_of(x).sum())(jnp.array([[[1.0, 3.0, 3.0]]])).tolist()
     [[[0.0, 1.0, 0.0]]]
