@@ -25,16 +25,8 @@ from stickjax.storage import hugging_face
 from stickjax.storage.hub import local_folder, new_folder
 from stickjax.storage.hugging_face.configs import OWN
 from stickjax.storage.hugging_face.files import finite, write_safetensors
-from stickjax.storage.run_folder import (
-    MODEL_FILE,
-    Loaded,
-    in_memory,
-    load,
-    model_leaves,
-    read_config,
-    tokenizer_of,
-    write_config,
-)  # fmt: skip
+from stickjax.storage.run_config import MODEL_FILE, read_config, write_config
+from stickjax.storage.run_folder import Loaded, in_memory, load, model_leaves, tokenizer_of
 
 SHARD_BYTES = 5_000_000_000
 
@@ -51,19 +43,20 @@ def export(
     types, and which models they can hold.
 
     Args:
-      model: the result of `stickjax.load`, or only the module with the parameters; then no tokenizer.json is written.
+      model: the result of `stickjax.load`, or only the module with the parameters. A module has no tokenizer, so no
+        tokenizer.json is written for it.
       path: a folder that does not exist yet; it appears only when it is complete.
-      type: the model type in config.json, such as "llama". None: the only type that can hold the model. The type
-        "stickjax" is never chosen by None. It can hold every decoder with attention "stick_breaking" or "softmax" and
-        without added or pruned experts, and the folder then also has PyTorch code.
+      type: the model type in config.json, such as "llama". None: the only type other than "stickjax" that can hold the
+        model. The type "stickjax" can hold every decoder with attention "stick_breaking" or "softmax" and without added
+        or pruned experts. With this type, the folder also has PyTorch code.
       shard_bytes: the largest size of a file with parameters, in bytes. A larger model is divided into several files,
         and an index file lists them.
       push: True to write the model to the Hugging Face hub instead. `path` is then its name, such as "org/name".
 
     Raises:
       ValueError: the folder exists; the model type cannot express the model (the message names the config fields);
-        `type` is None, and no type or several types other than "stickjax" can express the model (the message names
-        them); a parameter is not finite; or the upload fails (see `stickjax.storage.hub.new_folder`).
+        `type` is None, and the number of types other than "stickjax" that can express the model is not 1 (the message
+        names them); a parameter is not finite; or the upload fails (see `stickjax.storage.hub.new_folder`).
 
     >>> import jax, tempfile
     >>> from stickjax import ModelConfig, load
@@ -99,8 +92,8 @@ def convert(
       eot: the added token of the tokenizer that ends a text, such as "<|im_end|>"; it becomes the config field
         `data.eot`. None: `data.eot` is not changed. If `data.eot` is None too, the token is read from the files beside
         the tokenizer.json.
-      type: the model type of a Hugging Face folder that is written, such as "llama". None: the only type that
-        can hold the model. The type "stickjax" is never chosen by None.
+      type: the model type of a Hugging Face folder that is written, such as "llama". None: the only type other
+        than "stickjax" that can hold the model.
       push: True to write the Hugging Face folder to the hub. `path` is then the name of the model, such as "org/name".
 
     Returns:

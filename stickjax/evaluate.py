@@ -43,7 +43,8 @@ from stickjax.models.families import family_of
 from stickjax.parallel import processes
 from stickjax.parallel.mesh import on_one_device
 from stickjax.storage.hub import local_folder
-from stickjax.storage.run_folder import Loaded, load, read_config, results_folder
+from stickjax.storage.run_config import read_config
+from stickjax.storage.run_folder import Loaded, load, results_folder
 from stickjax.system.disk import write_file
 from stickjax.system.tables import print_table
 from stickjax.system.text import json_text, printable

@@ -30,7 +30,8 @@ from stickjax.parallel import processes
 from stickjax.parallel.collectives import all_rows, rows_of_device
 from stickjax.parallel.mesh import AXES, mesh_of, row_parts
 from stickjax.storage.hub import local_folder
-from stickjax.storage.run_folder import Loaded, load, read_config
+from stickjax.storage.run_config import read_config
+from stickjax.storage.run_folder import Loaded, load
 from stickjax.system.memory import free_memory, gib, local_bytes
 
 

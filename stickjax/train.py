@@ -7,7 +7,7 @@ from stickjax.config import Config
 from stickjax.config.command import Parser, command
 from stickjax.config.command_line import config_name, describe, load_config, parse
 from stickjax.parallel import processes
-from stickjax.storage.run_folder import read_config
+from stickjax.storage.run_config import read_config
 from stickjax.training.branch import split_branch
 from stickjax.training.loop import Result, fit
 

@@ -11,7 +11,7 @@ import pytest
 from stickjax.config.command_line import load_config
 from stickjax.evaluate import main as evaluate
 from stickjax.evaluation.bias import words_by_label
-from stickjax.storage.run_folder import read_config
+from stickjax.storage.run_config import read_config
 from stickjax.training.loop import fit
 
 NEUTRAL = ["a", "man", "woman", "dog", "runs", "sits", "walks", "in", "the", "on", "street", "park", "house", "with"]

@@ -14,7 +14,8 @@ from stickjax.training.metrics import read_metrics
 
 FIELDS = (
     "--model.D=16 --model.L=1 --model.N=2 --model.K=1 --model.H=8 --model.F=32 --data.source=recall "
-    "--data.examples=100 --data.T=32 --data.B=2 --train.steps=3 --train.log_every=1 --optim.warmup_tokens=0 --optim.decay_tokens=0"
+    "--data.examples=100 --data.T=32 --data.B=2 --train.steps=3 --train.log_every=1 "
+    "--optim.warmup_tokens=0 --optim.decay_tokens=0"
 )
 
 

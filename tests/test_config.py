@@ -14,7 +14,7 @@ from stickjax.config import field_names, locate
 from stickjax.config.command_line import describe, load_config, named_configs, parse
 from stickjax.config.fields import LARGEST, field_types
 from stickjax.config.synonyms import SYNONYMS
-from stickjax.storage.run_folder import read_config
+from stickjax.storage.run_config import read_config
 
 ROOT = Path(__file__).parent.parent
 

@@ -25,7 +25,8 @@ from stickjax.models.transformer import init
 from stickjax.parallel.mesh import make_mesh
 from stickjax.storage.checkpoints import Checkpoints
 from stickjax.storage.hugging_face.configs import to_config_json
-from stickjax.storage.run_folder import Loaded, load, save, write_config
+from stickjax.storage.run_config import write_config
+from stickjax.storage.run_folder import Loaded, load, save
 from stickjax.train import fit
 
 ORACLES = Path(__file__).parent / "oracles"

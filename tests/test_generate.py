@@ -25,7 +25,8 @@ from stickjax.evaluation.length_buckets import padded_length
 from stickjax.generate import _advance, generate, generate_text, main
 from stickjax.models.transformer import init
 from stickjax.storage.checkpoints import Checkpoints
-from stickjax.storage.run_folder import Loaded, write_config
+from stickjax.storage.run_config import write_config
+from stickjax.storage.run_folder import Loaded
 
 SMALL = dict(V=61, D=32, L=2, N=4, K=4, H=8, F=48)
 TINY = dict(V=24, D=16, L=1, N=2, K=2, H=4, F=16)

@@ -16,7 +16,8 @@ from stickjax.data.readers import training_data
 from stickjax.data.tables import read_records
 from stickjax.data.tokenizer import WordTokenizer, load_tokenizer, words_of
 from stickjax.models.vocabulary_size import with_vocabulary
-from stickjax.storage.run_folder import read_config, save
+from stickjax.storage.run_config import read_config
+from stickjax.storage.run_folder import save
 from stickjax.training.loop import fit
 
 SIZES = dict(D=8, L=2, K=1, H=4, F=8, experts=ExpertsConfig(3, 2), attention_experts=ExpertsConfig(3, 2))

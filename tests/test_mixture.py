@@ -16,7 +16,8 @@ from stickjax.data.readers import training_data
 from stickjax.data.token_files import tokenize
 from stickjax.data.tokenizer import ByteTokenizer
 from stickjax.evaluate import evaluate
-from stickjax.storage.run_folder import load, read_config
+from stickjax.storage.run_config import read_config
+from stickjax.storage.run_folder import load
 from stickjax.surgery.__main__ import source_of
 from stickjax.train import fit, main
 from stickjax.training.metrics import read_metrics

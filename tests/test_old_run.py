@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stickjax.storage.run_folder import load, read_config
+from stickjax.storage.run_config import read_config
+from stickjax.storage.run_folder import load
 from stickjax.train import fit
 from stickjax.training.metrics import read_metrics
 

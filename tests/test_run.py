@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from stickjax import convert, evaluate, generate
 from stickjax.config import Config
 from stickjax.storage.checkpoints import Checkpoints
-from stickjax.storage.run_folder import read_config
+from stickjax.storage.run_config import read_config
 from stickjax.surgery.__main__ import main as modules_main
 from stickjax.train import fit, main
 from stickjax.training.metrics import read_metrics

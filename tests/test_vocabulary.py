@@ -11,7 +11,7 @@ import pytest
 from stickjax.config import Config, DataConfig, ModelConfig, SutConfig, TrainConfig
 from stickjax.models.transformer import init
 from stickjax.models.vocabulary_size import with_vocabulary
-from stickjax.storage.run_folder import read_config
+from stickjax.storage.run_config import read_config
 from stickjax.train import fit
 
 TOKENIZER = {

@@ -25,7 +25,8 @@ from stickjax.config.command import SEED_TYPE, Parser, command, number, step_or_
 from stickjax.config.command_line import parse_changes
 from stickjax.evaluation import plots
 from stickjax.storage.hub import local_folder
-from stickjax.storage.run_folder import load, read_config, results_folder, save
+from stickjax.storage.run_config import read_config
+from stickjax.storage.run_folder import load, results_folder, save
 from stickjax.surgery.change import extend, prune
 from stickjax.surgery.kinds import KINDS, kinds_of
 from stickjax.surgery.tune import TRAINABLE, concentrate, freeze, frozen

@@ -7,7 +7,7 @@ import jax
 
 from stickjax.config import Config
 from stickjax.models.transformer import Transformer
-from stickjax.storage.run_folder import read_config
+from stickjax.storage.run_config import read_config
 from stickjax.surgery.kinds import kinds_of
 from stickjax.training.loop import Result, fit
 from stickjax.training.optimizer import label_tree

@@ -22,16 +22,8 @@ from stickjax.models.vocabulary_size import with_sizes_of, with_vocabulary
 from stickjax.parallel import processes
 from stickjax.parallel.mesh import abstract_batch, make_mesh, rows_of_process, shard_batch
 from stickjax.storage.checkpoints import Checkpoints, all_finite, check_finite, named_leaves
-from stickjax.storage.run_folder import (
-    PATH_FIELDS,
-    check_config,
-    check_trained,
-    load,
-    read_config,
-    with_own_files,
-    with_shardings,
-    write_config,
-)
+from stickjax.storage.run_config import PATH_FIELDS, check_config, read_config, with_own_files, write_config
+from stickjax.storage.run_folder import check_trained, load, with_shardings
 from stickjax.system.compiled import keep_compiled
 from stickjax.system.memory import check_fits, check_program, local_bytes, state_parts
 from stickjax.system.profiling import StepTrace

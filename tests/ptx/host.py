@@ -149,8 +149,8 @@ class _Host:
     def _launch(self, _, gx, gy, gz, cx, cy, cz, bx, by, bz, shared, early, count, pointers, sizes):
         if (cx, cy, cz, early) != (0, 0, 0, 0):
             raise ValueError(
-                "the PTX machine supports neither clusters nor early launches: the host code launches the kernel with "
-                f"clusters of {cx, cy, cz} blocks and early={early}, but all these numbers must be 0"
+                "the PTX machine supports only launches without clusters and without early start: the cluster sizes "
+                f"{cx, cy, cz} and early={early} must be 0"
             )
         parameters = [self._parameter(self.memory[pointers + 8 * i], self.memory[sizes + 4 * i]) for i in range(count)]
         self.launch = Launch((gx, gy, gz), (bx, by, bz), shared, tuple(parameters))
