@@ -1,8 +1,9 @@
 # make demo          train, evaluate and sample configs/tiny.py on the standard library's source (3 minutes, 2 cores)
 # make demo-compare  also train its softmax + RoPE variant, and plot the length curves of both in one picture
 # make test          run ruff and the test suite
+# make test-all      also run the cases that the stages below run in another way, such as all kernels in interpreters
 # make test-large    test the conversion of a model of eight billion parameters (17 GB of disk, some minutes)
-# make test-oldest   run the fast tests with the oldest allowed JAX, compiled with all optimisations as for users
+# make test-oldest   run the fast tests with the oldest allowed JAX
 # make test-absent   compile the GPU kernels and steps on 8 and 64 GPUs without a GPU; needs the CUDA wheels (3.4 GB)
 # make test-ptx      execute the PTX of the GPU kernels on the CPU; needs the CUDA wheels, no GPU
 # make test-triton   run the Triton kernels in Triton's interpreter; needs the CUDA wheels, no GPU
@@ -12,7 +13,7 @@
 # make docs          build the documentation as HTML, in docs/_build/html; a warning is an error
 # make lint          run ruff
 
-.PHONY: demo demo-compare test test-large test-oldest test-absent test-ptx test-triton test-torch test-install
+.PHONY: demo demo-compare test test-all test-large test-oldest test-absent test-ptx test-triton test-torch test-install
 .PHONY: docs lint clean
 SHELL := /bin/bash
 RUN := .venv/bin/python
@@ -30,6 +31,9 @@ test: .venv/.test
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest $(PARALLEL)
 
+test-all: .venv/.test
+	$(RUN) -m pytest $(PARALLEL) -m "not large"
+
 test-large: .venv/.test
 	$(RUN) -m pytest -m large tests/test_convert.py
 
@@ -37,13 +41,13 @@ test-large: .venv/.test
 # because its tests share fixtures.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # The fast test files. The files that compile every case of the ops are left out: they take longer than all of these.
-FAST := config data dispatch transformations optim schedules checkpoint models moa sharding processes step train readme
+FAST := config data dispatch transformations optim schedules checkpoint models moa sharding step train readme
 test-oldest: .venv-oldest/.test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 .venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow" $(FAST:%=tests/test_%.py)
+	.venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow" $(FAST:%=tests/test_%.py)
 	.venv-oldest/bin/python -m pytest tests/test_lowering.py -k "lower and (packed or some-idle)"
 
 test-absent: .venv-cuda/.test
-	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest tests/test_absent_gpu.py tests/test_absent_triton.py tests/test_plan_absent.py tests/test_chosen_lowers.py \
+	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest $(PARALLEL) tests/test_absent_gpu.py tests/test_absent_triton.py tests/test_plan_absent.py tests/test_chosen_lowers.py \
 	  --deselect tests/test_chosen_lowers.py::test_what_is_chosen_for_hopper_lowers  # needs no wheels; make test runs it
 
 # Most of the time goes into compiling each call, so single tests, not whole files, are distributed over the workers.

@@ -19,7 +19,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="stickjax-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # most programs are small and used by several files
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import hypothesis
 import jax
@@ -113,8 +113,18 @@ LONG = (
 )  # these run first: a worker that got one of these last would work alone for a long time
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects tests by their marks
 def pytest_collection_modifyitems(items):
+    """Order the test files, and mark the cases that only `make test-all` runs.
+
+    A test file may have a dictionary EXHAUSTIVE, {name of a test: function}. The function gets the parameters of a
+    case, and returns True if the case belongs to `make test-all`.
+    """
     items.sort(key=lambda item: item.path.stem not in LONG)
+    for item in items:
+        chosen = getattr(getattr(item, "module", None), "EXHAUSTIVE", {}).get(getattr(item, "originalname", None))
+        if chosen is not None and chosen(**item.callspec.params):
+            item.add_marker(pytest.mark.exhaustive)
 
 
 @pytest.fixture(autouse=True, scope="module")

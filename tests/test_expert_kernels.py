@@ -18,6 +18,16 @@ needs_triton = pytest.mark.skipif(
 )
 
 
+# `make test-ptx` executes the compiled kernels of Mosaic on these and more calls (test_ptx_calls.py), and is faster than
+# the interpreter. So `make test` interprets only some cases.
+INTERPRETED = "odd", "one-token", "no-tokens", "one-takes-all", "some-idle", "all-idle"
+EXHAUSTIVE = {
+    "test_mlp_is_the_loop_over_experts": lambda kernels, name: kernels == "mosaic" and name not in INTERPRETED,
+    "test_float32_is_not_rounded": lambda kernels: kernels == "mosaic",
+    "test_linear_in_every_order": lambda kernels, rows_in, rows_out: kernels == "mosaic" and rows_in != rows_out,
+}
+
+
 @pytest.fixture
 def mosaic(monkeypatch):
     # So few multiprocessors that each of them computes several tiles.

@@ -27,6 +27,24 @@ INTERPRETERS = {
 # Cases that an implementation does not support; the support table of the README lists them.
 LACKS = {"mosaic": ("odd-widths", "fp32-odd-widths", "fp32-offsets", "fp32-saturated")}
 REM = 1e-5  # relative tolerance of rem
+# The interpreter of Mosaic is slower than the PTX machine, which runs all tests of this file in `make test-ptx`. So
+# `make test` interprets only these cases and tests.
+INTERPRETED = "one-token", "fp16-128", "more-queries", "packed", "everything", "saturated"
+EXHAUSTIVE = {
+    "test_outputs_and_gradients_are_those_of_the_reference": lambda kernels, name: (
+        kernels == "mosaic" and name not in INTERPRETED
+    )
+} | dict.fromkeys(
+    [
+        "test_skipping_beside_a_tile_without_queries",
+        "test_padding_does_not_keep_a_tile_from_stopping_early",
+        "test_far_keys_keep_their_weight_behind_a_long_row",
+        "test_saturated_logits_give_the_limits_and_their_gradients",
+        "test_shards_of_the_keys_join_forward_and_backward",
+        "test_few_heads_at_a_time_give_the_same_gradients",
+    ],
+    lambda kernels: kernels == "mosaic",
+)
 
 
 @contextlib.contextmanager

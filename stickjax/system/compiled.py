@@ -12,7 +12,6 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 AUTO = "auto"
-SECONDS = 0.2  # a program that compiles faster than this is not kept
 LARGEST = 4 * 2**30  # bytes of all programs; when a command starts, the programs that were used last are kept
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -47,7 +46,7 @@ def keep_compiled(folder: str | None) -> None:
     if jax.config.jax_compilation_cache_dir not in (None, str(place)):
         compilation_cache.reset_cache()  # without this call, JAX continues to use the folder of the first program
     jax.config.update("jax_compilation_cache_dir", str(place))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", SECONDS)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # keep also the many small programs
 
 
 def default_folder() -> Path:
