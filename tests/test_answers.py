@@ -21,7 +21,9 @@ MODELS = {
 
 def made(source: str):
     split = "simple" if source == "scan" else None
-    config = Config(MODELS[source], DataConfig(source=source, examples=300, T=4 if source == "scan" else 24, split=split))
+    config = Config(
+        MODELS[source], DataConfig(source=source, examples=300, T=4 if source == "scan" else 24, split=split)
+    )
     config = with_vocabulary(config, task_of(config).ids)
     return family_of(config.model).init(config.model, jax.random.key(0)), config
 
