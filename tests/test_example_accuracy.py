@@ -27,17 +27,15 @@ LISTOPS = Config(
 )
 
 
-@pytest.fixture(scope="module")
-def short():
+@pytest.fixture
+def short(monkeypatch):
     """Leave only the lists of listops that have at most 32 symbols, because each width of a batch is compiled."""
     whole = listops.generate
 
     def generate(seed=0, count=100_000):
         return Parts(*([row for row in rows if len(row.text.split()) <= 32] for rows in whole(seed, count)))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(listops, "generate", generate)
-        yield
+    monkeypatch.setattr(listops, "generate", generate)
 
 
 @pytest.mark.usefixtures("short")
