@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.testing import FORWARD, GRADIENT, relative_error
+from stickjax.data.tasks import scan
 from stickjax.storage.checkpoints import named_leaves
 from stickjax.training import loop
 from stickjax.training.metrics import read_metrics
@@ -90,6 +91,23 @@ def bpe(tmp_path_factory):
     path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
     tokenizer.save(str(path))
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def short_scan():
+    """Leave only the training commands of SCAN that have at most 4 actions: a tree of depth 2 is enough for them.
+
+    XLA takes about three seconds for each level of a tree. The test commands stay as they are.
+    """
+    whole = scan.generate
+
+    def generate(split="simple", seed=0):
+        parts = whole(split, seed)
+        return parts._replace(train=[row for row in parts.train if len(row.actions.split()) <= 4])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan, "generate", generate)
+        yield
 
 
 @pytest.fixture

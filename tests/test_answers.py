@@ -15,13 +15,15 @@ from stickjax.models.vocabulary_size import with_vocabulary
 MODELS = {
     "logic": OrderedMemoryConfig(D=8, H=8, N=4),
     "listops": OrderedMemoryConfig(D=8, H=8, N=4, sentences=1),
-    "scan": TreeConfig(H=8, N=2, depth=6),
+    "scan": TreeConfig(H=8, N=2, depth=2),
 }
 
 
 def made(source: str):
     split = "simple" if source == "scan" else None
-    config = Config(MODELS[source], DataConfig(source=source, examples=300, T=24, split=split))
+    config = Config(
+        MODELS[source], DataConfig(source=source, examples=300, T=4 if source == "scan" else 24, split=split)
+    )
     config = with_vocabulary(config, task_of(config).ids)
     return family_of(config.model).init(config.model, jax.random.key(0)), config
 

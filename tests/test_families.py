@@ -37,8 +37,8 @@ MODELS = {
     "decoder": Config(ModelConfig(**SIZES, N=2, experts=ExpertsConfig(E=4, k=2), attention="softmax"), TEXT),
     "sut": Config(SutConfig(**SIZES, **SUT), TEXT),
     "pairs": Config(SutConfig(**SIZES, **SUT, classes=7), PAIRS),
-    "ordered_memory": Config(OrderedMemoryConfig(D=8, H=8, N=3), PAIRS),
-    "latent_tree": Config(TreeConfig(H=8, N=2, depth=5), DataConfig(source="questions", examples=100, T=24, B=2)),
+    "ordered_memory": Config(OrderedMemoryConfig(D=8, H=8, N=2), PAIRS),
+    "latent_tree": Config(TreeConfig(H=8, N=1, depth=2, encoder="gru"), DataConfig(source="scan", T=4, B=2)),
 }
 NAMES = [*MODELS, "bigram"]
 PAGE = Path(__file__).parent.parent / "docs" / "contributing" / "extending.md"
@@ -116,6 +116,7 @@ def runs(tmp_path_factory):
     return run
 
 
+@pytest.mark.usefixtures("short_scan")
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_family_meets_every_command(name, command, runs, tmp_path, capsys):

@@ -9,17 +9,19 @@ from stickjax.training.loop import fit
 from stickjax.training.metrics import read_metrics
 
 SMALL = {
-    "model.depth": 5, "model.H": 4, "model.N": 1, "data.B": 4, "train.steps": 2,
+    "model.depth": 2, "model.H": 4, "model.N": 1, "data.T": 4, "data.B": 4, "train.steps": 2,
     "train.log_every": 1, "optim.warmup_tokens": 0,
 }  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encoder", ["gru", "tree"])
+@pytest.mark.usefixtures("short_scan")
+@pytest.mark.parametrize("encoder", ["ordered_memory", "tree"])
 def test_a_run_on_scan(encoder, tmp_path, capsys):
     """`evaluate` scores the test examples by their number of actions.
 
-    Every test example has more actions than any training example.
+    Every test example has more actions than any training example. tests/test_families.py does the same with the encoder
+    "gru".
     """
     run = str(tmp_path / "run")
     fit(load_config("tree_scan").replace(SMALL | {"model.encoder": encoder}), run, quiet=True)
@@ -28,6 +30,7 @@ def test_a_run_on_scan(encoder, tmp_path, capsys):
     assert main([run, "--max-pairs", "2"]) == 0
     printed = capsys.readouterr().out
     assert all(text in printed for text in ("actions, up to", "first word", "24", "48")), printed
+    assert ("F1 of trees" in printed) == (encoder == "ordered_memory")
 
 
 def test_the_parts_of_questions():

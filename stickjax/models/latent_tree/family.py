@@ -20,7 +20,7 @@ from stickjax.parallel.collectives import psum_over_batch
 def init(config: TreeConfig, key: jax.Array) -> LatentTreeModel:
     """Return a new model with random parameters. The model is a pytree of its parameters.
 
-    >>> model = init(TreeConfig(V=14, V_target=7, H=8, depth=3), jax.random.key(0))
+    >>> model = init(TreeConfig(V=14, V_target=7, H=8, N=1, depth=2, encoder="gru"), jax.random.key(0))
     >>> model.decoder.w_out.shape
     (16, 32)
     """
@@ -33,10 +33,10 @@ def apply(model: LatentTreeModel, batch: dict[str, jax.Array], key: jax.Array | 
     `batch` has `source` [B,S], padded with 0 on the right. For encoder="tree" it also has `brackets` [B,S]: how many
     brackets close after each word. With a random key, the model runs in training mode, with dropout.
 
-    >>> model = init(TreeConfig(V=14, V_target=7, H=8, depth=3), jax.random.key(0))
-    >>> output = apply(model, {"source": jnp.array([[3, 4, 0]])})
+    >>> model = init(TreeConfig(V=14, V_target=7, H=8, N=1, depth=2, encoder="gru"), jax.random.key(0))
+    >>> output = jax.jit(apply)(model, {"source": jnp.array([[3, 4, 0]])})
     >>> output.logits.shape, output.attention.shape
-    ((1, 15, 7), (1, 15, 3))
+    ((1, 7, 7), (1, 7, 3))
     """
     return model(batch, key)
 
@@ -62,8 +62,9 @@ def loss(
     Raises:
       ValueError: T, the length of the padded targets, is larger than 2^depth, the number of leaves of a complete tree.
 
-    >>> model = init(TreeConfig(V=14, V_target=7, H=8, depth=3), jax.random.key(0))
-    >>> value, metrics = loss(model, {"source": jnp.array([[3, 4, 0]]), "target": jnp.array([[2, 6, 0, 0]])}, None)
+    >>> model = init(TreeConfig(V=14, V_target=7, H=8, N=1, depth=2, encoder="gru"), jax.random.key(0))
+    >>> batch = {"source": jnp.array([[3, 4, 0]]), "target": jnp.array([[2, 6, 0, 0]])}
+    >>> value, metrics = jax.jit(loss)(model, batch, None)
     >>> sorted(metrics)
     ['loss', 'sentence_nll']
     """
@@ -90,9 +91,9 @@ def decode(model: LatentTreeModel, batch: dict[str, jax.Array], limit: int | Non
       batch: as in `apply`.
       limit: the largest number of words; None: 2^depth, the number of leaves of the complete tree.
 
-    >>> model = init(TreeConfig(V=14, V_target=7, H=8, depth=3), jax.random.key(0))
-    >>> decode(model, {"source": jnp.array([[3, 4, 0]])}, limit=5).words.shape
-    (1, 5)
+    >>> model = init(TreeConfig(V=14, V_target=7, H=8, N=1, depth=2, encoder="gru"), jax.random.key(0))
+    >>> decode(model, {"source": jnp.array([[3, 4, 0]])}, limit=3).words.shape
+    (1, 3)
     """
     return viterbi(apply(model, batch).logits, 2**model.config.depth if limit is None else limit)
 
