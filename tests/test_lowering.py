@@ -19,8 +19,8 @@ from pallas_kernels import expert_mlp, explain, platform, route, stick_breaking_
 
 LISTS = {"interpreted": KERNEL_CASES, "odd": ODD, "benchmark": FEATURES}
 CASES = {f"{which}: {name}": case for which, cases in LISTS.items() for name, case in cases.items()}
-# `make test-ptx` lowers and executes nearly all of these calls. So `make test` lowers only the odd sizes, and a few of the
-# other calls.
+# `make test-ptx` lowers and executes nearly all of these calls. So `make test` lowers only the odd sizes, and a few of
+# the other calls.
 LOWERED = "packed", "everything", "saturated", "some-idle", "one-token"
 EXHAUSTIVE = {
     "test_attention_that_is_chosen_for_hopper_lowers": lambda name: not name.endswith((*LOWERED, *ODD)),

@@ -22,8 +22,8 @@ column "executed as PTX" has shapes instead of "yes", the call was executed with
 
 | column | what it means | command |
 |---|---|---|
-| interpreted | the Mosaic kernels run in Pallas' interpreter, which reports races | `make test-all` (some of the calls: `make test`) |
-| lowered | the call lowers for a Hopper GPU | `make test-all` (some of the calls: `make test`) |
+| interpreted | the Mosaic kernels run in an interpreter, which reports races | `make test-all`; some: `make test` |
+| lowered | the call lowers for a Hopper GPU | `make test-all`; some: `make test` |
 | executed as PTX | a CPU executes the PTX of the compiled kernels ([how](../design/ptx_machine.md)) | `make test-ptx` |
 | on a chip | the results of a GPU agree ([how](../contributing/gpu_check.md)) | `python -m benchmarks --gpu` |
 

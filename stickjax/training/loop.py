@@ -129,12 +129,12 @@ class Run:
         return FloatingPointError(f"{what}; {kept}")
 
 
-def _start(run: Run, init_from: str | None, branch: str | None) -> tuple[TrainState, dict | None]:
-    """Return (the first training state, the first state of the data iterator) of a run that starts or resumes.
+def _start(run: Run, init_from: str | None, branch: str | None) -> TrainState:
+    """Return the first training state of a run that starts or resumes, and set `run.loader` to its first batch.
 
-    The second value is None if the run starts with the first batch. If the run folder has a checkpoint, the run resumes
-    from it. Otherwise the run continues from `branch`, "RUN@STEP", a checkpoint of another run. Without `branch`, the
-    training state is new; its parameters are random, or copied from the run `init_from`.
+    If the run folder has a checkpoint, the run resumes from it. Otherwise the run continues from `branch`, "RUN@STEP",
+    a checkpoint of another run. Without `branch`, the training state is new; its parameters are random, or copied from
+    the run `init_from`.
     """
     config, data = run.config, run.data
     if (restored := run.checkpoints.restore(run.abstract)) is not None:
@@ -162,9 +162,11 @@ def _start(run: Run, init_from: str | None, branch: str | None) -> tuple[TrainSt
         run.say(f"continuing from {source}" + ("" if data_state else ", with another text"))
     else:
         config.check_lengths()
-        return _new(run, init_from), None
+        return _new(run, init_from)
     check_finite(restored.state.params, source)
-    return restored.state, data_state
+    if data_state is not None:
+        run.loader.set_state(data_state)
+    return restored.state
 
 
 def _check_text(what: str, where: str | None, found: str | None, recorded: str | None, source: str) -> None:
@@ -269,14 +271,12 @@ def fit(
         perhaps_finished = max(checkpoints.steps(), default=0) >= steps  # not if the newest one is damaged
         if not perhaps_finished:
             this.say(words)
-        state, data_state = _start(this, init_from, branch)
+        state = _start(this, init_from, branch)
         if (step := int(state.step)) >= steps:
             this.say(f"{run} is finished: it is at step {step} of {steps}")
             return Result(state, True, None, 0.0, run=run)
         if perhaps_finished:
             this.say(words)
-        if data_state is not None:
-            loader.set_state(data_state)
         with stop_requests(progress) as this.asked:
             return _train(this, state, profile)
 
