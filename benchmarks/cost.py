@@ -68,9 +68,9 @@ def experts(T: int, k: int, D: int, F: int, E: int, *, itemsize: int = 4, backwa
     `backward`: whether the backward pass is included. `itemsize`: bytes per element of x and the weights.
 
     For each of the T * k (token, choice) pairs, the forward pass computes three products with [D, F] matrices, and the
-    backward pass six. The forward pass reads x, the weights, the gates (fp32) and the expert indices. It writes out.
-    The backward pass reads x, the cotangent dout, the weights, gates and indices. It writes dx and the gradients of the
-    weights and gates. All weights count as read, also the weights of experts that no token uses.
+    backward pass six. The forward pass reads x, the weights, the gates (fp32) and the expert indices. It writes
+    the output [T, D]. The backward pass reads x, the cotangent of the output, the weights, gates and indices. It writes
+    the gradients of x, the weights and the gates. All weights count as read, also those of experts without tokens.
     """
     tokens, weights, gates = itemsize * T * D, itemsize * 3 * E * D * F, 4 * T * k
     product = 6 * T * k * D * F

@@ -30,7 +30,7 @@ class Instruction(NamedTuple):
 class Loop:
     """A loop in the machine code of a kernel. The counts are for one iteration.
 
-    `flops` counts the operations of a warpgroup. All other counts are instructions of one warp.
+    `flops` counts the operations of a warpgroup. The other numbers, except `start`, count instructions of one warp.
     """
 
     start: int  # address

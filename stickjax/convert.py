@@ -46,8 +46,8 @@ def export(
       model: the result of `stickjax.load`, or only the module with the parameters. A module has no tokenizer, so no
         tokenizer.json is written for it.
       path: a folder that does not exist yet; it appears only when it is complete.
-      type: the model type in config.json, such as "llama". None: the only type other than "stickjax" that can hold the
-        model. The type "stickjax" can hold every decoder with attention "stick_breaking" or "softmax" and without added
+      type: the model type in config.json, such as "llama". None: the type is chosen, if exactly one type other than
+        "stickjax" can hold the model. The type "stickjax" can hold every decoder with attention "stick_breaking" or "softmax" and without added
         or pruned experts. With this type, the folder also has PyTorch code.
       shard_bytes: the largest size of a file with parameters, in bytes. A larger model is divided into several files,
         and an index file lists them.
@@ -92,8 +92,8 @@ def convert(
       eot: the added token of the tokenizer that ends a text, such as "<|im_end|>"; it becomes the config field
         `data.eot`. None: `data.eot` is not changed. If `data.eot` is None too, the token is read from the files beside
         the tokenizer.json.
-      type: the model type of a Hugging Face folder that is written, such as "llama". None: the only type other
-        than "stickjax" that can hold the model.
+      type: the model type of a Hugging Face folder that is written, such as "llama". None: the type is chosen,
+        if exactly one type other than "stickjax" can hold the model.
       push: True to write the Hugging Face folder to the hub. `path` is then the name of the model, such as "org/name".
 
     Returns:

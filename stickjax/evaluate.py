@@ -176,7 +176,8 @@ def _lengths(text: str) -> tuple[int, ...]:
     words = text.split(",")
     if not all(word.strip().isdecimal() and int(word) for word in words):
         raise ValueError(
-            f"--lengths={text} must be whole numbers above 0, separated by commas, such as 1,2,4 (multiples of T)"
+            f"--lengths={text} must be whole numbers above 0, separated by commas, such as 1,2,4; the number 2 stands "
+            "for contexts of 2 * T tokens"
         )
     return tuple(dict.fromkeys(map(int, words)))
 

@@ -229,7 +229,7 @@ def test_inputs_keep_the_logits_of_the_heads():
 
 
 def test_the_recipe_of_trained_heads(tmp_path, monkeypatch, capsys):
-    """`benchmarks.trained_heads` saves the attention heads of a run folder as inputs of the benchmarks.
+    """`benchmarks.trained_heads` saves the attention heads of a trained model as inputs of the benchmarks.
 
     A folder without a run gives one line with an error, and no file is written.
     """

@@ -93,7 +93,8 @@ def test_the_gradient_is_that_of_finite_differences(x64):
 def test_extreme_scores_stay_finite(T):
     """Scores of +-50 give a finite log-likelihood and gradient in float32 at depth 8.
 
-    A sentence of 256 words has only one tree. The leaves of this tree are all nodes of the last level.
+    A tree of depth 8 has at most 256 leaves. So a sentence of 256 words has only one tree, the complete one. Its leaves
+    are all nodes of the last level.
     """
     scores = 50 * jnp.sign(drawn(3, 511, T))
     lengths = jnp.array([T, T - 1, 1])

@@ -101,7 +101,8 @@ def two(eight, config, tmp_path_factory):
 def test_they_train_as_one_whatever_their_number(eight, two, config, tmp_path, capsys):
     """The losses do not depend on the number of processes.
 
-    One process with eight devices, then two processes, then four on two machines give the losses of one device.
+    Three trainings have the same losses as a training on one device: one process with eight devices, two processes, and
+    four processes on two machines.
     """
     four, alone = shutil.copytree(two, tmp_path / "four"), shutil.copytree(eight, tmp_path / "alone")
     (tmp_path / "hosts").write_text("localhost\n" * 2)

@@ -247,7 +247,7 @@ class ModelConfig(FamilyConfig):
 
     @classmethod
     def powermoe_3b(cls, **changes) -> "ModelConfig":
-        """Return the config of PowerMoE-3B (arXiv 2408.13359). A token uses 800M of its 3.3B parameters.
+        """Return the config of PowerMoE-3B (arXiv 2408.13359). Each token uses 800M of the model's 3.3B parameters.
 
         `changes` are fields with other values, such as L=2.
         """

@@ -59,15 +59,18 @@ class SlotDistribution(nnx.Module):
 class OrderedMemory(nnx.Module):
     """A memory of N slots that reads a sentence word by word.
 
-    The vector e of a word is projected: x = act(e w_project + project_bias), with act(x) = tanh(LN(x)). M_i are the
-    contents of the slots, m_i are the word's candidates for these contents, and p is the word's distribution over the
-    slots (`SlotDistribution`). With s_i = sum over j <= i of p_j, r_i = sum over j >= i of p_j, and m_0 = x:
+    The vector e of a word is projected: x = act(e w_project + project_bias), with act(x) = tanh(LN(x)). M_i is the
+    content of slot i. m_i is this word's candidate for the content of slot i, and m'_i is the candidate of the previous
+    word. p is this word's distribution over the slots (`SlotDistribution`). With s_i = sum over j <= i of p_j,
+    r_i = sum over j >= i of p_j, and m_0 = x, a word first changes all slots, and then computes its candidates in the
+    order i = 1, 2, ..., N:
 
-      M_i <- (1 - r_i) M_i + r_i m_i,   then in the order of i:   m_i = (1 - s_i) x + s_i cell(m_(i-1), M_i)
+      M_i <- (1 - r_i) M_i + r_i m'_i
+      m_i = (1 - s_i) x + s_i cell(m_(i-1), M_i)
       cell(h, M) = v h + g M + u act(z),   [a, b, d, z] = relu([h; M] w_in + in_bias) w_out + out_bias,
 
-    where (v, g, u) is the softmax of (a, b, d) in every unit. In the first formula, m_i are the candidates of the
-    previous word. For the first word, p and all s_i are 0, all r_i are 1, and the previous M_i and m_i are 0.
+    where (v, g, u) is the softmax of (a, b, d) in every unit. The first word is an exception: its p and all its s_i are
+    0, all its r_i are 1, and all M_i and m'_i before it are 0.
     """
 
     def __init__(self, config: TreeConfig, key):

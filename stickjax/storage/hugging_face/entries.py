@@ -71,7 +71,7 @@ class Entries:
         found = {n: value for n in (name, other) if (value := self(n, kind, None)) is not None}
         if len(set(found.values())) > 1:
             both = f"{name}={found[name]!r} and {other}={found[other]!r}"
-            raise ValueError(f"{both} are two names of one entry and must be equal")
+            raise ValueError(f"{both} are two names of one entry and must have the same value")
         return next(iter(found.values())) if found else self(name, kind, default)
 
     def end(self) -> None:
