@@ -47,8 +47,8 @@ def export(
         tokenizer.json is written for it.
       path: a folder that does not exist yet; it appears only when it is complete.
       type: the model type in config.json, such as "llama". None: the type is chosen, if exactly one type other than
-        "stickjax" can hold the model. The type "stickjax" can hold every decoder with attention "stick_breaking" or "softmax" and without added
-        or pruned experts. With this type, the folder also has PyTorch code.
+        "stickjax" can hold the model. The type "stickjax" can hold every decoder with attention "stick_breaking" or
+        "softmax" and without added or pruned experts. With this type, the folder also has PyTorch code.
       shard_bytes: the largest size of a file with parameters, in bytes. A larger model is divided into several files,
         and an index file lists them.
       push: True to write the model to the Hugging Face hub instead. `path` is then its name, such as "org/name".

@@ -234,6 +234,12 @@ def test_init_from_takes_the_parameters_alone(uninterrupted, tmp_path):
         fit(SMALL.replace({"model.D": 32}), str(tmp_path / "other"), init_from=str(uninterrupted[0]), quiet=True)
 
 
+def test_the_step_is_compiled_once_with_parameters_of_another_run(uninterrupted, tmp_path, caplog):
+    with jax.log_compiles():
+        fit(SMALL.replace({"train.steps": 3}), str(tmp_path / "run"), init_from=str(uninterrupted[0]), quiet=True)
+    assert sum("Compiling jit(step)" in message for message in caplog.messages) == 1
+
+
 def test_a_longer_run_goes_on(uninterrupted, tmp_path):
     run = copy_run(uninterrupted[0], tmp_path / "run")
     result = fit(SMALL.replace({"train.steps": 26}), str(run), quiet=True)

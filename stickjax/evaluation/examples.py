@@ -184,8 +184,8 @@ def table(runs: dict[str, Records], bucket_name: str) -> Table:
     """Return a table of accuracies: a column for each run, a row for each bucket (examples of about the same length).
 
     `runs` is {name of a run: the records of `accuracy`}. `bucket_name` is the unit of the lengths in the first column,
-    such as "operators"; "" if all examples are in one bucket. The last columns, such as "first word", show more results,
-    but only of the first run.
+    such as "operators"; "" if all examples are in one bucket. The last columns, such as "first word", show more
+    results, but only of the first run.
     """
     first = next(iter(runs.values()))
     extra = [name for name in ("majority", "first_word", "f1") if name in first[0]]

@@ -247,7 +247,7 @@ def plot_module_use(use: dict[str, dict[str, Any]], information: dict[str, Any],
         if len(sources) > 1:
             right = row[-1].secondary_yaxis("right")
             right.set_yticks(range(L), [f"{bits:.2f}" for bits in information[kind]])
-            right.set_ylabel("bits about the source")
+            right.set_ylabel("bits about\nthe source")
             right.tick_params(length=0)
     page.colorbar(image, ax=panels, label="share of the layer's routed pairs", shrink=0.8)
     save(page, path)

@@ -305,6 +305,10 @@ def _train(run: Run, state: TrainState, profile: bool) -> Result:
 
     `profile`: whether to write a profiler trace of a few steps.
     """
+    if run.mesh is None:
+        # Loaded arrays are bound to their device, and new arrays are not. With both kinds in the state, JAX would
+        # compile the step twice: for the first state, and for the results of the first step, which are all bound.
+        state = jax.device_put(state, jax.local_devices()[0])
     step, batch = int(state.step), run.next_batch()
     step_function = jit_step(run.config, run.mesh, state)
     with dispatch.recorded() as choices:
