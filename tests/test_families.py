@@ -55,7 +55,7 @@ def bigram():
     del FAMILIES["bigram"], MODEL_CONFIGS["bigram"], PARAMETERS["BigramModel"]
 
 
-MODULES = "its modules (experts) cannot be added or pruned"
+MODULES = "modules (experts) cannot be added to a model of family="
 # {family: {command: the end of its error message}}; every other pair of family and command works.
 REFUSED = {
     "decoder": {},

@@ -1,4 +1,8 @@
-"""The model_type `stickbreaking` of the released 3B stick-breaking model: its tensor names and its two layouts."""
+"""The model_type `stickbreaking` of the released 3B stick-breaking model.
+
+The tests cover the names of its tensors, and the two orders of the rows of mlp.c_fc: all up rows before all gate rows,
+or up and gate rows in turns.
+"""
 
 import json
 

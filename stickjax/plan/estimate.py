@@ -56,7 +56,7 @@ def model_flops(compiled: Compiled) -> float:
 
 
 def estimate(compiled: Compiled, chip: Chip) -> Estimate:
-    """Estimate the time of a compiled step on GPUs of the model `chip`, under the ASSUMPTIONS of this file."""
+    """Estimate the time of a compiled step on GPUs of the type `chip`, under the ASSUMPTIONS of this file."""
     n = compiled.devices
     moved = compiled.work.bytes / n + 2 * sum(compiled.state.values())
     sent = sum(c.sent * c.count / (chip.link if c.local else chip.network) for c in compiled.collectives)

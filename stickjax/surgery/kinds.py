@@ -47,7 +47,7 @@ def kinds_of(config: FamilyConfig) -> list[Kind]:
     """
     if not config.can_change_experts:
         raise ValueError(
-            f"a model of family={config.family!r} is not supported: its modules (experts) cannot be added or pruned"
+            f"modules (experts) cannot be added to a model of family={config.family!r}, nor pruned from it"
         )
     kinds = [kind for kind in KINDS.values() if kind.mixture(config).E]
     if not kinds:

@@ -114,8 +114,8 @@ def log_likelihood(scores: Float[Array, "B n T"], lengths: Int[Array, " B"]) -> 
     r"""Compute the log of the sum of exp(score) over all binary trees whose T leaves are the T words of a sentence.
 
     The score of a tree whose leaves are the nodes n_0 .. n_(T-1) is the sum over t of scores[n_t, t]. In
-    `TreeDecoder`, scores[i, t] is the log-probability that the node i is a leaf with word t, plus a share h. In the sum
-    over the leaves of a tree, the shares add up to the log-probability that all other nodes of the tree have children.
+    `TreeDecoder`, scores[i, t] is the log-probability that the node i is a leaf with word t, plus a number h_i. Over
+    the leaves of any tree, these numbers add up to the log-probability that all other nodes of the tree have children.
     So the result is the log-probability of the sentence.
 
     The gradient is the posterior: d log_likelihood / d scores[i, t] is the probability that word t is at the leaf i. A
