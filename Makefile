@@ -41,9 +41,9 @@ test-large: .venv/.test
 # because its tests share fixtures.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # The fast test files. The files that compile every case of the ops are left out: they take longer than all of these.
-FAST := config data dispatch transformations optim schedules checkpoint models moa sharding step train readme
+FAST := config data dispatch transformations optim schedules checkpoint models moa sharding processes step train readme
 test-oldest: .venv-oldest/.test
-	.venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow" $(FAST:%=tests/test_%.py)
+	.venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow and not exhaustive" $(FAST:%=tests/test_%.py)
 	.venv-oldest/bin/python -m pytest tests/test_lowering.py -k "lower and (packed or some-idle)"
 
 test-absent: .venv-cuda/.test

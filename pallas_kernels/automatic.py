@@ -166,9 +166,9 @@ def _partitioned(node: Node) -> Callable:
 def _as_part(node: Node, *arrays):
     """Run one call of an op (`node`) on one device. Return the results on this device.
 
-    JAX traces this function twice. In the first trace, XLA has not yet chosen the shardings, and `arrays` have their
-    global shapes. In the second trace, `arrays` are the shards of this device. In both traces, `is_tracing_part()` is
-    True.
+    JAX may trace this function several times. In the first trace, XLA has not yet chosen the shardings, and `arrays`
+    have their global shapes. In later traces, `arrays` are the shards of this device. In all traces,
+    `is_tracing_part()` is True.
     """
     token = _is_tracing_part.set(True)
     try:

@@ -150,8 +150,7 @@ def programs(request):
     """Compile most test files without optimisation, and drop the compiled programs after each file.
 
     Without optimisation most files take half the time. The files in OPTIMISED are compiled with optimisation. If
-    JAX_DISABLE_MOST_OPTIMIZATIONS is set in the environment, the value of this variable decides for all files;
-    `make test-oldest` sets the variable.
+    JAX_DISABLE_MOST_OPTIMIZATIONS is set in the environment, the value of this variable decides for all files.
 
     The programs are dropped because each of them maps memory. Linux allows a process 65,530 mappings, which is too few
     for the programs of all files.

@@ -20,7 +20,7 @@ needs_triton = pytest.mark.skipif(
 
 # `make test-ptx` executes the compiled kernels of Mosaic on all of these calls (test_ptx_calls.py), and is faster than
 # the interpreter. So `make test` interprets only some calls.
-INTERPRETED = "odd", "one-token", "no-tokens", "one-takes-all", "some-idle", "all-idle"
+INTERPRETED = "odd", "one-token", "no-tokens", "all-chosen", "one-takes-all", "some-idle", "all-idle"
 EXHAUSTIVE = {
     "test_mlp_is_the_loop_over_experts": lambda kernels, name: kernels == "mosaic" and name not in INTERPRETED,
     "test_float32_is_not_rounded": lambda kernels: kernels == "mosaic",

@@ -56,7 +56,7 @@ def bigram():
 
 
 MODULES = "modules (experts) cannot be added to a model of family="
-# {family: {command: the end of its error message}}; every other pair of family and command works.
+# {family: {command: a part of its error message}}; every other pair of family and command works.
 REFUSED = {
     "decoder": {},
     "sut": dict.fromkeys(["report", "extend", "prune", "concentrate"], MODULES)

@@ -16,12 +16,11 @@ SMALL = {
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("short_scan")
-@pytest.mark.parametrize("encoder", ["ordered_memory", "tree"])
+@pytest.mark.parametrize("encoder", ["ordered_memory", "tree", "gru"])
 def test_a_run_on_scan(encoder, tmp_path, capsys):
     """`evaluate` scores the test examples by their number of actions.
 
-    Every test example has more actions than any training example. tests/test_families.py does the same with the encoder
-    "gru".
+    Every test example has more actions than any training example.
     """
     run = str(tmp_path / "run")
     fit(load_config("tree_scan").replace(SMALL | {"model.encoder": encoder}), run, quiet=True)

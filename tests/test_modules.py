@@ -370,5 +370,5 @@ def test_models_without_modules():
     ):
         with pytest.raises(ValueError, match=r"has no modules \(experts\): its experts.E"):
             call()
-    with pytest.raises(ValueError, match="a model of family='sut' is not supported: its modules"):
+    with pytest.raises(ValueError, match="cannot be added to a model of family='sut'"):
         prune(SimpleNamespace(config=SutConfig(D=8, H=4, F=16)), {}, count=2)

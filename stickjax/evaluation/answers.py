@@ -48,8 +48,8 @@ def induced_trees(model, config: Config, texts: Sequence[Text]) -> list[Tree] | 
         found = family.induced_trees(model, batch)
         if found is None:
             raise ValueError(
-                f"this model of family={config.model.family!r} induces no trees; use a model that does, such as one of "
-                "family='ordered_memory'"
+                f"this model of family={config.model.family!r} induces no trees; use a model that does: one of "
+                "family='ordered_memory', or of family='latent_tree' with encoder='ordered_memory'"
             )
         return list(zip(*found.values(), strict=True))
 

@@ -17,12 +17,8 @@ from stickjax.system.disk import write_file, writing
 MODEL_FILE = "model.safetensors"  # the file with the parameters in a folder of one model, which has no checkpoints
 # Fields that hold paths. A checkpoint records hashes of the files, and of the weights of a mixture, so the paths may
 # change.
-PATH_FIELDS = (
-    "data.path", "data.mixture", "data.heldout_path", "data.labels", "data.tokenizer", "data.cache",
-    "train.compilation_cache",
-)  # fmt: skip
-# Values of these fields that are not paths.
-_NO_PATHS = {"data.tokenizer": ("byte", "words"), "train.compilation_cache": (AUTO,)}
+PATH_FIELDS = ("data.path", "data.mixture", "data.heldout_path", "data.labels", "data.tokenizer", "data.cache")
+_NO_PATHS = {"data.tokenizer": ("byte", "words")}  # values of these fields that are not paths
 # Fields that may change when a run is resumed: they change neither the state nor the results of a step.
 _FREE = (
     "train.log_every",
@@ -31,6 +27,7 @@ _FREE = (
     "train.max_bad_steps",
     "train.eval_every",
     "train.track",
+    "train.compilation_cache",
     "model.implementation",
     "mesh.",
 )
@@ -146,6 +143,7 @@ def write_config(
     if tokenizer is not None:
         tokenizer.save(folder)
     places = {place: _absolute(attrgetter(place)(config), _NO_PATHS.get(place, ())) for place in PATH_FIELDS}
+    places["train.compilation_cache"] = AUTO  # programs in this folder are executed, so a stored config names none
     write_file(folder / "config.json", config.replace(places).to_json())
 
 

@@ -5,7 +5,6 @@ or `stickjax.convert` writes. A folder of one model has config.json, and model.s
 safetensors file can be written piece by piece. Orbax, which writes checkpoints, needs a whole array in memory.
 """
 
-import contextlib
 import os
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -28,7 +27,7 @@ from stickjax.storage.checkpoints import Checkpoints, check_finite, named_leaves
 from stickjax.storage.hub import local_folder
 from stickjax.storage.hugging_face.files import Lazy, open_safetensors, write_safetensors
 from stickjax.storage.run_config import MODEL_FILE, is_model, read_config, write_config
-from stickjax.system.compiled import keep_compiled
+from stickjax.system.compiled import AUTO, keep_compiled
 from stickjax.system.lock import complete_folder
 from stickjax.system.memory import check_fits, local_bytes
 from stickjax.system.text import printable
@@ -151,8 +150,7 @@ def load(
     """
     run = local_folder(run)
     config = read_config(run).replace(changes or {})
-    with contextlib.suppress(ValueError):  # the config may name a folder of another machine
-        keep_compiled(config.train.compilation_cache)
+    keep_compiled(config.train.compilation_cache if "train.compilation_cache" in (changes or {}) else AUTO)
     mesh = mesh_for_evaluation(config, changes or ()) if mesh == "run" else mesh
     shapes = jax.eval_shape(lambda: family_of(config.model).init(config.model, jax.random.key(0)))
     abstract = with_shardings(mesh, shapes)

@@ -194,7 +194,7 @@ def _new(run: Run, init_from: str | None) -> TrainState:
     state = program(key)
     if init_from is None:
         return state
-    loaded = load(init_from, mesh=mesh)
+    loaded = load(init_from, mesh=mesh, changes={"train.compilation_cache": config.train.compilation_cache})
     ours, theirs = (
         {name: leaf.shape for name, leaf in named_leaves(tree).items()} for tree in (state.params, loaded.model)
     )
@@ -308,7 +308,7 @@ def _train(run: Run, state: TrainState, profile: bool) -> Result:
     if run.mesh is None:
         # Loaded arrays are bound to their device, and new arrays are not. With both kinds in the state, JAX would
         # compile the step twice: for the first state, and for the results of the first step, which are all bound.
-        state = jax.device_put(state, jax.local_devices()[0])
+        state = jax.device_put(state, *state.step.devices())
     step, batch = int(state.step), run.next_batch()
     step_function = jit_step(run.config, run.mesh, state)
     with dispatch.recorded() as choices:
