@@ -17,6 +17,8 @@
 .PHONY: docs lint clean
 SHELL := /bin/bash
 RUN := .venv/bin/python
+# Python compiles a module at its first import. Compiling all modules at the installation takes much longer.
+PIP := pip install --quiet --disable-pip-version-check --no-compile
 
 demo: .venv/.base
 	$(RUN) -m stickjax.train configs/tiny.py
@@ -92,26 +94,26 @@ endef
 	$(call make-venv,.venv)
 
 .venv/.base: .venv/bin/python pyproject.toml
-	$(RUN) -m pip install --quiet --disable-pip-version-check --editable .
+	$(RUN) -m $(PIP) --editable .
 	@touch $@
 
 .venv/.test: .venv/bin/python pyproject.toml
-	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	$(RUN) -m $(PIP) --editable ".[test]"
 	@touch $@ .venv/.base
 
 .venv/.eval: .venv/bin/python pyproject.toml
-	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[test,eval]"
+	$(RUN) -m $(PIP) --editable ".[test,eval]"
 	@touch $@ .venv/.base .venv/.test
 
 .venv/.docs: .venv/bin/python pyproject.toml
-	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	$(RUN) -m $(PIP) --editable ".[docs]"
 	@touch $@ .venv/.base
 
 .venv-oldest/bin/python:
 	$(call make-venv,.venv-oldest)
 
 .venv-oldest/.test: .venv-oldest/bin/python pyproject.toml
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]" jax==0.11.2 jaxlib==0.11.2
+	.venv-oldest/bin/python -m $(PIP) --editable ".[test]" jax==0.11.2 jaxlib==0.11.2
 	@touch $@
 
 # This environment has no JAX, so it may have an older Python. pip takes a CPU build of torch, such as 2.13.0+cpu, if
@@ -122,9 +124,9 @@ endef
 	$(call make-venv,.venv-torch,python3.11,10)
 
 .venv-torch/.installed: .venv-torch/bin/python Makefile
-	.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+	.venv-torch/bin/python -m $(PIP) \
 	  torch==2.13.0 "transformers>=5.24,<6" "lm_eval[hf]>=0.4.13" einops triton==3.6.0
-	.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+	.venv-torch/bin/python -m $(PIP) --no-deps \
 	  flash-linear-attention==0.6.0 fla-core==0.6.0
 	@touch $@
 
@@ -133,5 +135,5 @@ endef
 
 # The cuda13 extra includes Triton, which contains the disassembler that benchmarks/absent_gpu.py needs.
 .venv-cuda/.test: .venv-cuda/bin/python pyproject.toml
-	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test,cuda13]"
+	.venv-cuda/bin/python -m $(PIP) --editable ".[test,cuda13]"
 	@touch $@
