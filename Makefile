@@ -42,8 +42,8 @@ test-large: .venv/.test
 # Most of the time goes into compilation, which uses one core, so two workers run. A test file stays on one worker,
 # because its tests share fixtures.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
-# The fast test files. The files that compile every case of the ops are left out: they take longer than all of these.
-FAST := config data dispatch transformations optim schedules checkpoint models moa sharding processes step train readme
+# The test files that call most of JAX's functions and take little time.
+FAST := config data dispatch optim checkpoint moa sharding processes step train compiled
 test-oldest: .venv-oldest/.test
 	.venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow and not exhaustive" $(FAST:%=tests/test_%.py)
 	.venv-oldest/bin/python -m pytest tests/test_lowering.py -k "lower and (packed or some-idle)"
