@@ -145,7 +145,7 @@ FOUND = {
     "no wait for a product": (
         replaced(r"wgmma\.wait_group\.sync\.aligned 0;", ""), Fault, "belongs to a wgmma that nothing has waited for"
     ),
-    "no fence of a product's registers": (replaced(r"wgmma\.fence\.sync\.aligned;", ""), Fault, "its last wgmma.fence"),
+    "no fence of a product's registers": (replaced(r"wgmma\.fence\.sync\.aligned;", ""), Fault, "fence is missing"),
     "no wait for a copy out of shared memory": (
         replaced(r"cp\.async\.bulk\.wait_group(?:\.read)? \t0;", "", count=None), Fault, "ends while its bulk copies"
     ),
