@@ -1,7 +1,7 @@
 # make demo          train, evaluate and sample configs/tiny.py on the standard library's source (3 minutes, 2 cores)
 # make demo-compare  also train its softmax + RoPE variant, and plot the length curves of both in one picture
 # make test          run ruff and the test suite
-# make test-all      also run the cases that the stages below run in another way, such as all kernels in interpreters
+# make test-all      also run more cases of the same behaviours, such as all calls of the kernels in interpreters
 # make test-large    test the conversion of a model of eight billion parameters (17 GB of disk, some minutes)
 # make test-oldest   run the fast tests with the oldest allowed JAX
 # make test-absent   compile the GPU kernels and steps on 8 and 64 GPUs without a GPU; needs the CUDA wheels (3.4 GB)
@@ -17,7 +17,7 @@
 .PHONY: docs lint clean
 SHELL := /bin/bash
 RUN := .venv/bin/python
-# Python compiles a module at its first import. Compiling all modules at the installation takes much longer.
+# pip does not compile the modules that it installs: Python compiles a module at its first import.
 PIP := pip install --quiet --disable-pip-version-check --no-compile
 
 demo: .venv/.base
@@ -42,7 +42,7 @@ test-large: .venv/.test
 # Most of the time goes into compilation, which uses one core, so two workers run. A test file stays on one worker,
 # because its tests share fixtures.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
-# The test files that call most of JAX's functions and take little time.
+# Test files that use many parts of JAX: types, compilation, checkpoints, meshes and several processes.
 FAST := config data dispatch optim checkpoint moa sharding processes step train compiled
 test-oldest: .venv-oldest/.test
 	.venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow and not exhaustive" $(FAST:%=tests/test_%.py)

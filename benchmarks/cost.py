@@ -70,7 +70,7 @@ def experts(T: int, k: int, D: int, F: int, E: int, *, itemsize: int = 4, backwa
     For each of the T * k (token, choice) pairs, the forward pass computes three products with [D, F] matrices, and the
     backward pass six. The forward pass reads x, the weights, the gates (fp32) and the expert indices. It writes
     the output [T, D]. The backward pass reads x, the cotangent of the output, the weights, gates and indices. It writes
-    the gradients of x, the weights and the gates. All weights count as read, also those of experts without tokens.
+    the gradients of x, the weights and the gates. All weights count as read, even if an expert has no tokens.
     """
     tokens, weights, gates = itemsize * T * D, itemsize * 3 * E * D * F, 4 * T * k
     product = 6 * T * k * D * F

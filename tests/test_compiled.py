@@ -38,7 +38,7 @@ def settings(monkeypatch, tmp_path):
 
 
 def start(run, cache) -> subprocess.Popen:
-    """Start a training in the folder `run`, with the cache folder `cache`."""
+    """Start a training in the run folder `run`. `cache` is the cache folder of the user, which has the programs."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_COMPILATION", "JAX_PERS"))}
     command = [sys.executable, "-m", "stickjax.train", "--run", str(run), "tiny", *FIELDS.split()]
     return subprocess.Popen(

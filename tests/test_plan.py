@@ -212,7 +212,7 @@ def test_bytes_are_those_of_a_device(compiled):
     assert step.arguments == own
     rows, counters = 3 * 4 * 2 * 16 + 2 * 16, 8 + 2 * 4  # a batch of four arrays, one of them bool; key, two counters
     assert sum(step.state.values()) == own - rows - counters
-    # The shapes and types are those of a real state and of a batch of the loader.
+    # The shapes and types equal the shapes and types of a real state and of a batch of the loader.
     real = init_state(small(), jax.random.key(0))
     assert [(x.shape, x.dtype) for x in jax.tree.leaves(real)] == [(x.shape, x.dtype) for x in jax.tree.leaves(state)]
     loaded = make_batch(np.zeros((16, 17), int), eot=1)

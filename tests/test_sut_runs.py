@@ -167,7 +167,7 @@ def test_a_language_model_trains_is_scored_and_continues_text(tmp_path, attentio
     assert len(line) == len(depth) == 8 and all(line) and ((1 <= depth) & (depth <= 3)).all()
     (text,) = generate_text(loaded, ["def "], 3)
     assert isinstance(text, str)
-    # Greedy tokens equal those of one forward pass over the whole text, with any padding on the left of a row.
+    # Greedy tokens equal the tokens of one forward pass over the whole text, with any padding on the left of a row.
     read = jax.jit(lambda ids, segments: loaded.model({"tokens": ids, "segment_ids": segments}).logits)
     prompts = [np.array([5, 6, 7, 8]), np.array([9])]
     for prompt, new in zip(prompts, generate(loaded.model, prompts, 3), strict=True):

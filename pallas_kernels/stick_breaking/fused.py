@@ -1,6 +1,4 @@
-"""The code that the Mosaic and Triton backends of attention share. It calls their kernels.
-
-The code is for the forward pass, for the backward pass, and for decoding.
+"""The forward pass, the backward pass and decoding of attention, which call the kernels of Mosaic or Triton.
 
 Decoding means few queries and many keys. For the backward pass, the forward pass saves its inputs and two results of
 the kernel `forward`. One is the index of the leftmost key tile that was computed for each query tile. The other one is

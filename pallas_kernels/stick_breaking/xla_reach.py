@@ -17,7 +17,7 @@ _SKIP_TILES = (128, 256)  # (queries, keys) of a tile of a long call with skip_b
 
 
 def long_tiles(call):
-    """Return the size of a tile in a long call: (number of queries, number of keys)."""
+    """Return (number of queries, number of keys) of a tile, for a call that is computed tile by tile."""
     # With skip_below, a query tile goes on until all its queries can stop. Tiles with fewer queries stop earlier.
     rows, columns = call.tiles or (_LONG_TILES if call.skip_below is None else _SKIP_TILES)
     return max(1, min(rows, call.mask.T)), max(1, min(columns, call.mask.S))

@@ -159,4 +159,5 @@ def _absolute(value: str | tuple[Part, ...] | None, no_paths: tuple[str, ...] = 
 
 
 def is_model(folder: str | os.PathLike) -> bool:
+    """Return whether a folder has one model without checkpoints: a Hugging Face folder, or a folder with MODEL_FILE."""
     return hugging_face.is_folder(Path(folder)) or (Path(folder) / MODEL_FILE).exists()

@@ -28,10 +28,10 @@ def keep_compiled(folder: str | None) -> None:
 
     Args:
       folder: the folder. Whoever can write into it can run code as the user. None: do not change JAX's settings.
-        "auto": the folder of `default_folder`. The value "auto" changes nothing in three cases. JAX already has a
-        folder, for example by the environment variable JAX_COMPILATION_CACHE_DIR. The folder cannot be written, or
-        other users can write into it. The training has several processes: they would need a folder that all their
-        machines share, so name such a folder.
+        "auto": the folder of `default_folder`. In three cases, "auto" changes nothing. First, JAX may already have a
+        folder, for example from the environment variable JAX_COMPILATION_CACHE_DIR. Second, the folder may not be
+        writable, or other users may be able to write into it. Third, a training may have several processes: they need
+        a folder that all their machines share, so name such a folder.
 
     Raises:
       ValueError: `folder` is a path, and no file can be written into this folder.

@@ -306,8 +306,9 @@ def _train(run: Run, state: TrainState, profile: bool) -> Result:
     `profile`: whether to write a profiler trace of a few steps.
     """
     if run.mesh is None:
-        # Loaded arrays are bound to their device, and new arrays are not. With both kinds in the state, JAX would
-        # compile the step twice: for the first state, and for the results of the first step, which are all bound.
+        # JAX calls an array committed if it must stay on its device. Loaded arrays are committed, and new arrays are
+        # not. If a state had both kinds, JAX would compile the step twice: once for this state, and once for the
+        # results of the first step, which are all committed.
         state = jax.device_put(state, *state.step.devices())
     step, batch = int(state.step), run.next_batch()
     step_function = jit_step(run.config, run.mesh, state)

@@ -1,6 +1,6 @@
-"""The encoders of the source. An encoder returns a vector for the root of the target tree, and vectors of the source.
+"""The encoders, which read the source of a translation.
 
-The nodes of the target tree attend to the vectors of the source.
+An encoder returns a vector for the root of the target tree, and vectors to which the nodes of the target tree attend.
 `OrderedMemoryEncoder` induces a tree over the source, `TreeEncoder` uses the brackets of the batch, and
 `RecurrentEncoder` is a GRU without trees.
 """
