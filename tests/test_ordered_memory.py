@@ -148,7 +148,7 @@ def test_the_distribution_is_finite_for_saturated_logits():
 
 
 def test_more_slots_at_evaluation_hold_deeper_sentences():
-    """Evaluation uses `evaluation_N` memory slots, training N. The parameters do not depend on the number of slots."""
+    """Evaluation uses `evaluation_N` memory slots, and training uses `N`; both have the same parameters."""
     family, wide = family_of(SMALL), dataclasses.replace(SMALL, evaluation_N=9)
     narrow_model, model = (family.init(c, jax.random.key(0)) for c in (SMALL, wide))
     batch = {"left": jnp.array([[3, 4, 5, 6, 7, 8]]), "right": jnp.array([[3, 4, 5, 6, 7, 8]])}

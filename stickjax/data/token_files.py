@@ -103,7 +103,7 @@ def _read_meta(path: str, name: str) -> dict:
     for file in (data_path, meta_path):
         if not os.path.isfile(file):
             raise ValueError(
-                f"{name}={path!r}: there is no {printable(file)}; make it by python -m stickjax.data tokenize"
+                f"{name}={path!r}: there is no {printable(file)}; make it with python -m stickjax.data tokenize"
             )
     try:
         meta = json.loads(read_text(meta_path))

@@ -32,10 +32,10 @@ class Pair(NamedTuple):
 
 
 def first_token(tokenizer: Tokenizer) -> int:
-    """Return the token id that stands for an empty context: the begin of text, or else the end of text.
+    """Return the token id that stands for an empty context: the begin-of-text token, or else the end-of-text token.
 
-    The begin of text is the token "bos_token" in the files of the tokenizer, or else the begin-of-text token in its
-    `prefix`.
+    The begin-of-text token is the token "bos_token" in the files of the tokenizer, or else the begin-of-text token in
+    its `prefix`.
     """
     text = token_texts(tokenizer.files, Path()).get("bos_token")
     named = None if text is None else tokenizer.special_id(text)

@@ -161,9 +161,9 @@ def router_sums(
     """Compute the `RouterSums` of one router over its tokens.
 
     `expert_indices` are the chosen experts; the index E means no expert. `weight` is the weight of each token in the
-    sums; None: all are 1. The weights do not change `rows`: to leave a token out of `rows`, set its indices to E. The
-    logit of an expert that must not be chosen may be -inf. It is replaced by the finite number `NEVER`, so that no sum
-    is NaN.
+    sums; None: all are 1. The field `rows` of the result, the number of (token, choice) pairs of each expert, ignores
+    the weights. To leave a token out of `rows`, set its indices to E. The logit of an expert that must not be chosen
+    may be -inf. It is replaced by the finite number `NEVER`, so that no sum is NaN.
     """
     logits = jnp.maximum(logits.astype(jnp.float32), NEVER)
     weight = jnp.ones(logits.shape[:1]) if weight is None else weight.astype(jnp.float32)

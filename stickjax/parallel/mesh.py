@@ -48,9 +48,10 @@ def make_mesh(config: Config, devices=None, *, training: bool = True) -> Mesh | 
             f"{'is' if len(devices) == 1 else 'are'} {len(devices)}{hint}"
         )
     if jax.process_count() > 1 and count != len(devices):
-        mesh = f"this mesh is {axes}" if axes else "this mesh has one device"
+        found = f"{count}: {axes}" if axes else "one"
         raise ValueError(
-            f"with several processes, the mesh must have all {len(devices)} devices, but {mesh}; add --mesh.data=-1"
+            f"with several processes, the mesh must have all {len(devices)} devices, but it has only {found}; add "
+            "--mesh.data=-1"
         )
     if training:
         _check_batch(config, sizes)

@@ -61,8 +61,8 @@ def _smaller_microbatches(compiled: Compiled, room: float) -> Iterator[dict]:
     """Return at most three changes {"train.accumulate": number} that make the microbatches smaller.
 
     The changes give the two largest microbatches that may fit, and the smallest one, with one sequence per device.
-    `room` is the number of bytes of a device that the arguments leave free. The temporaries of a microbatch that is n
-    times smaller are at most n times smaller. So a microbatch is left out if its temporaries cannot fit into `room`.
+    `room` is the number of bytes of a device that the arguments leave free. A microbatch with 1/n of the
+    sequences needs at least 1/n of the bytes of the temporaries. It is left out if even these do not fit into `room`.
     """
     accumulate, B = compiled.config.train.accumulate, compiled.config.data.B
     rows = B // accumulate // math.prod(compiled.axes.get(axis, 1) for axis in ROW_AXES)

@@ -153,8 +153,10 @@ def _start(run: Run, init_from: str | None, branch: str | None) -> TrainState:
         source = f"{folder}@{restored.step}"
         check_trained(restored.extra, config, data.tokenizer, source)
         if restored.step >= config.train.steps:
-            steps = f"train.steps={config.train.steps} must be more than {restored.step}, the step of the checkpoint"
-            raise ValueError(f"--from {source}: {steps}")
+            raise ValueError(
+                f"--from {source}: train.steps={config.train.steps} must be more than {restored.step}, the step of the "
+                "checkpoint"
+            )
         config.check_lengths(restored.step, tokens_of(restored.state))
         # The new run may use another text, as decay phases often do. Then the text is read from its start.
         same_text = restored.extra["corpus"] == data.hash
