@@ -224,7 +224,7 @@ def spoil(meta=None, **changes):
     "edit, message",
     [
         (lambda folder: os.truncate(folder / "t.bin", 7), "has 7 bytes instead of num_tokens=22 times 2"),
-        (lambda folder: (folder / "t.json").unlink(), "no .*t.json; make it by"),
+        (lambda folder: (folder / "t.json").unlink(), "there is no .*t.json; make it with"),
         (lambda folder: (folder / "t.bin").write_bytes(b"\xff" * 44), "token id 65535 must be below vocab_size=257"),
         (spoil("{"), "does not describe a token file"),
         (spoil("[]"), "does not describe a token file"),
