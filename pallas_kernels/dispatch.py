@@ -189,11 +189,12 @@ def recorded() -> Iterator[Counter]:
     program in the context: with `jax.jit(f).trace(...)`, `jax.eval_shape`, or the first call of a jitted function. A
     second call of your jitted function collects nothing, because JAX does not trace your program again.
 
-    On a mesh, JAX also stores a trace of every op. If a new trace of your program uses the stored trace of an op, the
-    choices from the stored trace are collected. On a mesh of Auto axes, the choices have global sizes, because XLA
-    shards the arrays only when it compiles. If XLA compiles your program in the context, as in the first call of a
-    jitted function, JAX traces each op again for one device. Then the choices for the shards of one device are
-    collected too.
+    On a mesh, JAX stores the trace of every call of an op, and uses it again for an equal call. Then the op does not
+    choose again, and its choices from the stored trace are collected.
+
+    On a mesh of Auto axes, the choices have global sizes, because XLA shards the arrays only when it compiles. If XLA
+    compiles your program in the context, as in the first call of a jitted function, JAX traces each op again for one
+    device. Then the choices for the shards of one device are collected too.
 
     >>> import jax, jax.numpy as jnp
     >>> from pallas_kernels import stick_breaking_attention

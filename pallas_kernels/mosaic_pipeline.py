@@ -50,9 +50,9 @@ def free_stage(ring: Ring, step, stages: int, *, when=None):
     """Wait until the pipeline stage of step `step` can be overwritten. Return the index of the stage, step % stages.
 
     The warpgroup that copies calls this function before it copies the tiles of the step into shared memory. `stages` is
-    the number of stages, so the stage still has the tiles of an earlier step, with the number `step - stages`. The wait
-    ends when all warpgroups that compute have read these tiles. In the first `stages` steps there is no wait, because
-    the stages are still empty. If the traced condition `when` is given and is false, there is no wait either.
+    the number of stages in the ring. So the stage still has the tiles of step `step - stages`, and the wait ends when
+    all warpgroups that compute have read these tiles. In the first `stages` steps there is no wait, because the stages
+    are still empty. If the traced condition `when` is given and is false, there is no wait either.
     """
     stage = step % stages
     is_occupied = step >= stages if when is None else when & (step >= stages)

@@ -86,7 +86,7 @@ def chip() -> str:
 def multiprocessors() -> int:
     """Return the number of streaming multiprocessors of the GPU for which JAX traces code.
 
-    Without a GPU, and in a context of `interpret`, return 132, the number of an H200.
+    Without a GPU, or in a context of `interpret`, return 132, the number of an H200.
     """
     device = get_abstract_mesh().abstract_device
     if device is None and jax.default_backend() == "gpu":

@@ -120,8 +120,9 @@ def launch(
     Under `jax.vmap`, the kernel runs once for every entry of the mapped axis.
 
     Args:
-      kernel: a function without arguments that returns the `triton.jit` function, so that triton is imported only by
-        this call. The `triton.jit` function takes pointers to the arrays, pointers to the outputs, and the constants.
+      kernel: a function without arguments that returns a `triton.jit` function. It may import triton, because it is
+        called only when the kernel is compiled or interpreted. The `triton.jit` function takes pointers to the arrays,
+        pointers to the outputs, and the constants.
       *arrays: the input arrays.
       out: a pytree of jax.ShapeDtypeStruct: the shapes and dtypes of the outputs.
       grid: the number of blocks along each axis of the grid.

@@ -155,9 +155,9 @@ def _weights(call: Call):
 def merge_stick_breaking(
     near: tuple[Float[Array, "*b Hv"], Float[Array, "*b"]], far: tuple[Float[Array, "*b Hv"], Float[Array, "*b"]]
 ) -> tuple[Float[Array, "*b Hv"], Float[Array, "*b"]]:
-    """Merge two results of `stick_breaking_attention` for the same queries, over nearer and further keys, into one.
+    """Merge two results of `stick_breaking_attention` for the same queries: over nearer keys and over further keys.
 
-    With the output o and the part of the stick that remains, r = exp(log_rem), the merged result is
+    Let o be the output, and r = exp(log_rem) the part of the stick that remains. The merged result is
     o = o_near + r_near * o_far and r = r_near * r_far. The operation is associative.
 
     Args:

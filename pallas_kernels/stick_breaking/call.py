@@ -20,14 +20,14 @@ class Call(NamedTuple):
     where: "Where"
     scale: float | jax.Array
     mask: "Mask"
-    skip_below: float | None  # when less than 2^skip_below remains of the sticks, further keys are skipped
+    skip_below: float | None  # if less than 2^skip_below remains of all sticks of a query tile, skip further keys
     tiles: tuple[int, int] | None  # (number of queries, number of keys) of a tile
 
 
 class Where(NamedTuple):
     """The arrays of the attention mask: the position of the first query, and the segment ids of queries and keys.
 
-    The arrays begin with the batch axis B. In code under a `jax.vmap` over the batch, they have no axis B.
+    The arrays begin with the batch axis B. Code that computes a single batch entry gets them without this axis.
     """
 
     offset: jax.Array  # [B], position of the first query among the keys
@@ -36,16 +36,16 @@ class Where(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """The static part of the attention mask: Python values that are known when a call is traced.
+    """The part of the attention mask that is known when JAX traces a call: Python values. `Where` has the arrays.
 
-    The mask is always causal: a query never sees a key to the right of its own position. The fields are the number T of
-    queries, the number S of keys, whether a query sees the key at its own position, the window, and the position of the
-    first query. `Where` has the arrays of the mask. If the caller gives the position of the first query as an
-    array, `static_offset` is None, and the mask uses the array `Where.offset`.
+    The mask is always causal: a query never sees a key to the right of its own position. T and S are the numbers of
+    queries and keys. With `attend_current`, a query also sees the key at its own position. With a `window`, it sees
+    only keys that are at most `window` positions to its left. `static_offset` is the position of the first query, or
+    None if the caller gives this position as an array. Then the mask uses the array `Where.offset`.
     """
 
-    T: int
-    S: int
+    T: int  # number of queries
+    S: int  # number of keys
     attend_current: bool  # whether a query also sees the key at its own position
     window: int | None  # the largest distance of a key to the left of the query; None is no limit
     static_offset: int | None  # the position of the first query; None if the caller gives it as an array

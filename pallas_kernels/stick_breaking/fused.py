@@ -104,7 +104,7 @@ def _gradients(kernels: Kernels, plan: Plan, arrays, scale, planned):
     d_scale is an array whose sum is the gradient of the scale. `arrays` are (query, key, value, d_out, d_log_rem,
     log_decay, reached), as in `Kernels.d_query`. `planned` are the arrays that describe the mask (see `_planned`).
     `d_query` writes snapshots for `d_key_value`: two numbers for each query row and key tile. If the snapshots of all
-    heads need more than SNAPSHOTS bytes, the kernels run several times, for a few heads each time.
+    heads need more than 2 GiB (SNAPSHOTS), the kernels run several times, for a few heads each time.
     """
     query, key, value, d_out, d_log_rem, log_decay, reached = arrays
 
@@ -145,7 +145,7 @@ def _gradients(kernels: Kernels, plan: Plan, arrays, scale, planned):
 
 
 def _planned(call: Call, plan: Plan, per_position: int = 1):
-    """Return the arrays that describe the attention mask. They are the last arguments of a kernel, in the same order.
+    """Return the arrays that describe the attention mask, in the order in which they are a kernel's last arguments.
 
     The arrays are the key-tile ranges [B, query tiles, 4], which say what key tiles are computed for each query tile
     (`key_tile_ranges`), and the position of the first query among the keys [B]. If the call has segments, there are
@@ -183,7 +183,7 @@ def _share_visited(plan: Plan, key_ranges, reached):
 
 
 def is_decoding(call: Call) -> bool:
-    """Return whether a call has few queries and many keys, so that the keys of a head are split over several blocks.
+    """Return whether a call has few queries and many keys. Then `_decode` computes it, if no gradient is taken.
 
     The conditions are: T <= 16, S >= 512, no `tiles` are given, and the query heads that share a key head have at most
     64 queries in total.
@@ -195,10 +195,11 @@ def is_decoding(call: Call) -> bool:
 def splits(call: Call) -> int:
     """Return the number of parts P into which decoding splits the keys of a key head.
 
-    One thread block computes one part of one key head of one sequence, so there are B * K * P blocks. P is as large as
-    possible under two limits: there are no more blocks than multiprocessors, and each part of the S keys has at least
-    SPLIT keys. If even P = 1 exceeds a limit, P is 1. With `skip_below`, the keys of each round (`_decode`) are split
-    into P parts, so a part may have fewer keys.
+    One thread block computes one part of one key head of one batch entry, so there are B * K * P blocks. P is as large
+    as possible under two conditions: there are no more blocks than multiprocessors, and each part of the S keys has at
+    least 256 keys (SPLIT). P is never below 1, even if B * K is more than the number of multiprocessors. With
+    `skip_below`, `_decode` computes the keys in rounds, and splits the keys of each round into P parts. Then a part may
+    have fewer keys.
     """
     B, K = call.query.shape[0], call.key.shape[2]
     return max(1, min(platform.multiprocessors() // (B * K), call.mask.S // SPLIT))
@@ -255,7 +256,7 @@ def _decode(kernels: Kernels, call: Call):
         def has_next_round(state):
             _, high, _, log_decay = state
             has_stick_left = (~is_padding & (log_decay <= -call.skip_below)).any((1, 2))
-            return ((high > start).any(1) & has_stick_left).any()  # at least one entry needs more keys
+            return ((high > start).any(1) & has_stick_left).any()  # at least one batch entry needs more keys
 
         zeros = jnp.zeros_like(query, jnp.float32, (B, K, plan.rows))
         nothing = jnp.zeros_like(query, jnp.float32, (B, K, plan.rows, Hv))

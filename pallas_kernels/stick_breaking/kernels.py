@@ -93,10 +93,10 @@ class Plan:
 
     @property
     def heads_together(self) -> int:
-        """The number of heads in a group. The blocks of the GPU compute the heads group by group.
+        """The number of heads in a group. The GPU computes the heads group by group.
 
-        The keys and values of all heads in a group fit into the cache. But if the keys and values of a single head do
-        not fit, a group has one head. All groups have the same size, a divisor of entries * N.
+        The keys and values of a group fit into the level-2 cache. But if one head does not fit, a group has one head.
+        All groups have the same size, a divisor of entries * N.
         """
         heads = self.entries * self.N
         most = max(1, CACHED // max(1, self.S * (self.H + self.Hv) * jnp.dtype(self.dtype).itemsize))
@@ -134,18 +134,18 @@ class Kernels(Protocol):
     row_multiple: int  # the numbers of queries and of keys of the arrays must be multiples of this
 
     def plan(self, call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
-        """Return the sizes of a call for the kernel `forward` or, if `backward`, for `d_query` and `d_key_value`.
+        """Return the `Plan` of a call for the kernel `forward`. If `backward`, it is for `d_query` and `d_key_value`.
 
-        `decoding` is None, or a pair: the number of query heads that share a key head, and the number of parts into
-        which the keys are split.
+        `decoding` is None, except in decoding. There it is a pair: the number of query heads that share a key head, and
+        the number of parts into which the keys are split.
         """
 
     def forward(self, plan: Any, query, key, value, scale, *planned) -> tuple:
         """Compute the forward pass. Return (out [entries,rows,N,Hv], log_decay [2,entries,N,padded], reached).
 
-        `log_decay` is the cumulative log-decay of each query row, as the sum of two fp32 numbers: -log2 of the part of
-        the stick that remains, a positive number. `reached` [entries, N, query tiles] is the index of the leftmost key
-        tile that was computed for each query tile. `*planned` are the arrays of the mask.
+        `log_decay` is the cumulative log-decay of each query row: -log2 of the part of the stick that remains, a
+        positive number. It is stored as the sum of two fp32 numbers. `reached` [entries, N, query tiles] is the index
+        of the leftmost key tile that was computed for each query tile. `*planned` are the arrays of the mask.
         """
 
     def d_query(self, plan: Any, query, key, value, d_out, d_log_rem, log_decay, reached, scale, *planned) -> tuple:

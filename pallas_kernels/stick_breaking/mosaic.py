@@ -74,11 +74,11 @@ def _bytes(plan: Plan, rows: int) -> int:
 
 
 def _plan(call: Call, *, backward: bool = False, decoding: tuple[int, int] | None = None) -> Plan:
-    """Return the sizes of a call for the kernel `forward` or, if `backward`, for `d_query` and `d_key_value`.
+    """Return the `Plan` of a call for the kernel `forward`. If `backward`, it is for `d_query` and `d_key_value`.
 
-    `decoding` is None, or a pair: the number of query heads that share a key head, and the number of parts into which
-    the keys are split. In decoding, the rows of the query heads that share a key head form one query tile
-    (`Plan.decoding`), and one warpgroup computes this tile.
+    `decoding` is None, except in decoding. There it is a pair: the number of query heads that share a key head, and the
+    number of parts into which the keys are split. The rows of these query heads form one query tile (`Plan.decoding`),
+    and one warpgroup computes this tile.
     """
     plan = Plan(stages=2, warpgroups=_warpgroups(call), **Plan.sizes_of(call))
     if decoding is None:

@@ -23,7 +23,7 @@ from jax import lax
 from .. import mosaic_shims as shims
 from .mosaic_tile import KEYS, ROWS, sticks
 
-HALF = KEYS // 2  # half of a key tile, because the scores of all keys and a sum of gradients do not fit into registers
+HALF = KEYS // 2  # keys of half a tile: the scores of a whole tile and a sum of gradients do not fit into registers
 SWIZZLE = 64  # bytes of 32 numbers of 16 bits: the kernels work on half of the keys of a tile at a time
 
 
@@ -34,9 +34,10 @@ def weights_of(z, seen, entering):
     keys on the right of this key. `z` [64, keys] are the logits times log2(e). `seen` is bool [64, keys], True if the
     query sees the key, or None if every query sees every key.
 
-    `entering` [64] is the sum of -log2(1 - beta) over all keys on the right of this half, for each query row. It may
-    also be a function that returns this array. The argument of this function is the sum of -log2(1 - beta) over the
-    keys of the half, [64].
+    `entering` [64] is the sum of -log2(1 - beta) over all keys on the right of this half, for each query row. The
+    kernel `d_query` visits the keys from left to right, so it knows this sum only when it knows the sum over the keys
+    of the half. Therefore it passes a function, which takes the sum over the half [64] and returns the sum over the
+    keys on the right [64].
     """
     log_beta, softplus = sticks(z, seen)
     start = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), shims.ROW) if callable(entering) else entering
@@ -51,8 +52,8 @@ def d_logits(a, logs, prefix):
 
     All arrays are in registers. `a` [64, keys] is the attention weight times the cotangent of the weight, and total_a
     is the sum of each row of `a`. P of a key is the cotangent of log_rem plus the sum of `a` over all keys further
-    left, and `prefix` [64] is P of the leftmost key. `logs` are (log2(beta), log2(1 - beta)), each [64, keys]. Both
-    beta and 1 - beta are computed from their logarithms, because the subtraction 1 - beta would lose precision.
+    left. `prefix` [64] is P of the leftmost of these keys. `logs` are (log2(beta), log2(1 - beta)), each [64, keys].
+    Both beta and 1 - beta are computed from their logarithms, because the subtraction 1 - beta would lose precision.
     """
     beta, rest = (jnp.exp2(x) for x in logs)
     return shims.minus_sum_left(rest * a, beta, a, prefix)

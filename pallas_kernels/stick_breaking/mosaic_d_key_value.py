@@ -18,8 +18,9 @@ width / 2 registers of each thread. The kernel has two forms:
   warpgroup computes it for one half of the keys. The query tiles of two steps fit into the shared memory.
 
 Predicted cost of one query tile at H = Hv = 256 (64 queries, 64 keys): 2560 clocks of the tensor cores, 1500 issue
-slots, and 66 KB to copy. Of the 2560 clocks, 512 are lost: a product with 32 keys takes 0.75 of the time of a product
-with 64 keys, and not half of it, because it reads the same queries from shared memory for fewer keys.
+slots, and 66 KB to copy. Of the 2560 clocks, 512 are lost, because some products have only 32 keys. Such a product
+reads the same queries from shared memory for fewer keys. So it takes 0.75 of the time of a product with 64 keys, and
+not 0.5.
 
 There is an alternative, which this module does not use: one block computes dk, and another block computes dv. Then
 three warpgroups would have enough registers. But both blocks would compute the weights. For each query tile, that is
@@ -54,7 +55,7 @@ class Inputs(NamedTuple):
     key: Any  # [B, S, K, H]
     value: Any  # [B, S, K, Hv]
     d_out: Any  # [B, T, N, Hv], the cotangent of the output
-    snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: the log-decay of the keys on the right, and P
+    snapshots: Any  # [B, N, key tiles, 2 halves, 2, padded rows]: the log-decay of the keys on the right, and P
     reached: Any  # [B, N, query tiles]: index of the leftmost key tile that each query tile visited in the forward pass
     scale: Any  # [1]
     key_ranges: Any  # [B, query tiles, 4]: (stop, whole_stop, whole_start, start)
@@ -175,20 +176,19 @@ def d_key_value(
 def _copies(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, copies: int):
     """Return the function offer(cursor, step) -> (next cursor, next step), which copies query tiles to shared memory.
 
-    A step of the kernel computes one query tile, or two neighbouring ones. A loop goes over all query tiles of the
-    query heads that use the key head of the block, in two passes: pass 0 selects the steps that need no mask, and
-    pass 1 selects the steps that need a mask. If no query tile of a step visited the key tile of the block in the
-    forward pass, the step is left out.
+    A step of the kernel computes one query tile, or two neighbouring ones. The steps come in two passes over all query
+    tiles of the query heads that use the key head of the block. Pass 0 has the steps that need no mask, and pass 1 has
+    the steps that need a mask. If no query tile of a step visited the key tile of the block in the forward pass,
+    neither pass has the step.
 
-    `cursor` says where the loop is, by three indices: the pass, the query head (its index among the N / K query heads
-    of the key head), and the first query tile of the step. At the end of a pass, the index of the query head is N / K.
-    `step` is the index of the next step.
-
-    If the pass selects the query tiles at `cursor`, `offer` starts the copies for step `step`, and the returned step is
-    `step` + 1. These are copies of the queries, d_out and the snapshots of each query tile, `copies` arrays in total.
-    If the pass does not select them, `offer` copies nothing, and the returned step is `step`. Each pass ends with a
-    step without query tiles, which tells the warpgroups that the pass ends. This step is counted too, so the returned
-    step is `step` + 1.
+    One call of `offer` looks at the query tiles of one step. `cursor` says which: it is the index of the pass, the
+    index of the query head among the N / K query heads of the key head, and the index of the first query tile. `step`
+    is the number of the next step. There are three cases:
+    - The pass has this step. `offer` starts to copy the queries, d_out and the snapshots of each query tile, `copies`
+      arrays in total. The next step is `step` + 1.
+    - The pass does not have this step. `offer` copies nothing. The next step is `step`.
+    - The pass ends: the index of the query head is N / K. `offer` makes a step without query tiles, which tells the
+      warpgroups that the pass ends. The next step is `step` + 1.
     """
     b, head, j = block
     G, tiles = plan.N // plan.K, len(scratch.query)
@@ -257,7 +257,7 @@ def _sum(plan: Plan, inputs: Inputs, scratch: Scratch, block: Block, own: int, o
     dtype, tiles = plan.dtype, len(scratch.query)
     mine, other = ((scratch.weights, scratch.d_out), (scratch.d_logits, scratch.query))[own]
     width, factor = ((plan.Hv, 1.0), (plan.H, inputs.scale[0]))[own]
-    w, halves = (own, (0, 1)) if tiles == 2 else (0, (own,))  # what it computes: query tile of the step, halves of keys
+    w, halves = (own, (0, 1)) if tiles == 2 else (0, (own,))  # its query tile of a step, and its halves of the keys
     if own == 0:
         for half in range(2):
             for ref, mem in ((inputs.key, scratch.key), (inputs.value, scratch.value)):

@@ -35,8 +35,8 @@ class Inputs(NamedTuple):
     key: Any  # [B, S, K, H]
     value: Any  # [B, S, K, Hv]
     d_out: Any  # [B, T, N, Hv], the cotangent of the output
-    d_log_rem: Any  # [B, N, rows padded], the cotangent of log_rem
-    log_decay: Any  # [2, B, N, rows padded], a result of the forward pass: the cumulative log-decay in two floats
+    d_log_rem: Any  # [B, N, padded rows], the cotangent of log_rem
+    log_decay: Any  # [2, B, N, padded rows], a result of the forward pass: the cumulative log-decay in two floats
     reached: Any  # [B, N, tiles * W], a result of `forward`: index of the leftmost key tile that a query tile visited
     scale: Any  # [1]
     key_ranges: Any  # [B, tiles * W, 4]: (stop, whole_stop, whole_start, start)
@@ -48,8 +48,8 @@ class Outputs(NamedTuple):
     """References to the arrays in global memory that the kernel writes: dq, d_scale, snapshots for `d_key_value`."""
 
     d_query: Any  # [B, T, N, H]
-    d_scale: Any  # [B, N, rows padded]: what every query row adds to the gradient of the scale
-    snapshots: Any  # [B, N, key tiles, 2 halves, 2, rows padded]: the log-decay of the keys on the right, and P
+    d_scale: Any  # [B, N, padded rows]: what every query row adds to the gradient of the scale
+    snapshots: Any  # [B, N, key tiles, 2 halves, 2, padded rows]: the log-decay of the keys on the right, and P
 
 
 class Scratch(NamedTuple):
@@ -73,10 +73,10 @@ def d_query(
     plan: Plan, query, key, value, d_out, d_log_rem, log_decay, reached, scale, key_ranges, offset,
     query_segments=None, key_segments=None,
 ):  # fmt: skip
-    """Run the kernel for the gradient of the queries. Return (dq [B,T,N,H], d_scale [B,N,rows padded], snapshots).
+    """Run the kernel for the gradient of the queries. Return (dq [B,T,N,H], d_scale [B,N,padded rows], snapshots).
 
     d_scale is what every query row adds to the gradient of the scale. The snapshots
-    [B, N, key tiles, 2 halves, 2, rows padded] are two numbers for every query row and half of a key tile:
+    [B, N, key tiles, 2 halves, 2, padded rows] are two numbers for every query row and half of a key tile:
     - the sum of -log2(1 - beta) over all keys on the right of the half;
     - P: d_log_rem plus the sum of weight * <d_out, value> over all keys on the left of the half.
     The snapshots of a query tile are written only for the key tiles that are computed for this query tile. `log_decay`

@@ -61,7 +61,7 @@ class Outputs(NamedTuple):
     """
 
     out: Any  # [B * splits, T, N, Hv]
-    log_decay: Any  # [2, B * splits, N, rows padded]: the cumulative log-decay in two floats
+    log_decay: Any  # [2, B * splits, N, padded rows]: the cumulative log-decay in two floats
     reached: Any  # [B * splits, N, tiles * W]: the index of the leftmost key tile that each query tile visited
 
 
@@ -84,7 +84,7 @@ class Scratch(NamedTuple):
 
 
 def forward(plan: Plan, query, key, value, scale, key_ranges, offset, query_segments=None, key_segments=None):
-    """Run the kernel for the forward pass. Return (out [entries,T,N,Hv], log_decay [2,entries,N,rows padded], reached).
+    """Run the kernel for the forward pass. Return (out [entries,T,N,Hv], log_decay [2,entries,N,padded rows], reached).
 
     `entries` is B times the number of parts into which the keys are split. `log_decay` is the cumulative log-decay of
     each query row, -log2 of the part of the stick that remains, as the sum of two float32 numbers. `reached`

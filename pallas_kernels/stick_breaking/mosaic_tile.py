@@ -46,14 +46,17 @@ class Plan(kernels.Plan):
 
 
 class Assignment(NamedTuple):
-    """The indices of the work of one warpgroup in the kernel `forward` or `d_query`.
+    """What one warpgroup computes in the kernel `forward` or `d_query`, as indices.
 
     The warpgroup computes query tile i * W + wg of head n in batch entry b. W is the number of computing warpgroups of
-    the block. The block reads the key tiles from `start` to `stop` - 1 of the key head `head`. The keys of a batch
-    entry may be split into parts. Then each part has separate blocks, and `entry` is the index of batch entry and part.
+    the block. The block reads the key tiles start..stop-1 of the key head `head`.
+
+    In decoding, the keys of a batch entry may be split into parts. Then each part has its own blocks, and `entry` is
+    one number for part p and batch entry b: p * B + b. B is the number of batch entries. If the keys are not split,
+    `entry` equals b.
     """
 
-    entry: jax.Array  # (index of the part of the keys) * B + b
+    entry: jax.Array  # (index of the part of the keys) * B + b; equals b if the keys are not split
     b: jax.Array  # batch entry
     n: jax.Array  # query head; in decoding, key head
     head: jax.Array  # key head
@@ -67,8 +70,8 @@ def tile_memory(shape, dtype, swizzle: int = 128):
     """Declare an array of shape `shape`, [.., rows, width], in shared memory, in the layout that tensor cores read.
 
     The layout permutes the elements of the array in a repeating pattern. `swizzle` is the width of the pattern in
-    bytes. If this is more than the bytes of a row, the bytes of a row are used instead. The two operands of a matrix
-    product need patterns of the same width.
+    bytes. In an array with narrower rows, the pattern is as wide as a row. The two operands of a matrix product need
+    patterns of the same width.
     """
     size = jnp.dtype(dtype).itemsize
     swizzle = min(swizzle, shape[-1] * size)
@@ -106,11 +109,13 @@ def two_sum(high, low, x):
 def zeros(step, opaque: bool):
     """Return two integers 0, one for each half of a key tile. If `opaque`, the compiler cannot know that they are 0.
 
-    An opaque zero saves registers. A product needs descriptors of its operands in shared memory, one for every 16
-    columns. If a product reads the same memory in every iteration of a loop, the compiler keeps all these descriptors
-    in registers. If the kernel adds an opaque zero to the index of the memory, it computes the descriptors again in
-    each iteration, in uniform registers. `step` is the index of the iteration. The opaque zeros are `step` shifted
-    right by 24 and by 25 bits, so `step` must be below 2^24.
+    The kernel adds an opaque zero to the index of an operand, to save registers. A product needs descriptors of its
+    operands in shared memory, one for every 16 columns. If an operand is the same in every iteration of a loop, the
+    compiler keeps all its descriptors in registers. With an opaque zero, the compiler cannot know that the operand is
+    the same. So the descriptors are computed again in each iteration, in uniform registers.
+
+    `step` is the index of the iteration. The opaque zeros are `step` shifted right by 24 and by 25 bits, so `step` must
+    be below 2^24.
     """
     return [lax.shift_right_logical(step, 24 + half) if opaque else jnp.int32(0) for half in range(2)]
 
@@ -167,9 +172,9 @@ def finished_padding(plan: Plan, segments, b, first_row):
 def block(plan: Plan):
     """Return three indices (entry, head, i), which say what this thread block computes.
 
-    The block computes the i-th query tile of the head, or the i-th pair of query tiles. A head is a query head or, in
-    decoding, a key head. The keys of a batch entry may be split into parts. So `entry` is the index of a part and a
-    batch entry: (index of the part) * B + batch entry.
+    The block computes the i-th query tile of the head or, with two computing warpgroups, the i-th pair of query tiles.
+    A head is a query head or, in decoding, a key head. `entry` is the index of the batch entry. But if decoding splits
+    the keys into parts, it is one number for part p and batch entry b: p * B + b.
 
     The GPU starts the blocks in the order of their indices on the axis "block". The first blocks compute all query
     tiles of the first `plan.heads_together` heads, the next blocks compute the next group of heads, and so on. The keys

@@ -13,8 +13,8 @@ import numpy as np
 from ..arguments import sum_type
 from .logarithm import NOTHING
 
-# The coefficients of a polynomial for log1p(y) / y on [0, 1], highest power first, with an error of at most 1e-9. XLA
-# vectorises its multiply-adds, but not log1p. The relative error of log1p(y) is small for small y too.
+# The coefficients of a polynomial for log1p(y) / y on [0, 1], highest power first. The relative error of log1p(y) is at
+# most 1e-9, also for small y. XLA vectorises the multiply-adds of the polynomial, but does not vectorise log1p.
 _LOG1P = np.polynomial.Chebyshev.interpolate(lambda y: np.log1p(y) / y, 10, [0, 1])
 _LOG1P = _LOG1P.convert(kind=np.polynomial.Polynomial).coef[::-1].tolist()  # Python floats take the type of y
 _CHUNK = 64  # the number of keys over which one product with a triangular matrix sums
@@ -42,7 +42,7 @@ def _sum_after(x, reverse: bool):
     x is [.., C], one number for each of C keys. So sums[c] is the sum of x[m] over m > c. If `reverse`, sums[c] is the
     sum of x[m] over m < c, the keys on the left. The sums are products of x and triangular matrices of ones. The keys
     are cut into chunks of 64 keys: one product computes the sums within the chunks, and another one computes the sums
-    over whole chunks. A single product with a [C,C] matrix would cost more.
+    over whole chunks. A single product with a [C,C] matrix would take C multiply-adds for each key instead of about 64.
     """
     *rows, C = x.shape
     chunk = max(1, min(C, _CHUNK))
@@ -76,7 +76,7 @@ def _sticks(q, k, mask, scale):
 def log_decay(q, k, mask, scale):
     """Return, for each query, the sum of -log(1 - beta) over the keys of one tile: [G,R].
 
-    This is the log-decay of the tile: minus the logarithm of the factor by which its keys shorten the query's stick.
+    This is the log-decay of the tile: the keys of the tile multiply the length of the query's stick by exp(-log-decay).
     beta is sigmoid(scale * <q, k>). q is [G,R,H], k is [C,H], and mask is bool [R,C], True if the query sees the key.
     """
     return _sticks(q, k, mask, scale)[3].sum(-1)

@@ -80,10 +80,9 @@ def d_key_value(
 ):  # fmt: skip
     """Compute dk and dv of one key tile of one key head, and write them to global memory.
 
-    Each argument whose name ends in `_ref` points to an array in global memory: an argument or a result of
-    `Kernels.d_key_value` or, for `query_ranges_ref`, a result of `query_tile_ranges`. R and C are the numbers of
-    queries and keys of a tile. Hp and Hvp are H and Hv, padded to powers of two. `tiles` is the number of query tiles
-    of a head.
+    Each argument whose name ends in `_ref` points to an array in global memory. The array at `query_ranges_ref` is a
+    result of `query_tile_ranges`. All other arrays are arguments and results of `Kernels.d_key_value`. `tiles` is the
+    number of query tiles of a head.
     """
     program = tl.program_id(0)
     key_tiles: tl.constexpr = (S + C - 1) // C

@@ -31,9 +31,9 @@ DEGREE = tl.constexpr(len(logarithm.LOG2P1))
 def block(heads: tl.constexpr, N: tl.constexpr, tiles: tl.constexpr, together: tl.constexpr):
     """Return (entry, head, query tile): the indices of the query tile that this block computes.
 
-    An entry is a batch entry. If the keys are split into parts, each part of a batch entry is an entry. `heads` is the
-    number of heads of all entries together, N is the number of heads of one entry, and `tiles` is the number of query
-    tiles of a head.
+    `entry` is the index of the batch entry. But if decoding splits the keys into parts, it is one number for part p and
+    batch entry b: p * B + b. B is the number of batch entries. N is the number of heads for one value of `entry`,
+    `heads` is the number of heads for all values, and `tiles` is the number of query tiles of a head.
 
     The GPU starts the blocks in the order of their indices. The first blocks compute all query tiles of the first
     `together` heads, the next blocks compute the next group of `together` heads, and so on. So the keys and values of a
@@ -191,9 +191,10 @@ def sum_of_nearer(softplus):
     `softplus` [R,C] is -log2(1 - beta), limited to ENOUGH (160), so that it fits into float16. The sums are a matrix
     product of `softplus` and a strictly triangular matrix of zeros and ones [C,C]. Each number in `softplus` is split
     into two float16 numbers, which together keep 22 bits. A tensor core multiplies them by ones without an error, and
-    adds in fp32. The key itself is not in the sum: to subtract it afterwards would lose digits.
-    `tl.cumsum(reverse=True)` would be slower: it exchanges every score between threads before and after a scan from the
-    left.
+    adds in fp32. The sum leaves out the key itself: to add its number and subtract it again would lose digits.
+
+    `tl.cumsum(reverse=True)` would be slower. It reverses the order of the keys, scans from the left, and reverses the
+    order again. Each reversal moves all numbers between threads.
     """
     key = tl.arange(0, softplus.shape[1])
     nearer = (key[:, None] > key[None, :]).to(tl.float16)

@@ -26,8 +26,8 @@ def long_tiles(call):
 def reach_of(call: Call, where: Where):
     """Return the range of key tiles that each query tile may see, as one array int32 [2, query tiles]: (start, stop).
 
-    In every batch entry, query tile i sees only keys in the key tiles start[i]..stop[i]-1. `where` has the position of
-    the first query, and the segment ids, for every batch entry.
+    All batch entries have the same ranges: in every batch entry, query tile i sees only keys in the key tiles
+    start[i]..stop[i]-1. `where` has the position of the first query, and the segment ids, for every batch entry.
     """
     rows, columns = long_tiles(call)
     needed = _within_mask(call, where.offset)
