@@ -1,6 +1,7 @@
 """Test `log_likelihood` (the sum over binary trees) and `viterbi` (the best tree) against lists of all trees.
 
-Another test adds up the probabilities of all sentences.
+Another test adds up the probabilities of all sentences of a random grammar. The sum must be the probability that a
+derivation of the grammar fits into the complete tree.
 """
 
 import itertools

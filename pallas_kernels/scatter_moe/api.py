@@ -209,15 +209,15 @@ def _refuses_nothing(call) -> None:
 
 
 def _register(name, prepare, letters, mosaic_run, triton_run, xla_run, reference_run):
-    """Register `expert_linear` or `expert_mlp` with its four implementations in `dispatch`, and return the op.
+    """Register `expert_linear` or `expert_mlp` in `dispatch`, which chooses an implementation for each call.
 
-    A call is a `LinearCall` or an `MlpCall`: the checked arguments of the op.
+    Return the `dispatch.Op`. A call is a `LinearCall` or an `MlpCall`: the checked arguments of the public function.
 
     `name`: the name of the public function.
     `prepare`: takes the arguments of the public function, checks them, and returns them as a call.
     `letters`: takes a call, and returns a `partition.Letters`: the letters of the axes of every array, such as "T D"
       for x, and which of these axes may be sharded over a mesh.
-    `mosaic_run`, `triton_run`, `xla_run`, `reference_run`: take a call, and return the result of the op.
+    `mosaic_run`, `triton_run`, `xla_run`, `reference_run`: take a call, and return the result of the public function.
     """
     implementations = {
         "mosaic": dispatch.Implementation(mosaic_run, mosaic.refuses, mosaic.detail),

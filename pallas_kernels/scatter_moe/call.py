@@ -42,9 +42,9 @@ class MlpCall(NamedTuple):
     """
 
     x: jax.Array  # [T, D]
-    w_in: jax.Array  # [E, D, F]; gated: [E, D, 2F], the columns for the arguments `gate` and then `up` of `activate`
+    w_in: jax.Array  # [E, D, F]; gated activation: [E, D, 2F], first the columns of `gate`, then of `up` (`activate`)
     w_out: jax.Array  # [E, F, D]
-    b_in: jax.Array | None  # [E, F]; gated: [E, 2F]
+    b_in: jax.Array | None  # [E, F]; gated activation: [E, 2F]
     b_out: jax.Array | None  # [E, D]
     gates: jax.Array  # [T, k]
     routing: Routing

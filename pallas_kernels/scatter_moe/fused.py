@@ -1,9 +1,9 @@
 """`expert_linear` and `expert_mlp` by GPU kernels, written in Mosaic or in Triton: the forward and backward passes.
 
-The functions call the kernels by the interface `kernels.Kernels`. The forward pass of `mlp` saves its arguments and the
-pre-activation h = x @ w_in + b_in. The backward pass does not need y = act(h) @ w_out, for the following reason. Let
-d_out be the cotangent of the output, and dy = d_out @ w_out^T. Without a bias, the gradient of a gate is the dot
-product <y, d_out>, and this is equal to <act(h), dy>.
+The functions call the kernels through the interface `kernels.Kernels`. The forward pass of `mlp` saves its arguments
+and the pre-activation h = x @ w_in + b_in. The backward pass does not compute y = act(h) @ w_out again. It would need y
+only for the gradient of a gate, the dot product <y + b_out, d_out>, where d_out is the cotangent of the output. But
+<y, d_out> is equal to <act(h), dy> with dy = d_out @ w_out^T, and dy is needed in any case, for the gradient of h.
 
 The kernels gather the rows of x and d_out when they load them, so the forward pass makes no array with k copies of each
 row of x. XLA, and not a kernel, sums the k rows of every token, both in the output and in the gradient of x. If these

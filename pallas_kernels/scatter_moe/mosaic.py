@@ -112,8 +112,8 @@ def linear(call: LinearCall):
     return fused.linear(KERNELS, padded)[:, : call.weight.shape[2]]
 
 
-# The methods of `Kernels`, which explains them and their arguments. Here, the pre-activation h is [parts, R, F]: two
-# parts, the halves of the hidden layer, for a gated activation, else one part.
+# The methods of `Kernels`. Its docstrings explain them and their arguments. The pre-activation h is [parts, R, F] here:
+# for a gated activation, h has two parts, the halves of the hidden layer. For any other activation, h has one part.
 
 
 def _rows_of_tile(routing, x) -> int:
@@ -131,8 +131,8 @@ def _parts(x):
 def _plan(tasks, x, columns: int, *, parts: int = 1, **options) -> Plan:
     """Return the `Plan` of a kernel launch, for x [x_parts, rows, width] and a result [parts, rows, columns].
 
-    `Plan` explains what a part is. `options` are other fields of `Plan`. A multiplying warpgroup has 64 rows of a tile,
-    so the size of the tiles in `tasks` determines the number of these warpgroups.
+    `Plan` explains what a part is. `options` are other fields of `Plan`. The number of multiplying warpgroups follows
+    from the size of the tiles in `tasks`: each of them multiplies 64 rows of a tile.
     """
     warpgroups = tasks.rows_of_tile // ROWS
     return Plan(x.shape[0], x.shape[2], columns, parts, x.dtype, warpgroups, **options)

@@ -8,9 +8,9 @@ The product x w is then the sum of nine products of terms. The six largest of th
 
 The other three products are left out, since they are at most about 2^-24 of x w.
 
-Tensor cores can also round float32 numbers to tf32 and multiply them. But tf32 has a relative error of 2^-11, and needs
-operands that are contiguous in memory along the axis that is summed. In the gradient of a weight, neither operand is
-contiguous along the summed axis.
+The kernels do not use tf32, the type to which tensor cores can round float32 numbers. Rounding to tf32 has a relative
+error of 2^-11. Also, tf32 operands must be contiguous in memory along the summed axis. In the gradient of a weight,
+neither operand is.
 """
 
 import jax.numpy as jnp
@@ -47,9 +47,9 @@ def product(plan: Plan, x, source, weight, tasks: Tasks, target, rows: int, bias
 
       out[target[i]] = (row source[i] of x) @ weight[e] + bias[e].
 
-    `mosaic_product.product` runs the kernel. Its docstring explains the arguments. x is [parts, rows of x, width].
-    A row has one or more parts. In float32, x must have one part, and the result is the sum of six products of bfloat16
-    arrays.
+    `mosaic_product.product` runs the kernel. Its docstring explains the arguments. x is [parts, rows of x, width]; a
+    row of x is the concatenation of its parts. In float32, x must have one part, and the result is the sum of six
+    products of bfloat16 arrays.
 
     Raises:
       NotImplementedError: the arrays are float32, and x.shape[0] is not 1.

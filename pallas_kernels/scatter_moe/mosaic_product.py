@@ -111,7 +111,7 @@ class Derivatives(NamedTuple):
 
     d_hidden: Any  # [parts, R, F]: dh, the gradient of h
     gated: Any  # [R, F]: gate * act(h)
-    d_gate: Any  # [ranges of 128 columns, tiles * rows of a tile]: their sum over axis 0 is the gradient of the gates
+    d_gate: Any  # [ranges of 128 columns, tiles * rows of a tile]: terms of <act(h), dy> of every row (`d_activated`)
 
 
 class DerivativeScratch(NamedTuple):
@@ -249,8 +249,8 @@ def _store(values, numbers, memory, column, out_ref) -> None:
 def _biased(accumulator, bias_ref, part, at):
     """Return `accumulator` [64, 128], which is in registers, plus the bias of its 128 columns.
 
-    The bias is bias_ref[at.expert, part, at.column : at.column + 128]. `bias_ref` is in global memory. `part` is the
-    index of a half of a gated hidden layer, else 0. `at`, an `At`, has the expert and the first column.
+    The bias is bias_ref[at.expert, part, at.column : at.column + 128]. `bias_ref` is in global memory. `part` is 1 for
+    the second half of a gated hidden layer, and 0 otherwise. `at`, an `At`, has the expert and the first column.
     """
     bias = plgpu.load(bias_ref.at[at.expert, part, pl.ds(at.column, COLUMNS)], layout=shims.COLUMN, optimized=False)
     return accumulator + lax.broadcast_in_dim(bias, accumulator.shape, [1])
@@ -335,7 +335,8 @@ def d_activated(plan: Plan, activation: str, d_out, source, weight, tasks: Tasks
     `gated` [R, F]: gate * act(h), with rows sorted by expert. The caller multiplies it by d_out for the gradient of the
       weight.
     `d_gate` [ranges of 128 columns, rows of all tiles]: for every row of the tiles, the sum of act(h) * dy over the
-      columns of each range. The sum over the first axis is <act(h), dy>, the gradient of the gate if there is no bias.
+      columns of each range. The sum over the first axis is <act(h), dy>. This is the gradient of the gate, except for
+      the term of b_out, the output bias of `expert_mlp`. `fused.mlp` adds this term.
     """
     R, (P, _, F) = tasks.num_pairs, hidden.shape
     W, dtype = plan.warpgroups, plan.dtype

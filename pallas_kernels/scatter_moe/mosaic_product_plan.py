@@ -48,13 +48,13 @@ class Kind(NamedTuple):
 
     `finish`: `finish(at, accumulators, inputs, outputs, scratch)` runs in every multiplying warpgroup, after the matrix
       product of a tile. It reads the sums `accumulators` and the arrays `inputs`, and writes the results `outputs` in
-      global memory. `at` says which rows and columns of the result the warpgroup has.
+      global memory. `at` says which rows and columns of the result the warpgroup computes.
     `per_tile`: how many accumulators [64, 128] a warpgroup has.
-    `apart`: the distance between the accumulators in columns of the weight. If accumulator 0 has the columns of the
-      weight from c on, then accumulator p has the columns from c + p * apart on.
-    `prefetch`: `prefetch(tile, inputs, scratch)` runs in the copying warpgroup, or is None. It starts to copy rows of
-      `inputs` to shared memory, where `finish` reads them. It returns the barrier at which the copying warpgroup must
-      arrive when these rows are in shared memory.
+    `apart`: the accumulators multiply rows of x by different columns of the weight. Accumulator p has the 128 columns
+      from c + p * apart on, where c is the first column of the tile.
+    `prefetch`: None, or a function. `prefetch(tile, inputs, scratch)` runs in the copying warpgroup. It starts to copy
+      rows of `inputs` to shared memory, where `finish` reads them. It returns the barrier at which the copying
+      warpgroup must arrive when these rows are in shared memory.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Kind(NamedTuple):
     def columns_of_tile(self) -> int:
         """The number of columns of a tile of the result: 256 in `product`, 128 in `activated` and `d_activated`.
 
-        If the activation is gated and the result has exactly 128 columns, the number is 256 in `activated` too. This
-        does not change the computation: one tile has all 128 columns of the result in any case.
+        There is one exception: the number is 256 in `activated` if the activation is gated and the result has exactly
+        128 columns. This has no effect, because one tile has all 128 columns with either number.
         """
         return self.per_tile * COLUMNS if self.apart == COLUMNS else COLUMNS

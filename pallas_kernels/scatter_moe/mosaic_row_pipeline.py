@@ -25,8 +25,8 @@ from .. import mosaic_row_copies as row_copies
 from ..mosaic_pipeline import Ring
 
 STAGES = 4
-# The number of steps whose rows are being copied at the same time. They use two of the four stages. The third stage is
-# being multiplied. The fourth stage is free as soon as the products of its step are done.
+# The number of steps whose rows are being copied at the same time. They use two of the four stages. The operands in the
+# third stage are being multiplied. The fourth stage becomes free when the products of its step are done.
 AHEAD = 2
 
 

@@ -72,11 +72,11 @@ def make_tasks(routing: Routing, M: int) -> Tasks:
 
 
 def row_numbers(tasks: Tasks, rows: Rows, k: int):
-    """Return, for every row of the tiles, the index of the array row that belongs to it: int32 [tiles * M].
+    """Return, for every row of the tiles, the index of its row in an array, or -1 if it is empty: int32 [tiles * M].
 
-    An empty row of a tile gets -1. `rows` says how the rows of the array are ordered: "token" (one row per token),
-    "pair" (one row per (token, choice) pair) or "sorted" (one row per pair, sorted by expert). k is the number of
-    choices of a token, and M is the number of rows of a tile.
+    `rows` says how the rows of the array are ordered: "token" (one row per token), "pair" (one row per (token, choice)
+    pair) or "sorted" (one row per pair, sorted by expert). k is the number of choices of a token, and M is the number
+    of rows of a tile.
     """
     if rows == "sorted":
         return tasks.sorted

@@ -146,7 +146,8 @@ def _d_activated_rows(activation, d_out, source, weight, tasks, h, h_numbers, ga
 
     `dh`: the gradient of h, gate * dy times the derivative of act. The values for row i are at index target[i].
     `gated`: gate * act(h), a factor of the gradient of the weight. The values for row i are at index target[i].
-    `d_gate` [tiles * M]: the dot products <act(h), dy>, the gradients of `gates` if the experts have no bias.
+    `d_gate` [tiles * M]: the dot products <act(h), dy>. They are the gradients of `gates`, except for the term of the
+      bias that the experts add to their outputs. `fused.py` adds this term.
     """
     F, D = weight.shape[1:]
     sizes, R = product_sizes(tasks.rows_of_tile, D, F, d_out.dtype, widest=128), tasks.num_pairs

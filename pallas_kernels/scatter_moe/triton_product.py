@@ -166,8 +166,9 @@ def _d_activated(dy, gate, pre, pre_rows, rows, columns, dh, gated, F: tl.conste
                  ACTIVATION: tl.constexpr):  # fmt: skip
     """Write the gradient of the pre-activation h to `dh`, and gate * act(h) to `gated`, for M rows and C columns.
 
-    Return the dot products <act(h), dy> over these columns, [M]. Summed over all F columns, they are the gradients of
-    the gates, without the term of the bias. The module docstring explains GATED and ACTIVATION.
+    Return the dot products <act(h), dy> over these columns, [M]. Their sums over all F columns are the gradients of the
+    gates, except for the term of b_out, the output bias of `expert_mlp`. `fused.mlp` adds this term. The module
+    docstring explains GATED and ACTIVATION.
 
     In registers: `dy` [M, C] is the cotangent of gate * act(h), `gate` [M, 1] are the gates of the rows, and `columns`
     [C] are the indices of the columns. `pre_rows` [M] are the indices of the rows of `pre` to read, and `rows` [M] are
@@ -206,8 +207,8 @@ def d_activated(d_out, source, weight, pre, pre_numbers, gates, expert, count, t
 
     `dh`: the gradient of h, gate * dy times the derivative of act, to row target[i].
     `gated`: gate * act(h), a factor of the gradient of the weight, to row target[i].
-    `d_gate`: [tiles of columns, TILES * M]. Its sum over the first axis is <act(h), dy>, the gradient of the gates
-      without the term of the bias.
+    `d_gate`: [tiles of columns, TILES * M]. Its sum over the first axis is <act(h), dy>. This is the gradient of the
+      gates, except for the term of b_out, the output bias of `expert_mlp`. `fused.mlp` adds this term.
 
     All arguments that are not constants point to global memory. `expert` [TILES] has the expert of every tile, or E for
     a tile without an expert. `count` [1] is the number of tiles in use. A row index of -1 means that row i is empty.

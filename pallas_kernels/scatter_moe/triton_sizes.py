@@ -91,8 +91,8 @@ def weight_sizes(D: int, F: int, dtype) -> Sizes:
 
     The program sums over the rows of an expert, `Sizes.depth` rows in each step. A step has two loads: first the
     row numbers, and then the rows with these numbers. The second load must wait for the first one, so each step takes
-    two pipeline stages. The number of stages is 2 * n, where n (2 or 3) is the number of steps whose rows fit into
-    shared memory.
+    two pipeline stages. The number of stages is 2 * n, where n is the number of steps whose rows fit into shared
+    memory, but at least 2 and at most 3.
     """
     if dtype == jnp.float32:
         rows_most, columns_most, depth, warps = 64, 64, 32, 4

@@ -237,12 +237,12 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
     """Call `block` until all rows of all experts are computed. Return (row outputs, weight outputs) of all calls.
 
     `block(w, xs, valid)` computes some rows of one expert. `w` are the weights of the expert. `xs` are the arrays in
-    `arrays`, but with only the rows to compute. `valid`, bool [rows], is False for a padding row. `block` returns (row
-    outputs, weight outputs). The row outputs are a tuple of arrays, whose rows belong to the rows of `xs`. The weight
-    outputs are a tree of arrays for the expert, such as the gradients of its weights.
+    `arrays`, but with only the rows to compute. `valid`, bool [rows], is False for a padding row. `block` returns two
+    results. The row outputs are a tuple of arrays with one row for each row of `xs`. The weight outputs are a tree of
+    arrays without such rows, such as the gradients of the weights of the expert.
 
-    The row outputs of all calls become arrays [R, ..] with a row for every (token, choice) pair. The weight outputs of
-    all calls for one expert are summed. The sums become arrays [E, ..].
+    From the results of all calls, this function makes two results. The row outputs become arrays [R, ..] with a row for
+    every (token, choice) pair. The weight outputs are summed for each expert, and the sums become arrays [E, ..].
 
     `weights` has arrays [E, ..]. `in_rows` has the order of the rows of each array in `arrays`: "token", "pair" or
     "sorted", as in `call.Rows`. `out_rows` has the order of the rows of each row output: "pair" or "sorted". An array
@@ -298,8 +298,9 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
         outs = jax.tree.map(lambda s: zeros((R, *s.shape[1:]), s.dtype), tuple(rows_out))
         sums = jax.tree.map(lambda s: zeros((E, *s.shape), s.dtype), sums)
 
-    # The rows after the first C rows of every expert are computed in blocks. `blocks` [E] has the number of blocks of
-    # each expert and of all experts before it. Block i belongs to the first expert for which this number is above i.
+    # The rows after the first C rows of every expert are computed in blocks, which are numbered over all experts.
+    # blocks[e] is the number of blocks of the experts 0 to e, so block i belongs to the first expert e with
+    # blocks[e] > i.
     blocks = jnp.cumsum(-(-jnp.maximum(routing.counts - C, 0) // size))
 
     def add_block(i, state):
@@ -318,7 +319,8 @@ def _map_blocks(block, weights, arrays, in_rows, out_rows, routing: Routing):
         )
         return outs, jax.tree.map(lambda total, part: total.at[e].add(part), sums, expert_sums)
 
-    # The expected number of passes. With C > 0, it is 0, as for balanced experts. With C = 0, all rows are in blocks.
+    # The expected number of passes through the loop, for cost estimates. With C > 0, it is 0, as for balanced experts.
+    # With C = 0, all rows are in blocks.
     trips = 0 if C else math.ceil(R / size)
     return cost.loop(trips, lambda state: lax.fori_loop(0, blocks[-1], add_block, state))((outs, sums))
 

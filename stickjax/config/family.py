@@ -35,7 +35,7 @@ class FamilyConfig:
             return  # a class without its own name inherits the family of its base class
         name = family.default if isinstance(family, dataclasses.Field) else family
         if not isinstance(name, str):
-            raise TypeError(f"{cls.__name__}.family must have a default, a string: the name of the model family")
+            raise TypeError(f"the default of {cls.__name__}.family must be a string, the name of the model family")
         if not same_definition(MODEL_CONFIGS.get(name, cls), cls):
             raise TypeError(
                 f"{cls.__name__}.family={name!r} is already the name of the family of {MODEL_CONFIGS[name].__name__}; "

@@ -62,7 +62,7 @@ def _opened_zstd(file: Path) -> "_Checked":
 
 
 class _Stream(io.RawIOBase):
-    """A stream of bytes, which a subclass reads by `readinto`. Closing it also closes the stream `source`."""
+    """A stream of bytes. A subclass implements `readinto`. Closing it also closes the stream `source`."""
 
     def __init__(self, source: BinaryIO):
         self._source = source

@@ -15,11 +15,11 @@ from stickjax.surgery.kinds import KINDS, Kind, axes_of, kinds_of, rebuilt, slot
 def extend(model: Transformer, key: jax.Array, *, experts: int = 0, attention_experts: int = 0) -> Transformer:
     """Return a larger model, which has new modules (experts) in every layer.
 
-    A router computes softmax([A; A'] r(x)) for a token x. The matrix A gives the logits of the old modules, the matrix
+    A router computes the logits [A; A'] r(x) of a token x. The matrix A gives the logits of the old modules, the matrix
     A' gives the logits of the new modules, and r(x) is the input of both matrices. The new modules and A' are separate
     arrays (`new_*`), so that patterns of `optim.trainable` can select them (see `tune.TRAINABLE`). They have the
-    initial values of a new model. Modules from an earlier call of `extend` are first merged into the old modules (see
-    `merged`).
+    initial values of a new model. Modules from an earlier call of `extend` become old modules first: their arrays are
+    appended to the arrays of the old modules (see `merged`).
 
     The weights of the old modules do not change. If all logits A' r(x) are -inf, the routers return the same bits as
     before, and so does the model with implementation="reference". With implementation="xla" on a CPU, the last bit may
@@ -71,8 +71,8 @@ def merged(model: Transformer) -> Transformer:
     """Return a copy of an extended model in which old and new modules (experts) are in the same arrays.
 
     `extend` keeps the new modules in separate arrays (`new_*`). This function appends them to the arrays of the old
-    modules. The result computes the same outputs, up to rounding (see `router.probabilities`). A model without new
-    modules is returned as it is.
+    modules. The modules stay separate: none of them are combined. The result computes the same outputs, up to rounding
+    (see `router.probabilities`). A model without new modules is returned as it is.
 
     >>> from stickjax.config import ExpertsConfig, ModelConfig
     >>> config = ModelConfig(V=16, D=8, L=2, N=2, K=1, H=4, F=16, experts=ExpertsConfig(4, 2, "softmax_topk"))
@@ -103,20 +103,20 @@ def prune(
 ) -> Transformer:
     """Return a smaller model, without the least used modules (experts of attention or of feed-forward networks).
 
-    All layers have as many places for modules as the largest layer needs; unused places are zeros. The parameter `slot`
-    of a router has the place of each router column's module, from 0, or -1 if the module was pruned.
+    The weights of every layer have room for as many modules as the layer that keeps the most; unused room is zeros. The
+    router of a layer has one column for each module. If some columns have no module any more, routers have a parameter
+    `slot`: `slot[c]` is the index of the module of column c in the weights of the layer, or -1 if there is none.
 
     Args:
-      model: a trained model. Modules that `extend` added are first merged into the old modules (see `merged`).
+      model: a trained model. `merged` first appends modules that `extend` added to the arrays of the old modules.
       use: {kind: [L, columns]}, the result of `usage.use`: the number of (token, choice) pairs of each router column in
         each layer. A kind ("ffn" or "attention") that is missing here, or in `count` or `threshold`, is not pruned.
       count: each layer keeps this number of its most used modules. One number, or {kind: number}.
       threshold: a layer keeps the modules that have at least this share of its (token, choice) pairs. If a token uses k
         modules, each layer keeps at least its k most used modules. One number, or {kind: number}.
-      denominator: the columns over which the softmax of a router sums. "old": the columns of all modules, also of the
-        pruned ones. Then the output for a token that uses no pruned module stays the same, except for the last bit
-        (see `extend`). "new": only the columns of the kept modules, so the gates grow. With the experts' config field
-        order="topk_softmax", both give the same gates.
+      denominator: the columns over which the softmax of a router sums. "old": all columns, also of pruned modules. Then
+        the output for a token that uses no pruned module stays the same, except for the last bit (see `extend`). "new":
+        only kept modules, so the gates grow. With `ExpertsConfig.order`="topk_softmax", both give the same gates.
 
     Raises ValueError if both or none of `count` and `threshold` are given, or a value is out of range; if `use` has an
     array of a wrong shape, or of a kind that the model lacks; or for denominator="old" after a pruning with "new".
@@ -158,8 +158,9 @@ def prune(
 def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | None) -> np.ndarray:
     """Choose the modules (experts) that `prune` keeps. Return a mask [L, columns]: True for their router columns.
 
-    `alive` [L, columns] is False for the columns of modules that were pruned earlier. `use` [L, columns] has the number
-    of (token, choice) pairs of each column. `k` is the number of modules that a token uses.
+    The router of a layer has one column for each module. `alive` [L, columns] is False for a column without a module,
+    for example because the module was pruned earlier. `use` [L, columns] has the number of (token, choice) pairs of
+    each column. `k` is the number of modules that a token uses.
 
     If `count` is given, each layer keeps its `count` most used modules. If `threshold` is given, a layer keeps a module
     if it has at least this share of the layer's pairs, or if it is one of the layer's `k` most used modules.
@@ -189,9 +190,10 @@ def _kept(kind: Kind, alive, use, k: int, count: int | None, threshold: float | 
 def _keep(model: Transformer, leaves: dict, kind: Kind, slot, keep, denominator: str) -> dict[str, int]:
     """Remove the pruned modules (experts) of one kind from `leaves`, {name: array}. Return the changed config fields.
 
-    `slot` [L, columns] has the index of each column's module (see `slots`). `keep` [L, columns] is True for the columns
-    of the modules that remain. `denominator` says which columns count in the denominator of the router's softmax: with
-    "old", the router keeps the columns of the pruned modules; with "new", these columns are removed, too.
+    The router of a layer has columns, and each column belongs to one module. `slot` [L, columns] has the index of this
+    module in the arrays with the weights of the modules, or -1 if the column has no module any more (see `slots`).
+    `keep` [L, columns] is True if the module remains. `denominator` says what happens to the columns of the pruned
+    modules. With "old", the router keeps them, and its softmax still sums over them. With "new", they are removed.
 
     The returned fields belong to the kind's `ExpertsConfig`: "E" is the largest number of modules that a layer keeps,
     and "pruned" is the number of columns that the router has after this change, minus E.

@@ -67,7 +67,10 @@ def axes_of(model: Transformer, kind: Kind, letter: str) -> dict[str, int]:
 
 
 def slots(model: Transformer, kind: Kind) -> np.ndarray:
-    """Return an array [L, router columns]: the index of each column's expert in the weights, or -1 if it was pruned."""
+    """Return which expert each router column belongs to, [L, columns]: its index along the axis E of the weights.
+
+    The index is -1 if the column has no expert, for example because the expert was pruned.
+    """
     router = getattr(model.blocks, kind.name).router
     if router.slot is not None:
         return np.asarray(router.slot[...], int)

@@ -35,8 +35,9 @@ def use(model: Transformer, batches: Iterable[Mapping[str, np.ndarray]]) -> Use:
 
     Returns:
       {"attention": [L, columns], "ffn": [L, columns]}: the number of pairs of each router column in each layer, as
-      integers. A kind of modules that the model does not have is left out. A router has a column for each module. The
-      columns of added modules come last. A pruned module has a column if its logit is still in the router's softmax.
+      integers. A kind of modules that the model does not have is left out. The router of a layer has a column for each
+      module. The columns of the modules that `extend` added come last. A pruned module still has a column, with the
+      count 0, if its logit is still in the router's softmax.
 
     Raises:
       ValueError: the model has no modules.

@@ -16,7 +16,7 @@ def joins_of(
     Args:
       brackets: the number of brackets that close after each word. Each bracket joins the last two subtrees that are not
         yet part of another subtree.
-      mask: False for padding. Brackets after padding have no effect.
+      mask: False for padding. Brackets at padding have no effect.
 
     Returns:
       The numbers of the left and the right subtree of every join, and a mask of the joins that exist: a sentence of n

@@ -7,10 +7,11 @@ sentence is the sum of scores[n_t, t] over the words t of the sentence.
 
 The leaves of the complete tree divide a line of length 2^D. A node i at depth d covers the interval
 [start(i), end(i)) of length 2^(D-d). The leaves of a tree cover the line without gaps: start(n_0) = 0,
-start(n_(t+1)) = end(n_t), end(n_(T-1)) = 2^D. Every such sequence of nodes is the leaves of exactly one tree: the
-sequence is the root alone, or no interval crosses the middle of the line, and each half is covered by the leaves of one
-subtree. So the sum over trees is a sum over paths, and a forward algorithm over the places 0 .. 2^D of the line
-computes it. With a_0(0) = 0 and all other a_0(p) = -inf,
+start(n_(t+1)) = end(n_t), end(n_(T-1)) = 2^D. Every sequence of nodes that covers the line in this way is the leaves of
+exactly one tree: the root alone, or two subtrees whose leaves cover one half of the line each. So the sum over trees is
+a sum over sequences of nodes, which a forward algorithm computes. Let a_t(p) be the log of the sum of exp(score) over
+all sequences of t nodes, for the first t words, that cover the line from place 0 to place p. Then a_0(0) = 0, all other
+a_0(p) are -inf, and
 
   a_(t+1)(p) = logsumexp over the nodes i with end(i) = p of a_t(start(i)) + scores[i, t],
   log_likelihood = a_T(2^D).
@@ -118,8 +119,9 @@ def log_likelihood(scores: Float[Array, "B n T"], lengths: Int[Array, " B"]) -> 
     the leaves of any tree, these numbers add up to the log-probability that all other nodes of the tree have children.
     So the result is the log-probability of the sentence.
 
-    The gradient is the posterior: d log_likelihood / d scores[i, t] is the probability that word t is at the leaf i. A
-    backward recursion computes it from the saved a_t. With g_T(2^D) = 1 and all other g_T(p) = 0,
+    The gradient is the posterior: d log_likelihood / d scores[i, t] is the probability, given the sentence, that word t
+    is at the leaf i. A backward recursion computes it from the values a_t of the forward algorithm (see the module
+    docstring). With g_T(2^D) = 1 and all other g_T(p) = 0,
 
       posterior[i, t] = g_(t+1)(end(i)) exp(a_t(start(i)) + scores[i, t] - a_(t+1)(end(i))),
       g_t(p) = sum over the nodes i with start(i) = p of posterior[i, t].
@@ -143,7 +145,7 @@ def log_likelihood(scores: Float[Array, "B n T"], lengths: Int[Array, " B"]) -> 
     return _log_likelihood(scores.transpose(2, 1, 0), lengths)
 
 
-# In the functions below, the batch is the last axis, so a slice of the nodes or places is contiguous for each index.
+# In the functions below, the batch is the last axis, so the values of one node or place are contiguous in memory.
 
 
 def levels_of(values) -> list[jax.Array]:

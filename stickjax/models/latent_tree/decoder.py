@@ -208,9 +208,8 @@ def _centred_pair(weight):
 def _by_parent(levels: list[jax.Array]) -> jax.Array:
     """Concatenate the arrays [B,n,...] of all levels into one, in which the children of node i are 2i + 1 and 2i + 2.
 
-    Write the index of a node in its level as a binary number. Its digits are the steps of the path from the root to the
-    node: 0 is left, 1 is right. In a `Level`, the first digit is the last step. In the result, the first digit is the
-    first step.
+    In a `Level`, all left children come before all right children. In the result, the two children of a node are next
+    to each other, and they are in the order of their parents.
     """
     order = np.zeros(1, int)
     ordered = [levels[0]]

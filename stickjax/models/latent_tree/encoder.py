@@ -56,8 +56,8 @@ class OrderedMemoryEncoder(nnx.Module):
     At every word, the memory computes a candidate for each of its N slots: a new vector for this slot. Nodes attend to
     the candidates for all slots at all words. The root vector is the candidate for the highest slot at the last word.
     If `early_root` is set in the config, the root vector is the candidate at the second-to-last word, or zero if the
-    source has one word. The GRU reads the embedding `embed`. The decoder chooses the word of a node from a weighted sum
-    of the embedding `values`; the weights come from attention.
+    source has one word. The source words have two embeddings. The GRU reads `embed`. To choose the word of a node, the
+    attention of the decoder sums `values`.
     """
 
     def __init__(self, config: TreeConfig, key):

@@ -13,7 +13,7 @@ LARGEST = 80.0  # exp of a larger number overflows in float32
 
 
 def affine(x: Float[Array, "*b I"], weight, bias, config) -> Float[Array, "*b O"]:
-    """Return x weight + bias, for a weight [I,O] and a bias [O], in the type of the computation."""
+    """Return x weight + bias, for a weight [I,O] and a bias [O]. Both are converted to the type `config.dtype`."""
     weight, bias = (parameter[...].astype(config.dtype) for parameter in (weight, bias))
     return x @ weight + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 

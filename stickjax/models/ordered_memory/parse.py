@@ -10,8 +10,8 @@ Tree = int | tuple["Tree", ...]
 def induced_depths(p: np.ndarray) -> list[int]:
     """Return for each of the T tokens of a sentence the number, 1 .. N, of the memory slot that the token used most.
 
-    `p` [T,N] has the distribution of every token over the N slots, without rows for padding. The number of the first
-    token is always N.
+    `p` [T,N] has the distribution of every token over the N slots, without rows for padding. The first token has the
+    number N, whatever its distribution is: the memory is empty before it.
     """
     return [p.shape[1], *(1 + int(i) for i in p[1:].argmax(1))]
 

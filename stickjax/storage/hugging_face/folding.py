@@ -44,8 +44,8 @@ def folded(c: ModelConfig) -> tuple[ModelConfig, dict[str, float]]:
         name = rounded[0]
         raise ValueError(
             "its multipliers m_emb, m_res, attention_scale and logits_scaling would be folded into the parameters, but "
-            f"{name} times {factors[name]:.6g} is rounded in {c.param_dtype}; load the model with "
-            "changes={'model.param_dtype': 'float32'} and export it"
+            f"{name} times {factors[name]:.6g} cannot always be stored exactly in {c.param_dtype}; instead, load the "
+            "model by stickjax.load(RUN, changes={'model.param_dtype': 'float32'}) and write it by stickjax.export"
         )
     return dataclasses.replace(c, m_emb=1.0, m_res=1.0, attention_scale=None, logits_scaling=1.0), factors
 
