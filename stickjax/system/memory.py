@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from stickjax.system.allocator import return_freed_memory
+
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 _WHAT_TO_DO = "use a smaller model, a smaller batch, more devices or more memory"
 
@@ -139,8 +141,10 @@ def host_memory() -> Free | None:
     """Return the memory that this process can still allocate; None if no limit is known.
 
     This is the smallest of three numbers: the memory that the machine has free, the memory that the control groups of
-    the process still allow, and the address space that `ulimit -v` still allows.
+    the process still allow, and the address space that `ulimit -v` still allows. Memory that the process has freed is
+    returned to the kernel first, so that it counts as free.
     """
+    return_freed_memory()
     limits = []
     swap = _meminfo("SwapFree") or 0
     if (available := _meminfo("MemAvailable")) is not None:
