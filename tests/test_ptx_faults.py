@@ -159,7 +159,7 @@ def _keys_and_values_in_one_place(ptx: str) -> str:
 
 
 def _another_sum(ptx: str) -> str:
-    """Return the PTX with one mul.f32 changed: it reads the first wgmma's second result register, not the first."""
+    """Change one mul.f32 of the PTX: it now reads result register 1 of the first wgmma, instead of register 0."""
     first, second = re.search(r"wgmma\.mma_async\S* \{(%r\d+),(%r\d+)", ptx).groups()
     changed, count = re.subn(rf"(mul\.f32 \t%r\d+, %r\d+), {first};", rf"\1, {second};", ptx, count=1)
     assert count

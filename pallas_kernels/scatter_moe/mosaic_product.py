@@ -126,10 +126,11 @@ class DerivativeScratch(NamedTuple):
 def _product(plan: Plan, kind: Kind, x, source, weight, tasks: Tasks, inputs, out_type, scratch):
     """Launch the kernel `kind` and return its results, a pytree of arrays like `out_type`.
 
-    For row i of the tiles in `tasks`, whose expert is e, the kernel multiplies row source[i] of x by weight[e]. From
-    these products and from the arrays `inputs`, `kind.finish` computes the results. `scratch` declares the shared
-    memory and the barriers for `kind.finish` and `kind.prefetch`; in the kernel they are called `own`. x is
-    [x_parts, rows of x, width]. The weight is [E, x_parts * width, F], or [E, F, x_parts * width] if `plan.transposed`.
+    x is [x_parts, rows of x, width]: x_parts arrays, whose columns stand side by side in the product. So the weight is
+    [E, x_parts * width, F], or [E, F, x_parts * width] if `plan.transposed`. For row i of the tiles in `tasks`, whose
+    expert is e, the kernel multiplies row source[i] of x by weight[e]. From these products and from the arrays
+    `inputs`, `kind.finish` computes the results. `scratch` declares the shared memory and the barriers that
+    `kind.finish` and `kind.prefetch` get as their argument `own`.
     """
     W, E = plan.warpgroups, weight.shape[0]
     across = -(-plan.columns // kind.columns_of_tile)

@@ -18,8 +18,8 @@ from stickjax.storage.checkpoints import named_leaves
 class Kind(NamedTuple):
     """A kind of modules (experts). `name` is "attention" or "ffn".
 
-    In a model, the modules are in `blocks.attention` or `blocks.ffn`. In a model config, the field `field` describes
-    them: an `ExpertsConfig`.
+    In a model, the modules are in `blocks.attention` or `blocks.ffn`. `field` is the name of the field of a model
+    config that describes them. The value of this field is an `ExpertsConfig`.
     """
 
     name: str

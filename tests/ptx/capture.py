@@ -1,6 +1,7 @@
-"""Run a JAX function on a CPU, and execute the PTX that its Mosaic GPU kernels have on a Hopper GPU.
+"""Run a JAX function on a CPU, with the PTX of its Mosaic GPU kernels.
 
-XLA's CPU code computes everything between the kernels.
+The kernels are compiled to PTX for a Hopper GPU, and this PTX is executed on the CPU. XLA's CPU code computes
+everything between the kernels.
 """
 
 import contextlib
