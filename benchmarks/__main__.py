@@ -16,9 +16,9 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from . import experts, gpu, gpu_record, gpu_run, ordered_memory, report, stick_breaking, timing, train
+from . import experts, gpu, gpu_record, gpu_run, long, ordered_memory, report, stick_breaking, timing, train
 
-PARTS = {module.PART: module for module in (stick_breaking, experts, train, ordered_memory)}
+PARTS = {module.PART: module for module in (stick_breaking, experts, train, ordered_memory, long)}
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -111,3 +111,18 @@ def test_without_a_threshold_every_tile_is_kept():
         if "skip_below" not in options:
             *_, stats = attend(*STICK["plain"].arrays(), return_stats=True, **options)
             assert isinstance(stats, Stats) and stats.kept.shape == (2, 2) and (stats.kept == 1).all()
+
+
+@pytest.mark.parametrize("S", [4096, 4099])
+def test_a_decode_step_copies_no_cache(S):
+    """A decode step reads only the last key tiles: it has no temporary array as large as the keys of one head."""
+    query, cache = (jax.ShapeDtypeStruct((1, length, 4, 32), jnp.float32) for length in (1, S))
+    step = partial(stick_breaking_attention, implementation="xla", skip_below=-24.0, query_offset=S - 1)
+    memory = jax.jit(step).lower(query, cache, cache).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < S * 32 * 4
+
+
+@pytest.mark.parametrize("S", [48, 50, 63])
+def test_the_last_key_tile_may_be_partly_empty(S):
+    """Keys that two key tiles read count once, in the results and in the gradients."""
+    check(Stick(T=5, S=S, B=2, N=4, K=2), SKIP | {"skip_below": -1000.0})

@@ -12,6 +12,7 @@ G = N / K is the number of query heads that use the same key head.
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,12 +117,13 @@ def _over_heads(one_head, call: Call, *extra):
     `skip_below`, all heads of all batch entries run together. But on a CPU, only a few batch entries run together, so
     that their tiles fit into the cache of a core.
     """
-    arrays = (_to_heads(call, call.query), call.key.swapaxes(1, 2), call.value.swapaxes(1, 2), *extra)
+    query = _to_heads(call, call.query)
 
     def run(where, reach, q, k, v, *more):
         return one_head(call._replace(query=q, key=k, value=v, where=where), reach, *more)
 
-    if call.skip_below is None:
+    if call.skip_below is None or _is_short(call):
+        arrays = (query, call.key.swapaxes(1, 2), call.value.swapaxes(1, 2), *extra)
         reach = None if _is_short(call) else reach_of(call, call.where)
         heads = jax.vmap(run, in_axes=(None, None) + (0,) * len(arrays))
         entries = (call.where, *arrays)
@@ -129,15 +131,39 @@ def _over_heads(one_head, call: Call, *extra):
         if group == call.query.shape[0]:
             return jax.vmap(lambda entry: heads(entry[0], reach, *entry[1:]))(entries)
         return lax.map(lambda entry: heads(entry[0], reach, *entry[1:]), entries, batch_size=group)
-    B, K = arrays[1].shape[:2]
-    where = jax.tree.map(lambda x: jnp.repeat(x, K, axis=0), call.where)
+    B, K = query.shape[:2]
 
     def one(args):
-        own = jax.tree.map(lambda x: x[None], args[0])
-        return run(args[0], reach_of(call, own), *args[1:])
+        i, q, *more = args
+        where = jax.tree.map(lambda x: x[i // K], call.where)
+        own = jax.tree.map(lambda x: x[None], where)
+        key, value = (_OfHead(x, i // K, i % K) for x in (call.key, call.value))
+        return run(where, reach_of(call, own), q, key, value, *more)
 
-    flat = lax.map(one, (where, *(x.reshape(B * K, *x.shape[2:]) for x in arrays)))
+    flat = lax.map(one, (jnp.arange(B * K), *(x.reshape(B * K, *x.shape[2:]) for x in (query, *extra))))
     return jax.tree.map(lambda x: x.reshape(B, K, *x.shape[1:]), flat)
+
+
+class _OfHead(NamedTuple):
+    """The keys or values [S,H] of one head, inside the array of all heads.
+
+    A decode step with `skip_below` reads only the last keys of a long cache. A copy of one head would read them all.
+
+    `array` [B,S,K,H]: the keys or values of all batch entries and heads. `entry`, `head`: which ones to use.
+    """
+
+    array: jax.Array
+    entry: jax.Array
+    head: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.array.shape[1], self.array.shape[3]
+
+    def rows(self, start, size: int):
+        """Return the rows start .. start + size - 1, [size, H]."""
+        first = (jnp.asarray(i, jnp.int32) for i in (self.entry, start, self.head, 0))
+        return lax.dynamic_slice(self.array, tuple(first), (1, size, 1, self.shape[1])).reshape(size, -1)
 
 
 def _entries_together(call: Call) -> int:
@@ -225,17 +251,18 @@ def _pad(x, axis, size):
 
 
 class _Tiles:
-    """The arrays of one key head and its G query heads, padded to whole tiles. The methods return data of one tile.
+    """The arrays of one key head and its G query heads. The methods return data of one tile.
 
-    Query tile i begins at query i * `rows`, and key tile j begins at key j * `columns`. i and j may be traced.
+    Query tile i begins at query i * `rows`. The queries are padded to whole tiles. Key tile j has the keys from
+    j * `columns` on. If the last key tile is not full, it also has the last keys of the tile before it, which the mask
+    leaves out. i and j may be traced.
     """
 
     def __init__(self, call: Call):
         self.call, (self.rows, self.columns) = call, long_tiles(call)
         self.q = _pad(call.query, 1, self.rows)
-        self.k, self.v = _pad(call.key, 0, self.columns), _pad(call.value, 0, self.columns)
         self.count = self.q.shape[1] // self.rows
-        self.key_count = self.k.shape[0] // self.columns
+        self.key_count = -(-call.mask.S // self.columns)
         self.dtype = sum_type(call.query)
 
     def zeros(self, *shape):
@@ -246,14 +273,25 @@ class _Tiles:
         """Return the part of x [G, padded T, ..] that belongs to query tile i: [G, rows, ..]."""
         return lax.dynamic_slice_in_dim(x, i * self.rows, self.rows, 1)
 
+    def first_key(self, j):
+        """Return the index of the first key in the arrays of key tile j."""
+        start = j * self.columns
+        return start if self.call.mask.S % self.columns == 0 else jnp.minimum(start, self.call.mask.S - self.columns)
+
     def keys(self, j):
         """Return an iterator over two arrays: the keys [columns, H] and the values [columns, Hv] of key tile j."""
-        return (lax.dynamic_slice_in_dim(x, j * self.columns, self.columns, 0) for x in (self.k, self.v))
+        start = self.first_key(j)
+        for x in (self.call.key, self.call.value):
+            if isinstance(x, _OfHead):
+                yield x.rows(start, self.columns)
+            else:
+                yield lax.dynamic_slice_in_dim(x, start, self.columns, 0)
 
     def mask(self, i, j):
         """Return whether each query of query tile i sees each key of key tile j: bool [rows, columns]."""
-        q, k = i * self.rows + jnp.arange(self.rows), j * self.columns + jnp.arange(self.columns)
-        return self.call.mask.visible(self.call.where, q, k)
+        q, k = i * self.rows + jnp.arange(self.rows), self.first_key(j) + jnp.arange(self.columns)
+        visible = self.call.mask.visible(self.call.where, q, k)
+        return visible if self.call.mask.S % self.columns == 0 else visible & (k >= j * self.columns)[None]
 
     def has_stick_left(self, i, log_rem):
         """Return whether some query of query tile i, padding excluded, has at least 2^skip_below of its stick left.
@@ -327,18 +365,18 @@ def _long_backward(call: Call, reach, d_out, d_log_rem):
             k, v = t.keys(j)
             entering = lax.dynamic_index_in_dim(sticks, j, 0, False)
             dq_part, dk_part, dv_part, prefix = tile.backward(q, k, v, do, t.mask(i, j), entering, prefix, call.scale)
-            return j + 1, dq + dq_part, _add_at(dk, dk_part, j), _add_at(dv, dv_part, j), prefix
+            start = t.first_key(j)
+            return j + 1, dq + dq_part, _add_at(dk, dk_part, start), _add_at(dv, dv_part, start), prefix
 
         state = (j + 1, t.zeros(G, t.rows, q.shape[-1]), *grads, prefix)
         _, dq, dk, dv, _ = loop(lambda s: s[0] < last, key_tile, state)
         return (dk, dv), dq
 
-    (dk, dv), dq = lax.scan(query_tile, (t.zeros(*t.k.shape), t.zeros(*t.v.shape)), jnp.arange(t.count))
-    dq = jnp.moveaxis(dq, 0, 1).reshape(G, t.count * t.rows, -1)[:, :T]
-    return dq, dk[: call.mask.S], dv[: call.mask.S]
+    (dk, dv), dq = lax.scan(query_tile, (t.zeros(*call.key.shape), t.zeros(*call.value.shape)), jnp.arange(t.count))
+    return jnp.moveaxis(dq, 0, 1).reshape(G, t.count * t.rows, -1)[:, :T], dk, dv
 
 
-def _add_at(total, part, j):
-    """Return `total` [keys, width] with `part` [size, width] added to its rows j * size .. (j + 1) * size - 1."""
-    size = part.shape[0]
-    return lax.dynamic_update_slice_in_dim(total, lax.dynamic_slice_in_dim(total, j * size, size) + part, j * size, 0)
+def _add_at(total, part, start):
+    """Return `total` [S, width] with `part` [size, width] added to its rows start .. start + size - 1."""
+    rows = lax.dynamic_slice_in_dim(total, start, part.shape[0])
+    return lax.dynamic_update_slice_in_dim(total, rows + part, start, 0)
