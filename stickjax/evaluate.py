@@ -45,6 +45,7 @@ from stickjax.parallel.mesh import on_one_device
 from stickjax.storage.hub import local_folder
 from stickjax.storage.run_config import read_config
 from stickjax.storage.run_folder import Loaded, load, results_folder
+from stickjax.system.allocator import keep_freed_memory
 from stickjax.system.disk import write_file
 from stickjax.system.tables import print_table
 from stickjax.system.text import json_text, printable
@@ -318,6 +319,7 @@ def _run_tasks(runs: dict[str, Path], changes: dict[str, dict], words, writes: b
 @command
 def main(argv: list[str] | None = None) -> int:
     words, rest = _parser().parse_with_fields(argv)
+    keep_freed_memory()
     processes.initialize(words.coordinator, words.processes, words.process)
     writes = processes.is_writer()  # the other processes take part in the evaluation, but print and write nothing
     runs, words.lengths = names(words.runs), _lengths(words.lengths)

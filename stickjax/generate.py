@@ -32,6 +32,7 @@ from stickjax.parallel.mesh import AXES, mesh_of, row_parts
 from stickjax.storage.hub import local_folder
 from stickjax.storage.run_config import read_config
 from stickjax.storage.run_folder import Loaded, load
+from stickjax.system.allocator import keep_freed_memory
 from stickjax.system.memory import free_memory, gib, local_bytes
 
 
@@ -375,6 +376,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_process_options()
     args, rest = parser.parse_with_fields(argv)
+    keep_freed_memory()
     processes.initialize(args.coordinator, args.processes, args.process)
     sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     _check_options(args.max_new_tokens, **sampling)  # before the model is read

@@ -8,6 +8,7 @@ from stickjax.config.command import Parser, command
 from stickjax.config.command_line import config_name, describe, load_config, parse
 from stickjax.parallel import processes
 from stickjax.storage.run_config import read_config
+from stickjax.system.allocator import keep_freed_memory
 from stickjax.training.branch import split_branch
 from stickjax.training.loop import Result, fit
 
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_process_options()
     words, rest = parser.parse_with_fields(argv)
     if not words.help:
+        keep_freed_memory()
         processes.initialize(words.coordinator, words.processes, words.process)
     if words.config is None and words.branch is not None:
         config = read_config(split_branch(words.branch)[0])

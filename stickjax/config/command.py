@@ -23,7 +23,6 @@ from stickjax.config import field_names
 from stickjax.config.command_line import parse_value
 from stickjax.config.fields import SEED, checked
 from stickjax.config.synonyms import suggestion
-from stickjax.system.allocator import keep_freed_memory
 from stickjax.system.disk import REASONS
 from stickjax.system.text import printable
 
@@ -139,7 +138,6 @@ def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
-        keep_freed_memory()
         _print_what_a_terminal_can()
         _print_plain_notices()
         with _interrupts_raise():
