@@ -83,14 +83,14 @@ def test_batches_are_by_length(families, kind):
     config = Config(families.get(kind, families["translation"]), DataConfig(B=6, seed=3, **options))
     data, examples = training_data(config), examples_of(config, "train")
     assert data.ids == ids == task_of(config).ids
-    widths, seen = set(), 0
+    widths, seen, size = set(), 0, config.model.padded_to
     loader = data.loader(0, 1)
     for _ in range(len(examples) // 6):
         batch = next(loader)
         for group in groups:
             longest = max((batch[name] != 0).sum(1).max() for name in group)
             width = {batch[name].shape for name in group}
-            assert width == {(6, min(-(-longest // 8) * 8, len(examples[0][group[0]])))}
+            assert width == {(6, min(-(-longest // size) * size, len(examples[0][group[0]])))}
             assert all(batch[name].dtype == np.int32 and not batch[name][:, longest:].any() for name in group)
         seen += 6
         widths.add(tuple(batch[name].shape[1] for group in groups for name in group))

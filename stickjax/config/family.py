@@ -28,6 +28,8 @@ class FamilyConfig:
     can_change_experts: ClassVar[bool] = False  # whether `stickjax.surgery` can add and prune its experts
     # whether train.accumulate > 1 works: the loss of a batch must be the sum of the losses of its microbatches
     accumulates: ClassVar[bool] = True
+    # In training, the texts of examples are padded to a multiple of this number of tokens.
+    padded_to: ClassVar[int] = 8
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)

@@ -132,7 +132,7 @@ def example_data(config: Config) -> TrainingData:
     examples = task.examples("train", T=d.T)
     if len(examples) < d.B:
         raise ValueError(f"B={d.B} is more than the number of training examples: {len(examples)} {task.name}")
-    source, digest = LengthBucketedBatches(examples, d.B, d.seed), examples.digest()
+    source, digest = LengthBucketedBatches(examples, d.B, d.seed, config.model.padded_to), examples.digest()
     summary, heldout_hash = f"{len(examples):,} {task.name}, {digest}", None
     if task.heldout is not None:  # read the held-out rows now, so that an error in them comes before training
         heldout = task.examples("test")
@@ -155,19 +155,19 @@ class LengthBucketedBatches:
     """Random access to batches of B examples, where the examples of a batch have about the same length.
 
     The length of an example is the number of tokens of its longest text. The batches are sorted by length, shortest
-    first. The texts of a batch are padded to a common length: a multiple of 8 tokens, but at most the length of the
+    first. The texts of a batch are padded to a common length: a multiple of `padded_to`, but at most the length of the
     arrays in `examples`. The sources and the targets of translations are padded separately. Batches of random examples
     would need about twice the work, because they would have more padding. `seed` decides which examples of the same
     length are in one batch. The longest examples are left out if they do not fill a batch.
     """
 
-    def __init__(self, examples: Examples, B: int, seed: int):
+    def __init__(self, examples: Examples, B: int, seed: int, padded_to: int = 8):
         lengths = examples.lengths()
         longest = lengths.max(1, initial=0)
         order = np.random.default_rng(seed).permutation(len(longest))
         order = order[np.argsort(longest[order], kind="stable")]
         self.examples, self.batches = examples, order[: len(order) // B * B].reshape(-1, B)
-        self.widths = -(-lengths[self.batches].max(1, initial=0) // 8) * 8
+        self.widths = -(-lengths[self.batches].max(1, initial=0) // padded_to) * padded_to
 
     def __len__(self) -> int:
         return len(self.batches)
