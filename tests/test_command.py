@@ -140,7 +140,7 @@ def test_the_command_of_commands(capsys, tmp_path):
         assert __main__.main([name, "--help"]) == 0
         assert "usage: " in capsys.readouterr().out
     assert __main__.main(["generate", str(tmp_path)]) == 1
-    assert "is not a run folder" in capsys.readouterr().err
+    assert "is neither a run folder, a Hugging Face folder, nor a model on the hub" in capsys.readouterr().err
 
 
 PROGRAM = """

@@ -105,6 +105,10 @@ def test_a_run_with_checkpoints_is_exported(tmp_path, capsys):
             "'moduleformer', the most similar to this model, cannot express .*attend_current=False",
         ),
         (dict(window=7), "'granite', .* cannot express window=7"),
+        (
+            dict(attention="stick_breaking", experts=ExpertsConfig(4, 2, added=1)),
+            "^no model_type can hold this model; model_type 'moduleformer', the most similar",
+        ),
         (dict(activation="geglu"), "cannot express activation='geglu'"),
         (
             dict(experts=ExpertsConfig(4, 2, "softmax_topk")),

@@ -416,7 +416,7 @@ def test_bad_command_lines_are_one_line(run, capsys, words, message):
 
 def test_folders_that_are_no_runs(tmp_path, capsys):
     assert main([str(tmp_path), "--prompt", "a"]) == 1
-    assert "is not a run folder" in capsys.readouterr().err
+    assert "is neither a run folder" in capsys.readouterr().err
     write_config(tmp_path, Config())
     assert main([str(tmp_path), "--prompt", "a"]) == 1
     assert capsys.readouterr().err == f"error: {tmp_path} has no checkpoint yet\n"

@@ -92,7 +92,7 @@ def test_a_model_in_the_cache_is_loaded_without_a_network(offline, capsys):
     assert ours.run == NAME and list(ours.metrics) == []
     before = sorted(path.name for path in snapshot.iterdir())
     assert evaluate.main(["./org/granite-tied"]) == 1  # a path, although the cache has a model with this name
-    assert "is not a run folder: it does not exist" in capsys.readouterr().err
+    assert "nor a model on the hub (org/name): it does not exist" in capsys.readouterr().err
     assert convert.main([NAME, "run"]) == 0 and stickjax.load("run").model.embed.shape == ours.model.embed.shape
     assert surgery.main(["freeze", NAME, "frozen", "embed"]) == 0
     assert sorted(path.name for path in snapshot.iterdir()) == before
@@ -104,7 +104,7 @@ def test_a_folder_comes_before_the_hub(offline, tmp_path):
     for name in ("org/other", "./a/b", "a", "/a/b", "a/b/c"):  # the folder org exists; the others are not org/name
         assert local_folder(name) == name
     assert local_folder(Path("other/model")) == Path("other/model")  # a Path is never the name of a model
-    with pytest.raises(ValueError, match="org/other is not a run folder: it does not exist"):
+    with pytest.raises(ValueError, match="org/other is neither a run folder, .*: it does not exist"):
         stickjax.load("org/other")
 
 

@@ -328,7 +328,8 @@ def test_the_probability_of_the_best_tree_is_below_that_of_its_sentence(x64):
 
 def test_a_target_that_does_not_fit():
     model, batch = drawn(TreeConfig(**SIZES)), sentences(T=9)
-    message = "a target of T=9 words does not fit in a tree of depth=3, which has at most 2\\^3=8 leaves"
+    message = "a target of T=9 words does not fit in a tree of depth=3, which has at most 2\\^3=8 leaves; "
+    message += "raise model.depth, or lower data.T"
     with pytest.raises(ValueError, match=message):
         loss(model, batch, None)
     with pytest.raises(ValueError, match=message):

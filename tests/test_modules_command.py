@@ -118,7 +118,7 @@ def test_concentration_stops_the_bias_that_balances(trained, tmp_path):
             "extend BASE OUT --experts 2 --optim.trainabel=x",
             "unknown config key 'optim.trainabel' (did you mean 'optim.trainable'?)",
         ),
-        ("extend OUT OUT2 --experts 2", "is not a run folder"),
+        ("extend OUT OUT2 --experts 2", "is neither a run folder"),
         ("prune BASE OUT --count 1 --tokens 48", "count=1 must be at least 2, the number of attention modules"),
         (
             "prune BASE OUT --count 5 --tokens 48",

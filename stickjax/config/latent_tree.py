@@ -84,12 +84,12 @@ class TreeConfig(FamilyConfig):
     def check_words(self, T: int) -> None:
         """Raise ValueError if a target of T words has more words than the complete tree has leaves, 2^depth.
 
-        >>> TreeConfig(depth=4).check_words(17)
+        >>> TreeConfig(depth=4).check_words(17)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: a target of T=17 words does not fit in a tree of depth=4, which has at most 2^4=16 leaves
+        ValueError: a target of T=17 words does not fit in ... 2^4=16 leaves; raise model.depth, or lower data.T
         """
         if T > 2**self.depth:
             raise ValueError(
                 f"a target of T={T} words does not fit in a tree of depth={self.depth}, "
-                f"which has at most 2^{self.depth}={2**self.depth} leaves"
+                f"which has at most 2^{self.depth}={2**self.depth} leaves; raise model.depth, or lower data.T"
             )

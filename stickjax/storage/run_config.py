@@ -43,7 +43,9 @@ def read_config(run: str | os.PathLike) -> Config:
     path = Path(run) / "config.json"
     if not path.exists():
         reason = "it has no config.json" if Path(run).exists() else "it does not exist"
-        raise ValueError(f"{run} is not a run folder: {reason}")
+        raise ValueError(
+            f"{run} is neither a run folder, a Hugging Face folder, nor a model on the hub (org/name): {reason}"
+        )
     if hugging_face.is_folder(Path(run)):
         return hugging_face.read_config(Path(run))
     # Use the copies in the run folder: unlike the recorded paths, they are still there after the folder was moved.

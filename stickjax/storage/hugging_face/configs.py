@@ -128,9 +128,10 @@ def model_type_for(c: FamilyConfig, wanted: str | None = None) -> str:
         )
     if not fitting:
         similar = _most_similar(c)
-        advice = "" if _lost(OWN, c) else f"; --remote-code (in Python: type={OWN!r}) can"
+        fits = f"only the model_type {OWN!r} can hold this model; use --remote-code (in Python: type={OWN!r})"
+        fits = "no model_type can hold this model" if _lost(OWN, c) else fits
         raise ValueError(
-            f"model_type {similar!r}, the most similar to this model, cannot express {_lost(similar, c)}{advice}"
+            f"{fits}; model_type {similar!r}, the most similar to this model, cannot express {_lost(similar, c)}"
         )
     return fitting[0]
 
