@@ -335,6 +335,8 @@ def bad_runs(tmp_path, uninterrupted):
     yield ["CONFIG", "--from", f"{uninterrupted[0]}@4", "--run", str(uninterrupted[0])], "name the same folder"
     yield ["CONFIG", "--init-from", str(tmp_path)], "is not a run folder: it has no config.json"
     yield ["CONFIG", "--init-from", str(tmp_path / "none")], "is not a run folder: it does not exist"
+    no_text = ["--data.source=text", f"--data.path={tmp_path / 'none.txt'}"]
+    yield ["CONFIG", *no_text, "--init-from", str(tmp_path / "none")], "is not a run folder: it does not exist"
     yield ["CONFIG", "--model.implementation=mosaic"], "implementation mosaic: needs compute capability 9.0, found cpu"
     yield ["CONFIG", "--model.implementation=xal"], "did you mean 'xla'?"
 

@@ -22,6 +22,7 @@ from stickjax.models.vocabulary_size import with_sizes_of, with_vocabulary
 from stickjax.parallel import processes
 from stickjax.parallel.mesh import abstract_batch, make_mesh, rows_of_process, shard_batch
 from stickjax.storage.checkpoints import Checkpoints, all_finite, check_finite, named_leaves
+from stickjax.storage.hub import local_folder
 from stickjax.storage.run_config import PATH_FIELDS, check_config, read_config, with_own_files, write_config
 from stickjax.storage.run_folder import check_trained, load, with_shardings
 from stickjax.system.compiled import keep_compiled
@@ -254,6 +255,8 @@ def fit(
       OSError: a checkpoint or the metrics could not be written.
     """
     check_other_folder(branch, run)
+    if init_from is not None and not (Path(run) / "config.json").exists():
+        read_config(local_folder(init_from))  # a wrong folder is an error before the data is read
     keep_compiled(config.train.compilation_cache)
     config = with_own_files(run, config)
     data = training_data(config)
