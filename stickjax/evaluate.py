@@ -33,7 +33,7 @@ from stickjax.config.command import Parser, UsageError, command, number, say_err
 from stickjax.config.command_line import parse_changes
 from stickjax.data.corpus import load_corpora
 from stickjax.data.examples import task_of
-from stickjax.data.heldout import heldout_windows
+from stickjax.data.heldout import check_lengths, heldout_windows
 from stickjax.evaluation import bias, examples, harness, plots
 from stickjax.evaluation import pairs as accuracy
 from stickjax.evaluation.held_out import total_sums
@@ -180,7 +180,9 @@ def _lengths(text: str) -> tuple[int, ...]:
             f"--lengths={text} must be whole numbers above 0, separated by commas, such as 1,2,4; the number 2 stands "
             "for contexts of 2 * T tokens"
         )
-    return tuple(dict.fromkeys(map(int, words)))
+    lengths = tuple(dict.fromkeys(map(int, words)))
+    check_lengths(lengths)
+    return lengths
 
 
 def _parser() -> Parser:
@@ -224,6 +226,8 @@ def _kind(configs: Iterable[Config], part: str) -> str:
         kinds = " and runs that read ".join(sorted(reads))
         raise ValueError(f"runs that read {kinds} cannot be compared; evaluate them in separate commands")
     if reads == {"text"}:
+        if part != "test":
+            raise ValueError(f"--part={part}: runs that read text have only the held-out text; leave --part out")
         return "text"
     if len(sources := {config.data.source for config in configs}) > 1:
         raise ValueError(
@@ -231,6 +235,30 @@ def _kind(configs: Iterable[Config], part: str) -> str:
             "commands"
         )
     return "halting" if part == "test" and all(map(accuracy.scores_halting, configs)) else "examples"
+
+
+# The fields of `config.data` that choose the held-out text.
+_TEXT_FIELDS = ("source", "path", "mixture", "heldout_path", "heldout_every", "text_field", "examples", "split")
+
+
+def _note_of_texts(results: dict[str, Records], configs: dict[str, Config]) -> str | None:
+    """Return a line which says that the runs have different held-out texts; None if all have the same one.
+
+    `results` is {name of a run: its records}, and `configs` is {name of a run: its config}. The hash of a text depends
+    on the tokenizer. So two texts are the same if their hashes are equal, or if the configs choose the same text.
+    """
+    hashes = {name: records[0]["text"] for name, records in results.items()}
+    chosen = {name: [getattr(configs[name].data, field) for field in _TEXT_FIELDS] for name in results}
+    first = next(iter(results))
+    if all(hashes[name] == hashes[first] or chosen[name] == chosen[first] for name in results):
+        return None
+    data = {name: configs[name].data for name in results}
+    places = {name: d.heldout_path or d.path or d.mixture_text for name, d in data.items()}
+    texts = (" ".join(filter(None, (f"{name}:", data[name].source, places[name], hashes[name]))) for name in results)
+    return (
+        f"the held-out texts differ, so the rows cannot be compared ({printable('; '.join(texts))}); choose one text "
+        "for all runs, such as --data.source=text --data.path=FOLDER"
+    )
 
 
 def _records(kind: str, name: str, loaded: Loaded, place: Path | None, words, say: Callable[[str], None]) -> Records:
@@ -346,13 +374,15 @@ def main(argv: list[str] | None = None) -> int:
         place = places[name] = results_folder(run) if writes else None
         if place and (rows := read_metrics(run)):
             plots.plot_training({name: rows}, place / "training.png")
-        results[name] = _records(kind, name, loaded, place, words, say)
+        results[name], configs[name] = _records(kind, name, loaded, place, words, say), loaded.config
         if words.filtered and name == first:
             bias.report(loaded.model, loaded.config, Path(words.filtered), say)
     if not writes:
         return 0
     file = "length.png" if kind == "text" else "accuracy.png"
     bucket_name = "" if kind == "text" else task_of(configs[first]).bucket_name
+    if kind == "text" and (note := _note_of_texts(results, configs)):
+        say_error(note)
     _show(kind, results, bucket_name, words.plot or (places[first] and places[first] / file))
     return 0
 

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--from", dest="branch", metavar="RUN@STEP", help="continue from a checkpoint with a changed config"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the memory and time of a step; write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="compile the step; print its memory and work")
     parser.add_argument("--profile", action="store_true", help="write a trace of a few steps to RUN/profile")
     parser.add_argument("-h", "--help", action="store_true", help="show the options and the config fields")
     parser.add_process_options()

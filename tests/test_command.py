@@ -86,7 +86,8 @@ SUGGESTED = {
 def test_words_that_a_person_tries_are_answered(word, meant, capsys):
     for words in ([word, "3", "tiny"], ["tiny", f"{word}=3"]):
         assert train.main(words) == 2
-        assert capsys.readouterr().err == f"error: unknown option {word} (did you mean {meant!r}?)\n"
+        typed = f"--{meant}=VALUE" if "." in meant else repr(meant)
+        assert capsys.readouterr().err == f"error: unknown option {word} (did you mean {typed}?)\n"
 
 
 def test_values_follow_their_field_wherever_they_stand(capsys):

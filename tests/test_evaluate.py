@@ -199,12 +199,31 @@ def test_a_run_that_cannot_be_written_is_evaluated(runs, capsys, monkeypatch, tm
         (["--lengths="], "--lengths= must be whole numbers"),
         (["--lengths=0"], "--lengths=0 must be whole numbers"),
         (["--lengths=2,3"], "lengths=(2, 3): every length must divide the largest length, 3, not 2"),
+        (["--part=valid"], "--part=valid: runs that read text have only the held-out text; leave --part out"),
         (["--plot=no/folder/p.png"], "--plot=no/folder/p.png: no/folder is not a folder"),
     ],
 )
 def test_bad_words_are_one_line(runs, capsys, words, message):
     assert main([str(runs / "half"), *words]) == 1
-    assert f"error: {message}" in capsys.readouterr().err.splitlines()[-1]
+    error = capsys.readouterr().err
+    assert f"error: {message}" in error.splitlines()[-1]
+    assert "max-tokens" in words[0] or "reading the parameters" not in error
+
+
+def test_rows_of_different_texts_are_named(runs, capsys, tmp_path):
+    (tmp_path / "other.txt").write_text("another text " * 20)
+    words = ["--max-tokens=64", "--lengths=1", str(runs / "x/run"), str(runs / "half")]
+    assert main(words) == 0 and "cannot be compared" not in capsys.readouterr().err
+    other = shutil.copytree(runs / "half", tmp_path / "other")
+    tree = json.loads((other / "config.json").read_text())
+    tree["data"]["path"] = str(tmp_path / "other.txt")
+    (other / "config.json").write_text(json.dumps(tree))
+    assert main([*words, str(other)]) == 0
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("the held-out texts differ, so the rows cannot be compared (run: text ")
+    assert f"; other: text {tmp_path / 'other.txt'} " in said and said.endswith("--data.source=text --data.path=FOLDER")
+    assert main([*words, str(other), f"--data.path={tmp_path / 'other.txt'}"]) == 0
+    assert "cannot be compared" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("columns", [0, 1, 20, 40, 200])

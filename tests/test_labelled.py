@@ -270,7 +270,7 @@ def without(index: int, field: str):
         (
             lambda found: [row.update(label=row["id"] % 2) for row in found],
             {},
-            r"classes=3 must be 2, the number of",
+            r"classes=3 must be 2, the number of labels of .*: '0', '1'; data.unlabelled=LABEL leaves out",
         ),
         (lambda found: None, dict(tokenizer="none.json"), r"tokenizer='none.json' is neither 'byte' nor a readable"),
         (lambda found: None, dict(labels="none.json"), r"data.labels='none.json' cannot be read"),
@@ -355,6 +355,6 @@ def test_pairs_by_operators_are_pairs_of_logic(run):
 
 def test_models_that_read_something_else(tmp_path):
     path = write(tmp_path / "x.jsonl", rows())
-    with pytest.raises(ValueError, match="source='labelled' needs a classifier; this model reads a text"):
+    with pytest.raises(ValueError, match="source='labelled' needs a classifier; this model reads a text: use a config"):
         training_data(config(path, SutConfig(**SIZES)))
     assert with_vocabulary(config(path)).model.V == task_of(config(path)).ids["V"]

@@ -334,7 +334,9 @@ def bad_runs(tmp_path, uninterrupted):
     yield ["CONFIG", "--from", f"{uninterrupted[0]}@7", "--run", str(tmp_path / "b")], "no checkpoint of step 7"
     yield ["CONFIG", "--from", f"{uninterrupted[0]}@4", "--run", str(uninterrupted[0])], "name the same folder"
     yield ["CONFIG", "--init-from", str(tmp_path)], "nor a model on the hub (org/name): it has no config.json"
-    yield ["CONFIG", "--init-from", str(tmp_path / "none")], "nor a model on the hub (org/name): it does not exist"
+    nowhere, missing = ["--init-from", str(tmp_path / "none")], "nor a model on the hub (org/name): it does not exist"
+    yield ["CONFIG", *nowhere], missing
+    yield ["CONFIG", "--data.source=text", f"--data.path={tmp_path / 'none.txt'}", *nowhere], missing
     yield ["CONFIG", "--model.implementation=mosaic"], "implementation mosaic: needs compute capability 9.0, found cpu"
     yield ["CONFIG", "--model.implementation=xal"], "did you mean 'xla'?"
 

@@ -76,7 +76,8 @@ class Parser(argparse.ArgumentParser):
         for word in rest:
             name = word.partition("=")[0]
             if word.startswith("-") and "." not in name:
-                raise UsageError(f"unknown option {name}{suggestion(name, [*_options(self), *field_names()])}")
+                names = [*_options(self), *field_names()]
+                raise UsageError(f"unknown option {name}{suggestion(name, names, show=_as_typed)}")
         return found, rest
 
 
@@ -121,6 +122,11 @@ def _options(parser: argparse.ArgumentParser) -> list[str]:
             parsers += action.choices.values()
     actions = [action for one in parsers for action in one._actions]
     return [name for action in actions for name in (action.option_strings or [action.metavar or action.dest])]
+
+
+def _as_typed(name: str) -> str:
+    """Return an option or argument as it is typed: a config field becomes "--section.field=VALUE"."""
+    return f"--{name}=VALUE" if "." in name else repr(name)
 
 
 def command(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:

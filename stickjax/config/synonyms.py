@@ -7,7 +7,7 @@ if there is one.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 # {config field or option: names of the same setting in other programs}
 SYNONYMS = {
@@ -55,8 +55,10 @@ SYNONYMS = {
 _MEANT = {word: name for name, words in SYNONYMS.items() for word in words.split()}
 
 
-def suggestion(word: str, names: Iterable[str]) -> str:
+def suggestion(word: str, names: Iterable[str], show: Callable[[str], str] = repr) -> str:
     """Return the text ' (did you mean X?)' for a word that is not one of `names`, or '' if there is no suggestion.
+
+    `show` is a function that converts a name to its text in the suggestion.
 
     >>> suggestion("--batch-size", ["data.B", "data.T"]), suggestion("steps", ["train.steps", "train.seed"])
     (" (did you mean 'data.B'?)", " (did you mean 'train.steps'?)")
@@ -77,7 +79,7 @@ def suggestion(word: str, names: Iterable[str]) -> str:
         near = begun[:1] or difflib.get_close_matches(word, names, n=1, cutoff=0.7)
         near = near or difflib.get_close_matches(plain, by_end, n=1)
         found = by_end.get(near[0], near) if near else []
-    return f" (did you mean {' or '.join(map(repr, found))}?)" if found else ""
+    return f" (did you mean {' or '.join(map(show, found))}?)" if found else ""
 
 
 def _plain(name: str) -> str:

@@ -248,7 +248,8 @@ def text_data(config: Config) -> TrainingData:
         )
     if d.source == "labelled":
         raise ValueError(
-            "source='labelled' needs a classifier; this model reads a text: set data.source=text, for example"
+            "source='labelled' needs a classifier; this model reads a text: use a config such as sut_logic or "
+            "om_logic, or set data.source=text"
         )
     corpora, heldout = load_corpora(d)
     loader = lambda index, count: train_loader(corpora, d, process_index=index, process_count=count)  # noqa: E731

@@ -73,11 +73,7 @@ def heldout_windows(
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
-    for m in lengths:
-        if m < 1:
-            raise ValueError(f"lengths={lengths}: every length must be at least 1, got {m}")
-        if (largest := max(lengths)) % m:
-            raise ValueError(f"lengths={lengths}: every length must divide the largest length, {largest}, not {m}")
+    check_lengths(lengths)
     eot, bos, ends = corpus.tokenizer.eot, corpus.tokenizer.bos, document_ends(corpus.tokens, corpus.tokenizer.eot)
     starts = np.append(0, ends[:-1])
     if bos is not None:
@@ -104,6 +100,15 @@ def heldout_windows(
     # The bytes of a window: decode it with the token before its first target, then subtract the bytes of that token.
     count = corpus.tokenizer.count_bytes
     return EvalWindows(tokens, targets, T, kept, sum(count(window) - count(window[:1]) for window in windows))
+
+
+def check_lengths(lengths: tuple[int, ...]) -> None:
+    """Raise ValueError if a length is below 1 or does not divide the largest length."""
+    for m in lengths:
+        if m < 1:
+            raise ValueError(f"lengths={lengths}: every length must be at least 1, got {m}")
+        if (largest := max(lengths)) % m:
+            raise ValueError(f"lengths={lengths}: every length must divide the largest length, {largest}, not {m}")
 
 
 def _parts(targets: np.ndarray, size: int, seed: int) -> Iterator[tuple[int, int, int]]:

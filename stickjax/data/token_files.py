@@ -54,9 +54,14 @@ def tokenize(source: str, out: str, tokenizer: str = "byte", text_field: str = "
       text_field: the name of the field in which a JSON object has its text, or of the column of a table.
       eot: the text of the added token that ends a document; None: it is found in the files of the tokenizer.
 
-    Raises ValueError if the text or the tokenizer cannot be read, or if a file cannot be written.
+    A token file with the same path is replaced.
+
+    Raises ValueError if the text or the tokenizer cannot be read, if the folder of `out` does not exist, or if a file
+    cannot be written.
     """
     encoder, (data_path, meta_path) = load_tokenizer(tokenizer, eot), token_paths(out)
+    if not data_path.parent.is_dir():
+        raise ValueError(f"{printable(data_path.parent)} is not a folder; make it first")
     dtype, digest = token_dtype(encoder.vocab_size), hashlib.sha256()
     count = dict(num_documents=0, num_tokens=0, num_bytes=0)
     partial = []

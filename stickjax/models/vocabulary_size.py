@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from stickjax.config import Config
+from stickjax.data.examples import task_of
 from stickjax.data.readers import READERS
 from stickjax.parallel.mesh import mesh_sizes
 
@@ -42,7 +43,12 @@ def with_vocabulary(config: Config, ids: Mapping[str, int] | None = None, device
             tensor = 1 if name == "classes" else mesh_sizes(config, devices)["tensor"]
             changes[f"model.{name}"] = -(-needed // tensor) * tensor
         elif name == "classes" and size != needed:
-            raise ValueError(f"classes={size} must be {needed}, the number of labels of {reader.source(config)}")
+            labels = ", ".join(map(repr, task_of(config).labels))
+            unlabelled = "; data.unlabelled=LABEL leaves out the rows with a label" * (config.data.source == "labelled")
+            raise ValueError(
+                f"classes={size} must be {needed}, the number of labels of {reader.source(config)}: "
+                f"{labels:.200}{unlabelled}"
+            )
         elif size < needed:
             raise ValueError(
                 f"{name}={size} is smaller than the {needed} ids of {reader.source(config)}; set {name} to at least "

@@ -22,6 +22,7 @@ from stickjax.models.vocabulary_size import with_sizes_of, with_vocabulary
 from stickjax.parallel import processes
 from stickjax.parallel.mesh import abstract_batch, make_mesh, rows_of_process, shard_batch
 from stickjax.storage.checkpoints import Checkpoints, all_finite, check_finite, named_leaves
+from stickjax.storage.hub import local_folder
 from stickjax.storage.run_config import PATH_FIELDS, check_config, read_config, with_own_files, write_config
 from stickjax.storage.run_folder import check_trained, load, with_shardings
 from stickjax.system.compiled import keep_compiled
@@ -253,7 +254,7 @@ def fit(
         or a new parameter is not finite. The last good checkpoint is kept.
       OSError: a checkpoint or the metrics could not be written.
     """
-    check_other_folder(branch, run)
+    _check_beginning(run, init_from, branch)
     keep_compiled(config.train.compilation_cache)
     config = with_own_files(run, config)
     data = training_data(config)
@@ -281,6 +282,13 @@ def fit(
             this.say(words)
         with stop_requests(progress) as this.asked:
             return _train(this, state, profile)
+
+
+def _check_beginning(run: str, init_from: str | None, branch: str | None) -> None:
+    """Raise ValueError, before the data is read, if `branch` names the run folder, or `init_from` is not a model."""
+    check_other_folder(branch, run)
+    if init_from is not None and not (Path(run) / "config.json").exists():  # a run that resumes does not need it
+        read_config(local_folder(init_from))
 
 
 def _check_start(config: Config, data: TrainingData) -> None:
