@@ -44,10 +44,10 @@ def with_vocabulary(config: Config, ids: Mapping[str, int] | None = None, device
             changes[f"model.{name}"] = -(-needed // tensor) * tensor
         elif name == "classes" and size != needed:
             labels = ", ".join(map(repr, task_of(config).labels))
-            unlabelled = "; data.unlabelled=LABEL leaves out the rows with a label" * (config.data.source == "labelled")
+            hint = "; data.unlabelled=LABEL leaves out the rows with a label" if config.data.source == "labelled" else ""
             raise ValueError(
                 f"classes={size} must be {needed}, the number of labels of {reader.source(config)}: "
-                f"{labels:.200}{unlabelled}"
+                f"{labels:.200}{hint}"
             )
         elif size < needed:
             raise ValueError(
