@@ -44,7 +44,7 @@ def with_vocabulary(config: Config, ids: Mapping[str, int] | None = None, device
             changes[f"model.{name}"] = -(-needed // tensor) * tensor
         elif name == "classes" and size != needed:
             labels = ", ".join(map(repr, task_of(config).labels))
-            hint = "; data.unlabelled=LABEL leaves out the rows with a label" if config.data.source == "labelled" else ""
+            hint = "; data.unlabelled=LABEL leaves out the rows of a label" if config.data.source == "labelled" else ""
             raise ValueError(
                 f"classes={size} must be {needed}, the number of labels of {reader.source(config)}: "
                 f"{labels:.200}{hint}"
