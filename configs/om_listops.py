@@ -3,7 +3,10 @@
 python -m stickjax.train configs/om_listops.py
 python -m stickjax.evaluate runs/om_listops
 
-We have not trained this config to its end yet, so no accuracy is stated here.
+The accuracy on test lists of at most 10, 20, 30, 40 and 50 tokens is 100, 99.8, 99.1, 99.5 and 99.4 percent, and 96.5
+percent on lists of 51 to 100 tokens (benchmarks/results/om_listops.json). The training lists have at most 50 tokens.
+Longer lists are harder: 69 percent up to 200 tokens, and 22 percent up to 400. At most 1024 lists were tested for each
+of these numbers. The training took 68 minutes of one CPU core, while the machine also did other work (2026-11-30).
 """
 
 from stickjax import Config, DataConfig, OptimConfig, TrainConfig
