@@ -19,6 +19,7 @@ from benchmarks import (
     gpu_decode,
     gpu_record,
     gpu_run,
+    long,
     report,
     stick_breaking,
 )
@@ -119,6 +120,17 @@ def test_quick_run(tmp_path, capsys):
     assert {row["contestant"] for row in rows} >= {"reference", "xla", "xla skip_below=-24", "limit: compute"}
     memory = {row["contestant"]: row["extra"]["MB"] for row in rows if "memory" in row["case"]}
     assert 0 < memory["xla"] < memory["reference"]
+
+
+def test_quick_long(monkeypatch):
+    """Long texts: both passes and decode steps of our attention and of softmax, and the largest weight dropped."""
+    monkeypatch.setattr(long, "torch_python", lambda: None)
+    rows = cli.cpu_rows("long", quick=True)
+    cases = {row.case for row in rows if row.contestant == long.OURS}
+    assert {"T=64 N=2 H=32 forward", "T=64 N=2 H=32 forward+backward", "decoding S=64 N=2 H=32"} <= cases
+    assert {row.contestant for row in rows if row.best} == {long.OURS, long.JAX}
+    (dropped,) = (row for row in rows if row.contestant == "largest dropped weight")
+    assert dropped.holds
 
 
 def test_quick_experts():

@@ -46,8 +46,7 @@ def with_vocabulary(config: Config, ids: Mapping[str, int] | None = None, device
             labels = ", ".join(map(repr, task_of(config).labels))
             hint = "; data.unlabelled=LABEL leaves out the rows of a label" if config.data.source == "labelled" else ""
             raise ValueError(
-                f"classes={size} must be {needed}, the number of labels of {reader.source(config)}: "
-                f"{labels:.200}{hint}"
+                f"classes={size} must be {needed}, the number of labels of {reader.source(config)}: {labels:.200}{hint}"
             )
         elif size < needed:
             raise ValueError(
