@@ -105,7 +105,7 @@ def prune(
 
     The weights of every layer have room for as many modules as the layer that keeps the most; unused room is zeros. The
     router of a layer has one column for each module. If some columns have no module any more, routers have a parameter
-    `slot`: `slot[c]` is the index of the module of column c in the weights of the layer, or -1 if there is none.
+    `slot`. Its entry slot[c] is the index of column c's module in the weights of the layer, or -1 if there is none.
 
     Args:
       model: a trained model. `merged` first appends modules that `extend` added to the arrays of the old modules.
