@@ -123,7 +123,7 @@ def test_quick_run(tmp_path, capsys):
 
 
 def test_quick_long(monkeypatch):
-    """Long texts: both passes and decode steps of our attention and of softmax, and the largest weight dropped."""
+    """The benchmark of long texts measures both passes, decode steps, and the largest dropped weight."""
     monkeypatch.setattr(long, "torch_python", lambda: None)
     rows = cli.cpu_rows("long", quick=True)
     cases = {row.case for row in rows if row.contestant == long.OURS}

@@ -143,7 +143,7 @@ def test_steps_are_those_of_one_device(name, mesh):
 
 
 def test_accumulation_on_a_mesh():
-    """With microbatches on a mesh, the metrics and parameters are the same as on one device.
+    """A step with microbatches gives the same metrics and parameters on a mesh as on one device.
 
     The router losses are means over a microbatch, so the run on one device uses the same microbatches.
     """

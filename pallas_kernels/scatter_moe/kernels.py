@@ -63,8 +63,8 @@ class Kernels(Protocol):
         """
 
     def d_activated(self, activation: str, d_out, source, weight, tasks: Tasks, h, gates) -> tuple:
-        """Compute the backward pass of gate * act(h) @ weight[e], the output of one expert in `expert_mlp` without its
-        bias.
+        """Compute the backward pass of gate * act(h) @ weight[e], the output of one expert in `expert_mlp` before its
+        bias b_out is added.
 
         h is the pre-activation, with rows sorted by expert. `weight` [E, F, D] is w_out of `expert_mlp`, and
         d_out [T, D] is the cotangent of its output. Row i of the tiles in `tasks` belongs to token source[i] and expert
