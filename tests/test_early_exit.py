@@ -14,6 +14,7 @@ from cases import STICK, STICK_IMPLEMENTATIONS, Stick
 from test_stick_breaking import QUICK, REFERENCE, attend, check
 
 from pallas_kernels import Stats, stick_breaking_attention
+from pallas_kernels.stick_breaking.call import share_of
 
 SKIP = {"implementation": "xla", "tiles": (16, 16), "skip_below": -24.0}
 
@@ -111,6 +112,16 @@ def test_without_a_threshold_every_tile_is_kept():
         if "skip_below" not in options:
             *_, stats = attend(*STICK["plain"].arrays(), return_stats=True, **options)
             assert isinstance(stats, Stats) and stats.kept.shape == (2, 2) and (stats.kept == 1).all()
+
+
+def test_the_share_of_all_tiles_is_exactly_one():
+    """XLA turns a division by a constant into a product, which would give 0.99999994 for 55 of 55 tiles."""
+    n = np.arange(1, 300, dtype=np.float32)
+    rounded = n[n * (1 / n) != 1]
+    assert len(rounded) >= 10
+    for total in (0, *rounded[:10].astype(int).tolist()):
+        assert float(jax.jit(partial(share_of, total=total))(jnp.int32(total))) == 1
+    assert float(jax.jit(partial(share_of, total=55))(jnp.int32(19))) == pytest.approx(19 / 55)
 
 
 @pytest.mark.parametrize("S", [4096, 4099])

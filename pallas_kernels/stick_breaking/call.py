@@ -81,6 +81,15 @@ class Stats(NamedTuple):
     kept: jax.Array
 
 
+def share_of(computed, total) -> jax.Array:
+    """Return the share of the key tiles that were computed: `computed` / `total` in float32, and 1 if `total` is 0.
+
+    If all tiles were computed, the share is exactly 1. The division itself does not give this: XLA may replace it by a
+    multiplication with 1 / `total`, and 55 * (1 / 55) is 0.99999994 in float32.
+    """
+    return 1 - (total - computed).astype(jnp.float32) / jnp.maximum(total, 1).astype(jnp.float32)
+
+
 def letters(call: Call) -> Letters:
     """Return the letters of the axes of all arrays of `stick_breaking_attention`, and which axes may be sharded.
 

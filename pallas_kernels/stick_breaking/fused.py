@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import platform
-from .call import Call
+from .call import Call, share_of
 from .kernels import Kernels, Plan
 from .key_ranges import key_tile_ranges
 
@@ -175,8 +175,7 @@ def _share_visited(plan: Plan, key_ranges, reached):
         return jnp.ones((plan.B, plan.K), jnp.float32)
     stop, start = key_ranges[:, None, :, 0], key_ranges[:, None, :, 3]
     visited = jnp.where(stop > start, stop - reached, 0).reshape(plan.B, plan.K, -1).sum(-1)
-    in_reach = (stop - start).sum(-1) * (plan.N // plan.K)
-    return jnp.where(in_reach == 0, 1, visited / jnp.maximum(in_reach, 1)).astype(jnp.float32)
+    return share_of(visited, (stop - start).sum(-1) * (plan.N // plan.K))
 
 
 # Decoding. The query heads that share a key head are the rows of one tile. The keys are split over several blocks.
@@ -262,9 +261,8 @@ def _decode(kernels: Kernels, call: Call):
         nothing = jnp.zeros_like(query, jnp.float32, (B, K, plan.rows, Hv))
         state = ROUND // plan.key_tile, stop, nothing, zeros
         _, reached, out, log_decay = lax.while_loop(has_next_round, attend_next_round, state)
-        in_reach = (stop - start).sum(-1)
-        share = jnp.where(in_reach == 0, 1, (stop - reached).sum(-1) / jnp.maximum(in_reach, 1))
-        kept = jnp.broadcast_to(share.astype(jnp.float32)[:, None], (B, K))
+        share = share_of((stop - reached).sum(-1), (stop - start).sum(-1))
+        kept = jnp.broadcast_to(share[:, None], (B, K))
     out = jnp.moveaxis(out.reshape(B, K, T, G, Hv), 2, 1).reshape(B, T, N, Hv)
     log_rem = -LN2 * jnp.moveaxis(log_decay.reshape(B, K, T, G), 2, 1).reshape(B, T, N)
     return out.astype(call.value.dtype), log_rem, kept

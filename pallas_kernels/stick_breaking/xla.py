@@ -22,7 +22,7 @@ from jax import lax
 from .. import platform
 from ..arguments import sum_type
 from . import tile
-from .call import Call
+from .call import Call, share_of
 from .xla_reach import long_tiles, loop_of, reach_of
 
 _SHORT_ROWS = 64  # queries of a query tile of a short call (`_is_short`)
@@ -332,8 +332,7 @@ def _long_forward(call: Call, reach):
 
     outs, sticks, kept = lax.map(query_tile, jnp.arange(t.count))
     outs, sticks = (jnp.moveaxis(x, 0, 1).reshape(G, t.count * t.rows, *x.shape[3:])[:, :T] for x in (outs, sticks))
-    in_reach = (reach[1] - reach[0]).sum()
-    return outs, sticks, jnp.where(in_reach == 0, 1, kept.sum() / jnp.maximum(in_reach, 1)).astype(jnp.float32)
+    return outs, sticks, share_of(kept.sum(), (reach[1] - reach[0]).sum())
 
 
 def _long_backward(call: Call, reach, d_out, d_log_rem):
