@@ -1,7 +1,8 @@
 # make demo          train, evaluate and sample configs/tiny.py on the standard library's source (3 minutes, 2 cores)
 # make demo-compare  also train its softmax + RoPE variant, and plot the length curves of both in one picture
-# make test          run ruff and the test suite
-# make test-all      also run more cases of the same behaviours, such as all calls of the kernels in interpreters
+# make test          run ruff and the test suite: every behaviour once
+# make test-exhaustive  run more cases of the same behaviours, such as all calls of the kernels in interpreters
+# make test-all      both
 # make test-large    test the conversion of a model of eight billion parameters (17 GB of disk, some minutes)
 # make test-oldest   run the fast tests with the oldest allowed JAX
 # make test-absent   compile the GPU kernels and steps on 8 and 64 GPUs without a GPU; needs the CUDA wheels (3.4 GB)
@@ -13,7 +14,7 @@
 # make docs          build the documentation as HTML, in docs/_build/html; a warning is an error
 # make lint          run ruff
 
-.PHONY: demo demo-compare test test-all test-large test-oldest test-absent test-ptx test-triton test-torch test-install
+.PHONY: demo demo-compare test test-exhaustive test-all test-large test-oldest test-absent test-ptx test-triton test-torch test-install
 .PHONY: docs lint clean
 SHELL := /bin/bash
 RUN := .venv/bin/python
@@ -34,10 +35,12 @@ demo-compare: demo
 
 test: .venv/.test
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest $(PARALLEL)
+	$(RUN) -m pytest $(PARALLEL) --durations=10
 
-test-all: .venv/.test
-	$(RUN) -m pytest $(PARALLEL) -m "not large"
+test-exhaustive: .venv/.test
+	$(RUN) -m pytest $(PARALLEL) -m exhaustive
+
+test-all: test test-exhaustive
 
 test-large: .venv/.test
 	$(RUN) -m pytest -m large tests/test_convert.py
