@@ -20,10 +20,10 @@ from stickjax.storage.hugging_face import names
 
 ORACLES = Path(__file__).parent / "oracles"
 FOLDERS = sorted(path.parent for kind in ("hf", "moduleformer") for path in ORACLES.glob(f"{kind}/*/config.json"))
-# The folders whose models differ in kind: every layer, gate and router loss of the originals is in one of them.
+# Folders that differ in kind. Every layer and router loss of the originals is in one of them; jetmoe has a linear gate.
 GRADIENTS = (
-    "multihead", "linear_gate", "jetmoe", "granitemoeshared", "qwen3_moe", "stickbreaking_attn_norm_bias_current_tied",
-    "llama3_rope_tied", "granite_untied",
+    "multihead", "gmm_gate", "switch_loss", "jetmoe", "granitemoeshared", "qwen3_moe",
+    "stickbreaking_attn_norm_bias_current_tied", "llama3_rope_tied",
 )  # fmt: skip
 GREEDY = "jetmoe", "granitemoeshared", "qwen3_moe", "stickbreaking_attn_norm_bias_current_tied", "granite_tied"
 EXHAUSTIVE = {

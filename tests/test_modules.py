@@ -48,7 +48,7 @@ def model():
     return first(CONFIG)
 
 
-# Optimised programs of small and of large layers differ most; 16 experts are a whole number of vectors.
+# Users run optimised programs. One case without optimisation is enough to test such programs, too.
 EXHAUSTIVE = {
     "test_probabilities_keep_their_bits": lambda compiled, E, new: (
         (compiled, E) not in (("optimised", 5), ("optimised", 16), ("optimised", 8), ("quick", 6))
