@@ -19,15 +19,15 @@ import jax, jax.numpy as jnp
 
 @jax.jit
 def step(x):  # a temporary array of 64 MB, which is more than an arena of a thread keeps
-    table = jnp.tanh(x[:, None] * x)
+    table = jnp.maximum(x[:, None], x)
     return (table @ x) @ (x @ table)
 
 x = jnp.arange(4096.0)
-for i in range(50):  # a step may begin before the memory of the last one is free, so the first steps need more
+for i in range(40):  # a step may begin before the memory of the last one is free, so the first steps need more
     if i == 30:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step(x).block_until_ready()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 20)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 10)
 """
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -203,7 +203,8 @@ def test_heads_of_a_model_are_those_it_attends_with():
     tokens = jax.random.randint(jax.random.key(1), (50,), 0, 257)
     heads = recipe.of_model(model, tokens)
     assert heads.query.shape == heads.key.shape == (8, 50, 8)
-    cached = model(tokens[None], cache=empty_cache(model.config, 1, 50)).cache.key  # [L,1,T,K,H]
+    full = jax.jit(lambda model: model(tokens[None], cache=empty_cache(model.config, 1, 50)))
+    cached = full(model).cache.key  # [L,1,T,K,H]
     every = jnp.repeat(cached[:, 0], 2, axis=2).swapaxes(1, 2).reshape(8, 50, 8)
     assert_close(heads.key, every, FORWARD["float32"], "keys")
     block = jax.tree.map(lambda p: p[0], model.blocks)

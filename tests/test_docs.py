@@ -53,6 +53,19 @@ def registries():
         registry.update(content)
 
 
+# The calls on these pages are those of tests/test_ordered_memory.py and tests/test_latent_tree.py.
+EXHAUSTIVE = {
+    "test_the_python_of_a_page_runs": lambda name: name.endswith(("ordered_memory.md", "guides/latent_trees.md"))
+}
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_the_imports_of_a_page_work(name):
+    tree = ast.parse("\n".join(text for kind, text in blocks(name) if kind == "python"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    exec(compile(ast.Module(imports, []), name, "exec"), {})
+
+
 @pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize("name", RUN)
 def test_the_python_of_a_page_runs(name, tmp_path, monkeypatch):

@@ -221,23 +221,30 @@ def test_annotations_hold():
 from jaxtyping import TypeCheckError, install_import_hook
 with install_import_hook("pallas_kernels", "beartype.beartype"):
     import pallas_kernels as pk
-import jax.numpy as jnp
-q, k = jnp.ones((2, 8, 4, 8)), jnp.ones((2, 8, 2, 8))
-ids = jnp.zeros((2, 8), int)
-for offset in (3, jnp.asarray(3), jnp.asarray([3, 0]), None):
-    out, rem = pk.stick_breaking_attention(
-        q, k, k, segment_ids=ids, key_segment_ids=ids, query_offset=offset,
-        scale=0.1, window=3, skip_below=-9.0, tiles=(4, 4),
-    )
-pk.merge_stick_breaking((out, rem), (out, rem))
-pk.stick_breaking_attention(q, k, k, scale=jnp.asarray(0.1), implementation=("xla", "reference"), return_stats=True)
-x, g, w = jnp.ones((5, 8)), jnp.ones((5, 2)), jnp.ones((3, 8, 8))
-r = pk.route(jnp.zeros((5, 2), int), 3)
-pk.expert_mlp(x, w, w[:, :4], r, g, b_in=w[:, 0], b_out=w[:, 0], implementation="xla")
-y = pk.expert_linear(x, w, r, grouped_out=True)
-pk.expert_linear(y, w, r, grouped_in=True, gates=g, bias=w[:, 0])
+import jax, jax.numpy as jnp
+
+def calls():
+    q, k = jnp.ones((2, 8, 4, 8)), jnp.ones((2, 8, 2, 8))
+    ids = jnp.zeros((2, 8), int)
+    for offset in (3, jnp.asarray(3), jnp.asarray([3, 0]), None):
+        out, rem = pk.stick_breaking_attention(
+            q, k, k, segment_ids=ids, key_segment_ids=ids, query_offset=offset,
+            scale=0.1, window=3, skip_below=-9.0, tiles=(4, 4),
+        )
+    pk.merge_stick_breaking((out, rem), (out, rem))
+    scale = jnp.asarray(0.1)
+    pk.stick_breaking_attention(q, k, k, scale=scale, implementation=("xla", "reference"), return_stats=True)
+    x, g, w = jnp.ones((5, 8)), jnp.ones((5, 2)), jnp.ones((3, 8, 8))
+    r = pk.route(jnp.zeros((5, 2), int), 3)
+    pk.expert_mlp(x, w, w[:, :4], r, g, b_in=w[:, 0], b_out=w[:, 0], implementation="xla")
+    y = pk.expert_linear(x, w, r, grouped_out=True)
+    pk.expert_linear(y, w, r, grouped_in=True, gates=g, bias=w[:, 0])
+
+jax.eval_shape(calls)  # the checks run while JAX traces
+q = jnp.ones((2, 8, 4, 8))
+pk.stick_breaking_attention(q, q, q)
 try:
-    pk.stick_breaking_attention(q[0], k, k)
+    pk.stick_breaking_attention(q[0], q, q)
 except TypeCheckError:
     pass
 else:

@@ -1,6 +1,7 @@
 """Test the mixture of attention heads, against a loop over its experts and against the original layer."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -57,25 +58,32 @@ def every_expert(layer, x):
     ids=["two-heads", "all-chosen", "one-chosen"],
 )
 def test_outputs_and_gradients_are_those_of_a_loop_over_experts(changes):
-    layer = MixtureOfHeads(ModelConfig(**SIZES | changes), jax.random.key(0))
-    x = jax.random.normal(jax.random.key(1), (2, 9, 16))
-    (y, vjp), (expected, vjp_expected) = (
-        jax.vjp(f, layer, x) for f in (lambda layer, x: layer(x, Context(None, None, None, 0))[0], every_expert)
+    layer = jax.jit(lambda: MixtureOfHeads(ModelConfig(**SIZES | changes), jax.random.key(0)))()
+    x, cotangent = jax.random.normal(jax.random.key(1), (2, 2, 9, 16))
+
+    @partial(jax.jit, static_argnums=0)
+    def output_and_gradients(f, layer, x):
+        y, vjp = jax.vjp(f, layer, x)
+        return y, vjp(cotangent)
+
+    (y, gradients), (expected, wanted) = (
+        output_and_gradients(f, layer, x)
+        for f in (lambda layer, x: layer(x, Context(None, None, None, 0))[0], every_expert)
     )
     assert_close(y, expected, FORWARD["float32"])
-    cotangent = jax.random.normal(jax.random.key(2), y.shape)
-    for a, b in zip(jax.tree.leaves(vjp(cotangent)), jax.tree.leaves(vjp_expected(cotangent)), strict=True):
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
         assert_close(a, b, 3 * GRADIENT["float32"])
 
 
 def test_padding_runs_no_expert():
-    layer = MixtureOfHeads(ModelConfig(**SIZES, N=4, K=2, attention_experts=ExpertsConfig(E=3)), jax.random.key(0))
+    config = ModelConfig(**SIZES, N=4, K=2, attention_experts=ExpertsConfig(E=3), implementation="reference")
+    layer = jax.jit(lambda: MixtureOfHeads(config, jax.random.key(0)))()
     x = jax.random.normal(jax.random.key(1), (1, 8, 16))
     segments = jnp.array([[-1, -1, 0, 0, 0, 0, 0, -1]])
     real = segments >= 0
-    y, _, sums = layer(x, Context(segments, segments, None, 0), None, real)
+    y, _, sums = jax.jit(lambda layer: layer(x, Context(segments, segments, None, 0), None, real))(layer)
     assert (y[0, [0, 1, 7]] == 0).all() and (jnp.abs(y[0, 3:7]).max(-1) > 0).all()
-    alone, _, alone_sums = layer(x[:, 2:7], Context(None, None, None, 0))
+    alone, _, alone_sums = jax.jit(lambda layer: layer(x[:, 2:7], Context(None, None, None, 0)))(layer)
     assert_close(y[:, 2:7], alone, FORWARD["float32"])
     np.testing.assert_allclose(router_stats(sums).load, router_stats(alone_sums).load, rtol=1e-6)
 
@@ -90,7 +98,7 @@ def test_the_shared_heads_are_those_of_the_original_layer():
         pad, aux = jnp.asarray(arrays["pad"]), arrays["aux"]
         p = {name.removeprefix("param/"): arrays[name] for name in arrays.files if name.startswith("param/")}
     config = SutConfig(D=32, K=1, H=8, attention_experts=ExpertsConfig(6, 2))
-    layer = SharedHeads(config, jax.random.key(0), causal=False, relative=False)
+    layer = jax.jit(lambda: SharedHeads(config, jax.random.key(0), causal=False, relative=False))()
     weights = {
         f"expert_{name}": p[f"q_proj.{w}"] for name, w in dict(query="experts.w", output="output_experts.w").items()
     }
@@ -102,7 +110,7 @@ def test_the_shared_heads_are_those_of_the_original_layer():
     chosen, gates = choose_experts(logits, 2, "softmax_topk")
     chosen = jnp.where(real[:, None], chosen, 6)
     segments = jnp.where(pad, -1, 0)
-    y = layer(x, route(chosen, 6), gates, x, Context(segments, segments, None, 0))
+    y = jax.jit(lambda layer: layer(x, route(chosen, 6), gates, x, Context(segments, segments, None, 0)))(layer)
     assert_close(y, out, FORWARD["float32"])
     stats = router_stats(router_sums(logits, chosen, real))
     everywhere = jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean()  # the original's z loss counts padding as well
@@ -141,7 +149,7 @@ def test_shared_heads_are_softmax_attention_of_every_expert(kind):
         gate = (gates * (chosen == e)).sum(-1).reshape(B, T, 1)
         expected += gate * (heads @ layer.expert_output[...][e])
     context = Context(jnp.zeros((B, T), int), key_segments, None, 0)
-    y = layer(x, route(chosen, 3), gates, source, context)
+    y = jax.jit(lambda layer: layer(x, route(chosen, 3), gates, source, context))(layer)
     assert_close(y, expected, FORWARD["float32"])
     assert (y[:, 3] == 0).all()
 
@@ -155,11 +163,12 @@ def test_training_balances_both_routers():
         **SIZES,
         N=4,
         K=2,
+        implementation="reference",
         experts=ExpertsConfig(E=4, k=2, bias_rate=0.01, switch_weight=0.1),
         attention_experts=ExpertsConfig(E=4, bias_rate=0.01, switch_weight=0.1),
     )
     config = Config(model=model).replace({"data.T": 8, "data.B": 2, "train.steps": 2, "train.accumulate": 2})
-    state = init_state(config, jax.random.key(0))
+    state = jax.jit(partial(init_state, config))(jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 31)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_mask": jnp.ones((2, 8), bool)}
     before = jax.tree.map(jnp.copy, state.params)

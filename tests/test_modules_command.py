@@ -1,5 +1,7 @@
 """The command line can add, freeze and prune modules (experts), and train a model so that it uses few modules."""
 
+import contextlib
+import io
 import json
 import os
 from types import SimpleNamespace
@@ -13,41 +15,55 @@ from stickjax import train
 from stickjax.config import Config, DataConfig, OptimConfig, TrainConfig
 from stickjax.storage.checkpoints import named_leaves
 from stickjax.storage.run_folder import load
-from stickjax.surgery import TRAINABLE, concentrate
+from stickjax.surgery import TRAINABLE
 from stickjax.surgery.__main__ import main
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Train a tiny model for two steps on two generated tasks; return a temporary folder and the run folder in it."""
+    """Train a tiny model for three steps on two generated tasks; return a temporary folder and the run folder in it.
+
+    The biases that balance its routers have moved.
+    """
     folder = tmp_path_factory.mktemp("modules")
     data = DataConfig(source="logic,recall", examples=300, T=24, B=2)
     optim = OptimConfig(schedule="constant", peak_lr=0.01)
-    config = Config(CONFIG, data, optim, TrainConfig(steps=2, log_every=1))
+    config = Config(CONFIG, data, optim, TrainConfig(steps=3, log_every=1))
+    config = config.replace({f"model.{name}.bias_rate": 0.1 for name in config.model.mixtures()})
     train.fit(config, str(folder / "base"), quiet=True)
     return SimpleNamespace(folder=folder, base=str(folder / "base"))
 
 
-def test_extend_then_train(trained, tmp_path, capsys):
-    out, new = str(tmp_path / "out"), str(tmp_path / "new")
-    assert main(["extend", trained.base, out, "--experts", "2", "--attention-experts=1", "--train.steps=1"]) == 0
-    assert f"--init-from {out}" in capsys.readouterr().out
-    base, extended = load(trained.base).model, load(out)
-    assert (extended.step, extended.config.train.steps, extended.config.optim.trainable) == (0, 1, TRAINABLE["frozen"])
-    assert not list(tmp_path.glob("*.tmp"))
+@pytest.fixture(scope="module")
+def grown(trained, tmp_path_factory):
+    """Add modules to the model of `trained`, and train them for one step.
+
+    Return the folders `out` of the extended and `new` of the trained model, and what the first command says.
+    """
+    folder = tmp_path_factory.mktemp("grown")
+    out, new = str(folder / "out"), str(folder / "new")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main(["extend", trained.base, out, "--experts", "2", "--attention-experts=1", "--train.steps=1"]) == 0
+    assert not list(folder.glob("*.tmp"))
     assert train.main([f"{out}/config.json", "--run", new, "--init-from", out, "--data.source=logic"]) == 0
-    learned, old = named_leaves(load(new).model), named_leaves(base)
+    return SimpleNamespace(out=out, new=new, said=said.getvalue())
+
+
+def test_extend_then_train(trained, grown, tmp_path):
+    assert f"--init-from {grown.out}" in grown.said
+    base, extended = load(trained.base).model, load(grown.out)
+    assert (extended.step, extended.config.train.steps, extended.config.optim.trainable) == (0, 1, TRAINABLE["frozen"])
+    learned, old = named_leaves(load(grown.new).model), named_leaves(base)
     for name, leaf in old.items():
-        same(learned[name], leaf)
+        # A selection bias has an entry for each new module, too.
+        same(learned[name][:, : leaf.shape[1]] if name.endswith("selection_bias") else learned[name], leaf)
     moved = [n for n in learned if n not in old and (learned[n] != named_leaves(extended.model)[n]).any()]
     assert len(moved) == 6
-    # A pruned model no longer has new modules, and a concentrated model is trainable as a whole.
-    pruned, few = (str(tmp_path / name) for name in ("pruned", "few"))
-    assert main(["prune", new, pruned, "--threshold=0.01", "--denominator=new", "--tokens=480"]) == 0
+    # A pruned model no longer has new modules, and is trainable as a whole.
+    pruned = str(tmp_path / "pruned")
+    assert main(["prune", grown.new, pruned, "--threshold=0.01", "--denominator=new", "--tokens=480"]) == 0
     config = load(pruned).config
     assert config.optim.trainable == "*" and config.model.experts.added == config.model.experts.pruned == 0
-    assert main(["concentrate", new, few, "--train.steps=1"]) == 0
-    assert load(few).config.optim.trainable == "*"
 
 
 def test_freeze_then_train(trained, tmp_path, capsys):
@@ -84,20 +100,15 @@ def test_prune_and_report(trained, tmp_path, capsys, monkeypatch):
     assert_close(np.sum(found["use"]["logic"]["ffn"], 1), [1.0, 1.0], FORWARD["float32"])
 
 
-def test_concentrate(trained, tmp_path):
-    out = str(tmp_path / "out")
-    assert main(["concentrate", trained.base, out, "--weight=0.5", "--train.steps=1", "--data.source=logic"]) == 0
-    for mixture in load(out).config.model.mixtures().values():
+def test_concentrate(grown, tmp_path):
+    """A concentrated model is trainable as a whole, but the biases that balance its routers no longer move."""
+    few = str(tmp_path / "few")
+    assert main(["concentrate", grown.new, few, "--weight=0.5", "--train.steps=1", "--data.source=logic"]) == 0
+    config = load(few).config
+    for mixture in config.model.mixtures().values():
         assert (mixture.concentration_weight, mixture.mi_weight, mixture.switch_weight) == (0.5, 0, 0)
-
-
-def test_concentration_stops_the_bias_that_balances(trained, tmp_path):
-    config = load(trained.base).config.replace({"train.steps": 1})
-    config = config.replace({f"model.{name}.bias_rate": 0.1 for name in config.model.mixtures()})
-    base, few = str(tmp_path / "base"), str(tmp_path / "few")
-    train.fit(config, base, quiet=True)
-    concentrate(base, few)
-    before, after = (named_leaves(load(run).model) for run in (base, few))
+    assert config.optim.trainable == "*,!*.selection_bias"
+    before, after = (named_leaves(load(run).model) for run in (grown.new, few))
     biases = [name for name in before if name.endswith("selection_bias")]
     assert len(biases) == 2 and all(before[name].any() for name in biases)
     for name in biases:

@@ -284,9 +284,9 @@ def config_file(tmp_path):
 
 
 def test_the_command(config_file, no_wheels, capsys):
-    assert command.main([config_file, "--devices=4", "--json"]) == 0
+    assert command.main([config_file, "--devices=2", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["mesh"]["fsdp"] == 4 and said["fits"] and said["mfu"]["overlapped"] > 0
+    assert said["mesh"]["fsdp"] == 2 and said["fits"] and said["mfu"]["overlapped"] > 0
     assert command.main([config_file, "--devices=2", "--sweep"]) == 0
     said = capsys.readouterr().out
     assert "fsdp=2" in said and "data=2" in said and "virtual CPU" in said

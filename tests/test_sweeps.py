@@ -218,7 +218,7 @@ def test_plots(tmp_path, coordinates):
 
 # The model itself
 
-TINY = SMALL.replace({"model.L": 1, "data.T": 32, "data.B": 4, "train.steps": 4})
+TINY = SMALL.replace({"model.L": 1, "data.T": 32, "data.B": 4, "train.steps": 4, "model.implementation": "reference"})
 EXPERTS = {
     "model.experts.E": 4,
     "model.experts.k": 2,
@@ -244,7 +244,7 @@ def test_at_width_differs_by_mup_alone():
 
 
 def test_activations_are_those_of_the_model():
-    config = SMALL.replace({"data.T": 32, "data.B": 2} | EXPERTS)
+    config = TINY.replace({"model.L": 2, "data.B": 2} | EXPERTS)
     batch = next(train_loader(load_corpus(config.data)[0], config.data))
     model = init(config.model, jax.random.key(0, impl="rbg"))
     seen = jax.jit(models.activations)(model, batch)
@@ -256,6 +256,10 @@ def test_activations_are_those_of_the_model():
     for i in range(2):
         branches = config.model.m_res * (seen[f"attention {i}"] + seen[f"ffn {i}"])
         np.testing.assert_allclose(streams[i] + branches, streams[i + 1], rtol=1e-4, atol=1e-4)
+
+
+# The small network above is dense, too.
+EXHAUSTIVE = {"test_the_model_keeps_its_activations_with_mup_only": lambda changes: not changes}
 
 
 @pytest.mark.parametrize("changes", [{}, EXPERTS], ids=["dense", "experts"])
@@ -350,8 +354,9 @@ def test_power_law_needs_whole_steps():
 @pytest.mark.slow
 def test_commands_on_the_model(tmp_path):
     tiny = ["--model.L=1", "--train.steps=2", "--data.T=16", "--out", str(tmp_path), "--rates=0.001,0.004,0.016"]
-    for command in ("coordinate", "learning-rate", "power-law"):
-        assert sweeps.main([command, "--widths=16,32", *tiny]) == 0
+    tiny += ["--model.D=16", "--model.H=4", "--model.F=16"]
+    for command, widths in (("coordinate", "16,32"), ("learning-rate", "16"), ("power-law", "16")):
+        assert sweeps.main([command, f"--widths={widths}", *tiny]) == 0
     assert len(list(tmp_path.iterdir())) == 6
 
 
