@@ -39,6 +39,7 @@ EXHAUSTIVE = {
     [
         "test_skipping_beside_a_tile_without_queries",
         "test_padding_does_not_keep_a_tile_from_stopping_early",
+        "test_the_gradient_of_the_scale_is_no_quotient_by_it",
         "test_far_keys_keep_their_weight_behind_a_long_row",
         "test_saturated_logits_give_the_limits_and_their_gradients",
         "test_shards_of_the_keys_join_forward_and_backward",

@@ -20,11 +20,14 @@ every_implementation = pytest.mark.parametrize("options", IMPLEMENTATIONS.values
 
 EXHAUSTIVE = {
     "test_saturated_logits_give_the_limits_and_their_gradients": lambda options, dtype: (
-        dtype != "float32" if options == IMPLEMENTATIONS["reference"] else "tiles" in options and dtype == "bfloat16"
+        dtype != "float32" and options != IMPLEMENTATIONS["xla"]
     ),
     # The other activations are parts of these. The implementations have the same activations, but other derivatives.
     "test_activations_of_large_hidden_units_have_finite_gradients": lambda activation, implementation: (
         activation not in (("swiglu", "geglu", "gelu", "relu2") if implementation == "xla" else ("geglu", "relu2"))
+    ),
+    "test_a_token_of_zeros_leaves_the_gradients_of_a_router_finite": lambda network, order: (
+        (network, order) not in (("linear", "topk_softmax"), ("gmm", "softmax_topk"))
     ),
 }
 
@@ -153,7 +156,7 @@ def test_activations_of_large_hidden_units_have_finite_gradients(activation, imp
 def test_a_vector_without_direction_has_no_gradient():
     x = jnp.array([[0.0, 0, 0], [1e-30, 0, 0], [3, 4, 0], [1e-10, 0, 0]])
     np.testing.assert_allclose(_unit(x, 1), [[0, 0, 0], [0, 0, 0], [0.6, 0.8, 0], [1, 0, 0]], rtol=1e-6)
-    gradient = jax.grad(lambda x: _unit(x, 1)[:, 0].sum())(x)
+    gradient = jax.jit(jax.grad(lambda x: _unit(x, 1)[:, 0].sum()))(x)
     np.testing.assert_allclose(gradient[:3], [[0, 0, 0], [0, 0, 0], [0.128, -0.096, 0]], rtol=1e-5)
     assert jnp.isfinite(gradient).all()
 

@@ -21,7 +21,7 @@ QUICK = {"xla_backend_optimization_level": 0}
 every_implementation = pytest.mark.parametrize("implementation", EXPERT_IMPLEMENTATIONS)
 
 
-# `make test` runs the cases that differ in kind. EXPERTS has cases of one size, which share a compiled program.
+# `make test` runs the cases that differ in kind. Cases of one size share a compiled program.
 HARD = "plain", "all-idle", "odd", "one-token", "no-tokens", "many-experts", "skewed", "one-takes-all", "some-idle"
 ORDERS = {
     "xla some-idle": ("token-token", "token-sorted", "sorted-token", "pair-pair", "sorted-sorted"),
@@ -44,8 +44,6 @@ EXHAUSTIVE = {
     "test_transformations": lambda implementation, T: (implementation == "xla") == (T == 5),
 }
 
-
-# The loop over experts.
 
 _erf = np.vectorize(math.erf, otypes=[float])
 
@@ -170,8 +168,13 @@ def test_every_activation(activation):
 def test_derivatives_of_activations(activation, x64):
     rng = np.random.default_rng(0)
     d, *halves = jnp.asarray(3 * rng.standard_normal((3 if activation in GATED else 2, 200)))
-    _, vjp = jax.vjp(partial(call.activate, activation), *halves)
-    for got, want in zip(call.d_activate(activation, d, *halves), vjp(d), strict=True):
+
+    @jax.jit
+    def both(d, *halves):
+        _, vjp = jax.vjp(partial(call.activate, activation), *halves)
+        return tuple(call.d_activate(activation, d, *halves)), vjp(d)
+
+    for got, want in zip(*both(d, *halves), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
 
 
@@ -231,9 +234,6 @@ def test_the_cases_reach_both_parts_of_the_algorithm():
             counts = np.bincount(case.indices().reshape(-1), minlength=case.E + 1)[: case.E]
             reached.add((C > 0, bool((counts > C).any())))
     assert {(True, False), (False, True), (True, True)} <= reached
-
-
-# One linear map, in every order of rows.
 
 
 def _sorted(indices):
@@ -452,7 +452,7 @@ def test_traced_indices_outside_of_the_experts_are_no_expert(implementation):
 
 @pytest.mark.parametrize("D", [8, xla._WIDE])
 def test_the_backward_pass_keeps_the_inputs_and_in_wide_models_the_pre_activation(D):
-    """The XLA implementation saves the inputs and the routing for the backward pass. It saves more if D is large.
+    """The XLA implementation saves the inputs and the routing for the backward pass.
 
     If D is large, it also saves the pre-activation, so that the backward pass need not compute it again.
     Under jax.checkpoint, the pre-activation is saved only if the checkpoint policy names `call.PRE_ACTIVATION`.
@@ -473,7 +473,8 @@ def test_the_backward_pass_keeps_the_inputs_and_in_wide_models_the_pre_activatio
         Also assert that every other saved array has the shape of an input or of the routing, or has one element.
         """
         inputs = {a.shape for a in (x, w_in, w_out, gates, gates.reshape(-1, 1), *jax.tree.leaves(routing))}
-        shapes = [a.shape for a in jax.tree.leaves(jax.vjp(f, x, w_in, w_out, gates)[1])]
+        kept = jax.eval_shape(lambda *arrays: jax.vjp(f, *arrays)[1], x, w_in, w_out, gates)
+        shapes = [a.shape for a in jax.tree.leaves(kept)]
         other = [s for s in shapes if s not in inputs and np.prod(s) > 1]
         assert set(other) <= {(T * k, 2 * F)}, other
         return len(other)
@@ -483,8 +484,9 @@ def test_the_backward_pass_keeps_the_inputs_and_in_wide_models_the_pre_activatio
     assert pre_activations(f) == pre_activations(jax.checkpoint(f, policy=named)) == wide
     assert pre_activations(jax.checkpoint(f)) == 0
 
-    found = differences(expert_mlp, x, w_in, w_out, routing, gates, implementation="xla")
-    assert found.ok, found
+    if wide:  # the other tests have small D
+        found = differences(expert_mlp, x, w_in, w_out, routing, gates, implementation="xla")
+        assert found.ok, found
 
 
 @pytest.mark.parametrize("after", [False, True])
