@@ -231,13 +231,14 @@ def is_exhaustive(op: str, implementation: str, transformation: str) -> bool:
     expert_linear and expert_mlp have the same rules of vmap and of partitioning. The reference is plain JAX.
     """
     kept = {
-        ("stick_breaking_attention", "reference"): ("`jvp`", "`scan`, `checkpoint`", "`shard_map`", "Explicit mesh"),
-        ("expert_mlp", "reference"): ("`jvp`", "`vmap`", "Auto mesh"),
-        ("expert_linear", "reference"): ("`jvp`",),
-        ("expert_linear", "xla"): ("`jit`, `grad`", "`jvp`", "Explicit mesh"),
+        ("stick_breaking_attention", "reference"): ("`jvp`", "`scan`, `checkpoint`", "`shard_map`"),
         ("stick_breaking_attention", "mosaic"): ("`jvp`", "`vmap`", "`shard_map`", "Explicit mesh"),
+        ("expert_linear", "reference"): ("`jvp`",),
+        ("expert_linear", "xla"): ("`jvp`", "Explicit mesh"),
         ("expert_linear", "mosaic"): ("`jvp`",),
-        ("expert_mlp", "mosaic"): ("`vmap`", "`scan`, `checkpoint`", "Auto mesh"),
+        ("expert_mlp", "reference"): ("`vmap`", "Auto mesh"),
+        ("expert_mlp", "xla"): ("`jvp`", "`vmap`", "`scan`, `checkpoint`", "`shard_map`", "Explicit mesh", "Auto mesh"),
+        ("expert_mlp", "mosaic"): ("`scan`, `checkpoint`", "Auto mesh"),
     }
     return transformation not in kept.get((op, implementation), TRANSFORMATIONS)
 
