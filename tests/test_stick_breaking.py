@@ -302,7 +302,7 @@ def test_packed_documents_are_the_documents_alone(options):
 
 @every_implementation
 def test_two_runs_are_bitwise_equal(options):
-    case = STICK["grouped-heads"]
+    case = STICK["everything"]
     arrays = case.arrays()
     cotangents = random_cotangents(arrays, skips=False)
     first, second = (results(arrays, case.options() | options, cotangents) for _ in range(2))
