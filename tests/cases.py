@@ -15,13 +15,13 @@ STICK_IMPLEMENTATIONS = {
     "xla-skip": {"implementation": "xla", "tiles": (24, 16), "skip_below": -100.0},
 }
 EXPERT_IMPLEMENTATIONS = ("xla", "reference")
-
+# Cases with the same sizes and options that are no arrays, such as "plain" and "saturated", share one compiled program.
 STICK = {
-    "plain": Stick(B=2),
+    "plain": Stick(T=70, B=2),
     "one-token": Stick(T=1),
     "odd-63": Stick(T=63),
     "odd-100": Stick(T=100, H=16),
-    "above-short": Stick(T=513, B=2, N=4, K=2),
+    "above-short": Stick(T=513, K=1),
     "grouped-heads": Stick(B=2, N=6, K=2),
     "one-key-head": Stick(N=4, K=1),
     "wide-values": Stick(H=8, Hv=20),
@@ -58,10 +58,10 @@ STICK = {
         window=33,
         attend_current=True,
     ),  # fmt: skip
-    "saturated": Stick(T=70, std=12.0, shift=-6.0),
-    "very-saturated": Stick(T=70, std=80.0),
-    "all-far": Stick(T=70, shift=-80.0),
-    "all-near": Stick(T=70, shift=80.0),
+    "saturated": Stick(T=70, B=2, std=12.0, shift=-6.0),
+    "very-saturated": Stick(T=70, B=2, std=80.0),
+    "all-far": Stick(T=70, B=2, shift=-80.0),
+    "all-near": Stick(T=70, B=2, shift=80.0),
 }
 
 
@@ -78,7 +78,7 @@ EXPERTS = {
     "one-expert": Experts(k=1, E=1),
     "many-experts": Experts(T=30, E=128, D=4, F=6),
     "empty-experts": Experts(T=40, E=9, used=3),
-    "skewed": Experts(T=130, E=8, share=0.6),
+    "skewed": Experts(T=150, E=8, share=0.6),
     "one-takes-all": Experts(T=150, E=8, share=1.0),
     "some-idle": Experts(T=60, share=0.3, idle=0.5),
     "all-idle": Experts(idle=1.0),

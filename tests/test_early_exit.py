@@ -133,7 +133,7 @@ def test_a_decode_step_copies_no_cache(S):
     assert memory.temp_size_in_bytes < S * 32 * 4
 
 
-@pytest.mark.parametrize("S", [48, 50, 63])
+@pytest.mark.parametrize("S", [50, *(pytest.param(S, marks=pytest.mark.exhaustive) for S in (48, 63))])
 def test_the_last_key_tile_may_be_partly_empty(S):
     """Keys that two key tiles read count once, in the results and in the gradients."""
     check(Stick(T=5, S=S, B=2, N=4, K=2), SKIP | {"skip_below": -1000.0})

@@ -12,6 +12,11 @@ from test_stick_breaking import expected
 from pallas_kernels import explain, platform
 
 DECODING = *DECODED, "T=3, S=1001"
+# The interpreter needs a long time. tests/test_kernels.py and `make test-ptx` have more odd sizes.
+EXHAUSTIVE = {
+    "test_attention_is_the_reference_forward_and_backward": lambda name: name != "prompts of unequal lengths",
+    "test_decoding_with_an_odd_cache_is_the_reference": lambda name: name != "T=1, S=1001",
+}
 
 
 @pytest.fixture
@@ -50,9 +55,9 @@ def test_decoding_with_an_odd_cache_is_the_reference(name, hopper):
 @pytest.mark.parametrize(
     "case, dtype",
     [
-        (Stick(T=131, N=1, H=20), "bfloat16"),
+        (Stick(T=13, N=1, H=20), "bfloat16"),
         (Stick(T=1, S=1001, N=4, K=2, H=64), "float32"),
-        (Stick(T=131, S=77, N=2, H=300), "float16"),
+        (Stick(T=13, S=7, N=2, H=300), "float16"),
         (Stick(T=1, N=1, H=1), "bfloat16"),
     ],
 )
@@ -68,8 +73,8 @@ def test_experts_without_a_name(hopper):
 
     All numbers are positive, so that sums over the choices do not cancel to nearly zero.
     """
-    check_mlp(Experts(T=131, k=2, E=1, D=7, F=5), None, dtype="bfloat16", positive=True)
+    check_mlp(Experts(T=67, k=2, E=1, D=7, F=5), None, dtype="bfloat16", positive=True)
 
 
 def test_linear_maps_without_a_name(hopper):
-    check_linear(Experts(T=131, k=2, E=3, D=9, F=20, idle=0.2), "token", "sorted", None, "bfloat16")
+    check_linear(Experts(T=31, k=2, E=3, D=9, F=20, idle=0.2), "token", "sorted", None, "bfloat16")

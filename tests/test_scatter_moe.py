@@ -21,7 +21,29 @@ QUICK = {"xla_backend_optimization_level": 0}
 every_implementation = pytest.mark.parametrize("implementation", EXPERT_IMPLEMENTATIONS)
 
 
-# The loop over experts.
+# `make test` runs the cases that differ in kind. Cases of one size share a compiled program.
+HARD = "plain", "all-idle", "odd", "one-token", "no-tokens", "many-experts", "skewed", "one-takes-all", "some-idle"
+ORDERS = {
+    "xla some-idle": ("token-token", "token-sorted", "sorted-token", "pair-pair", "sorted-sorted"),
+    "xla few-rows": ("token-token", "pair-sorted"),
+    "reference some-idle": ("token-sorted", "sorted-token", "pair-pair"),
+}
+EXHAUSTIVE = {
+    "test_mlp_is_the_loop_over_experts": lambda implementation, name: (
+        name not in (HARD if implementation == "xla" else ("odd", "no-tokens", "skewed", "some-idle"))
+    ),
+    # The other activations are parts of these, or are in another test of this file.
+    "test_every_activation": lambda activation: activation not in ("geglu", "reglu", "gelu"),
+    "test_half_precision": lambda implementation, dtype: (implementation == "xla") != (dtype == "bfloat16"),
+    "test_many_rows_are_taken_in_pieces": lambda E: E == 2,
+    "test_linear_in_every_order": lambda rows_in, rows_out, name, implementation: (
+        f"{rows_in}-{rows_out}" not in ORDERS[f"{implementation} {name}"]
+    ),
+    "test_rows_that_no_expert_reads_may_hold_anything": lambda T, implementation: T == 120 and implementation != "xla",
+    "test_routing_is_a_stable_sort": lambda name, wide: name not in (("skewed", "no-tokens") if wide else HARD),
+    "test_transformations": lambda implementation, T: (implementation == "xla") == (T == 5),
+}
+
 
 _erf = np.vectorize(math.erf, otypes=[float])
 
@@ -146,8 +168,13 @@ def test_every_activation(activation):
 def test_derivatives_of_activations(activation, x64):
     rng = np.random.default_rng(0)
     d, *halves = jnp.asarray(3 * rng.standard_normal((3 if activation in GATED else 2, 200)))
-    _, vjp = jax.vjp(partial(call.activate, activation), *halves)
-    for got, want in zip(call.d_activate(activation, d, *halves), vjp(d), strict=True):
+
+    @jax.jit
+    def both(d, *halves):
+        _, vjp = jax.vjp(partial(call.activate, activation), *halves)
+        return tuple(call.d_activate(activation, d, *halves)), vjp(d)
+
+    for got, want in zip(*both(d, *halves), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
 
 
@@ -207,9 +234,6 @@ def test_the_cases_reach_both_parts_of_the_algorithm():
             counts = np.bincount(case.indices().reshape(-1), minlength=case.E + 1)[: case.E]
             reached.add((C > 0, bool((counts > C).any())))
     assert {(True, False), (False, True), (True, True)} <= reached
-
-
-# One linear map, in every order of rows.
 
 
 def _sorted(indices):
@@ -274,12 +298,16 @@ def test_grouped_up_then_grouped_down_is_the_mlp(implementation):
     case = EXPERTS["skewed"]
     x, w_in, w_out, gates, *_ = mlp_inputs(case, "relu")
     routing = route(case.indices(), case.E)
-    hidden = expert_linear(x, w_in, routing, grouped_out=True, implementation=implementation)
-    out = expert_linear(
-        jax.nn.relu(hidden), w_out, routing, grouped_in=True, gates=gates, implementation=implementation
-    )
-    whole = expert_mlp(x, w_in, w_out, routing, gates, activation="relu", implementation=implementation)
-    assert_close(out, whole, FORWARD["float32"])
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def both(x, w_in, w_out, routing, gates):
+        hidden = expert_linear(x, w_in, routing, grouped_out=True, implementation=implementation)
+        out = expert_linear(
+            jax.nn.relu(hidden), w_out, routing, grouped_in=True, gates=gates, implementation=implementation
+        )
+        return out, expert_mlp(x, w_in, w_out, routing, gates, activation="relu", implementation=implementation)
+
+    assert_close(*both(x, w_in, w_out, routing, gates), FORWARD["float32"])
 
 
 @every_implementation
@@ -334,15 +362,14 @@ def test_routing_of_many_rows_does_not_pack():
 
 TRANSFORMATIONS = {
     "vmap": jax.vmap,
-    "scan": lambda f: lambda *xs: lax.scan(lambda carry, x: (carry, f(*x)), None, xs)[1],
-    "checkpoint": lambda f: lambda *xs: lax.map(lambda x: jax.checkpoint(f)(*x), xs),
+    "scan of a checkpoint": lambda f: lambda *xs: lax.map(lambda x: jax.checkpoint(f)(*x), xs),
 }
 
 
 @pytest.mark.parametrize("T", [5, 60])
 @every_implementation
 def test_transformations(implementation, T):
-    """Values and gradients under vmap, scan and checkpoint equal the results of separate calls.
+    """Values and gradients under vmap, and under scan with checkpoint, equal the results of separate calls.
 
     Each transformation maps over the leading axis of all arguments, including the expert indices.
     """
@@ -353,14 +380,15 @@ def test_transformations(implementation, T):
     def one(x, w_in, w_out, gates, indices):
         return expert_mlp(x, w_in, w_out, route(indices, 4), gates, implementation=implementation)
 
-    def run(function, inputs, indices):
-        loss = lambda *inputs: jnp.sin(function(*inputs, indices)).sum()  # noqa: E731
-        return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)), compiler_options=QUICK)(*inputs)
+    def compiled(function):
+        loss = lambda *inputs: jnp.sin(function(*inputs)).sum()  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)), compiler_options=QUICK)
 
-    each = [run(one, [x[i] for x in inputs], indices[i]) for i in range(2)]
+    single = compiled(one)
+    each = [single(*(x[i] for x in inputs), indices[i]) for i in range(2)]
     wanted = sum(value for value, _ in each), jax.tree.map(lambda *x: jnp.stack(x), *(gradient for _, gradient in each))
     for name, transform in TRANSFORMATIONS.items():
-        values = run(transform(one), inputs, indices)
+        values = compiled(transform(one))(*inputs, indices)
         for value, want in zip(jax.tree.leaves(values), jax.tree.leaves(wanted), strict=True):
             assert_close(value, want, GRADIENT["float32"], name)
 
@@ -422,15 +450,9 @@ def test_traced_indices_outside_of_the_experts_are_no_expert(implementation):
     assert (d_gates[0] == 0).all() and d_gates[2, 1] == d_gates[4, 0] == 0
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint32, np.int64])
-def test_indices_of_any_integer_type(dtype):
-    routing = route(np.asarray([[0, 1], [100, 99]], dtype), 300)
-    assert routing.order.tolist() == [0, 1, 3, 2] and routing.expert_indices.tolist() == [[0, 1], [100, 99]]
-
-
 @pytest.mark.parametrize("D", [8, xla._WIDE])
 def test_the_backward_pass_keeps_the_inputs_and_in_wide_models_the_pre_activation(D):
-    """The XLA implementation saves the inputs and the routing for the backward pass. It saves more if D is large.
+    """The XLA implementation saves the inputs and the routing for the backward pass.
 
     If D is large, it also saves the pre-activation, so that the backward pass need not compute it again.
     Under jax.checkpoint, the pre-activation is saved only if the checkpoint policy names `call.PRE_ACTIVATION`.
@@ -451,7 +473,8 @@ def test_the_backward_pass_keeps_the_inputs_and_in_wide_models_the_pre_activatio
         Also assert that every other saved array has the shape of an input or of the routing, or has one element.
         """
         inputs = {a.shape for a in (x, w_in, w_out, gates, gates.reshape(-1, 1), *jax.tree.leaves(routing))}
-        shapes = [a.shape for a in jax.tree.leaves(jax.vjp(f, x, w_in, w_out, gates)[1])]
+        kept = jax.eval_shape(lambda *arrays: jax.vjp(f, *arrays)[1], x, w_in, w_out, gates)
+        shapes = [a.shape for a in jax.tree.leaves(kept)]
         other = [s for s in shapes if s not in inputs and np.prod(s) > 1]
         assert set(other) <= {(T * k, 2 * F)}, other
         return len(other)
@@ -461,8 +484,9 @@ def test_the_backward_pass_keeps_the_inputs_and_in_wide_models_the_pre_activatio
     assert pre_activations(f) == pre_activations(jax.checkpoint(f, policy=named)) == wide
     assert pre_activations(jax.checkpoint(f)) == 0
 
-    found = differences(expert_mlp, x, w_in, w_out, routing, gates, implementation="xla")
-    assert found.ok, found
+    if wide:  # the other tests have small D
+        found = differences(expert_mlp, x, w_in, w_out, routing, gates, implementation="xla")
+        assert found.ok, found
 
 
 @pytest.mark.parametrize("after", [False, True])

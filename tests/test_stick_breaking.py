@@ -23,6 +23,16 @@ every_implementation = pytest.mark.parametrize(
 )
 
 
+# The cases that `make test` runs. test_any_mask has more masks. "xla-skip" does all that "xla-loop" does, and skips.
+EVERY = (
+    "plain", "saturated", "very-saturated", "all-far", "all-near", "packed", "padded", "all-padding", "everything",
+    "no-keys", "no-queries",
+)  # fmt: skip
+HARD = {
+    "xla": (*EVERY, "one-token", "above-short", "decode", "wide-values"),
+    "xla-loop": (*EVERY, "window", "offsets"),
+    "xla-skip": (*EVERY, "grouped-heads"),
+}
 QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time; everything here is small
 STATIC = "attend_current", "window", "skip_below", "return_stats", "implementation", "tiles"
 attend = jax.jit(stick_breaking_attention, static_argnames=STATIC, compiler_options=QUICK)
@@ -116,6 +126,34 @@ def check(case: Stick, options: dict, dtype="float32", forward=None, gradient=No
     compare(values, wanted, arrays[0], options, forward or FORWARD[dtype], gradient or GRADIENT[dtype])
 
 
+def is_loop(options: dict, **_) -> bool:
+    return options == STICK_IMPLEMENTATIONS["xla-loop"]
+
+
+EXHAUSTIVE = {
+    "test_no_gradient_crosses_documents": is_loop,
+    "test_packed_documents_are_the_documents_alone": is_loop,
+    "test_transformations": is_loop,
+    "test_types_do_not_leak": is_loop,
+    "test_outputs_and_gradients_are_those_of_the_reference": lambda options, name: not any(
+        name in names and options == STICK_IMPLEMENTATIONS[which] for which, names in HARD.items()
+    ),
+    # test_numerics.py has saturated logits in half precision.
+    "test_half_precision": lambda options, name, dtype: (
+        name != ("grouped-heads" if "skip_below" in options else "packed")
+    ),
+    "test_the_numbers_of_the_original": lambda options, path, dtype: (
+        dtype == "float32" and (path.stem != "gqa" or "tiles" in options)
+        or path.stem != "gqa" and options != REFERENCE or "skip_below" in options
+    ),
+    "test_weights_and_rest_sum_to_one": lambda options, name: name in ("current", "above-short"),
+    "test_no_gradient_reaches_the_future": lambda options, current: current != is_loop(options),
+    "test_chunks_of_queries_give_the_whole": lambda options, chunk: (
+        is_loop(options) or (chunk == 7) != ("tiles" in options)
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "options, name",
     [
@@ -165,7 +203,7 @@ def _ids(length):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     std=st.sampled_from([1.0, 6.0]),
     offset=st.tuples(*[st.integers(-20, 40)] * 2).map(lambda x: jnp.asarray(x, jnp.int32)),
@@ -174,7 +212,6 @@ def _ids(length):
     static=st.sampled_from([  # few, because each is compiled
         {"window": 6},
         {"window": 5, "attend_current": True, "tiles": (7, 4)},
-        {"attend_current": True, "tiles": (5, 8)},
         {"tiles": (4, 8), "skip_below": -90.0},
     ]),
 )  # fmt: skip
@@ -256,8 +293,8 @@ def test_no_gradient_crosses_documents(options):
 @every_implementation
 def test_packed_documents_are_the_documents_alone(options):
     arrays = Stick(T=60).arrays()
-    whole = attend(*arrays, segment_ids=documents((25, 35)), **options)
-    for part in (slice(0, 25), slice(25, 60)):
+    whole = attend(*arrays, segment_ids=documents((30, 30)), **options)
+    for part in (slice(0, 30), slice(30, 60)):
         alone = attend(*(x[:, part] for x in arrays), **options)
         for a, b in zip(alone, whole, strict=True):
             assert_close(a, b[:, part], FORWARD["float32"])
@@ -265,7 +302,7 @@ def test_packed_documents_are_the_documents_alone(options):
 
 @every_implementation
 def test_two_runs_are_bitwise_equal(options):
-    case = STICK["grouped-heads"]
+    case = STICK["everything"]
     arrays = case.arrays()
     cotangents = random_cotangents(arrays, skips=False)
     first, second = (results(arrays, case.options() | options, cotangents) for _ in range(2))
@@ -287,19 +324,13 @@ def test_weights_are_those_of_the_attention(name):
     B, S, K, _ = key.shape
     identity = jnp.broadcast_to(jnp.eye(S, dtype=key.dtype)[None, :, None], (B, S, K, S))
     options = case.options() | {"scale": 0.2}
-    out, rem = stick_breaking_attention(query, key, identity, **options, **REFERENCE)
-    weights = stick_breaking_weights(query, key, **options)
+    out, rem = attend(query, key, identity, **options, **REFERENCE)
+    static = {name: options.pop(name) for name in ("window", "attend_current")}
+    weights = jax.jit(partial(stick_breaking_weights, **static), compiler_options=QUICK)(query, key, **options)
     assert weights.shape == (B, case.N, case.T, S) and weights.dtype == jnp.float32
     tolerance = FORWARD[str(query.dtype)]
     np.testing.assert_allclose(weights.swapaxes(1, 2), out.astype(jnp.float32), rtol=tolerance, atol=1e-7)
     np.testing.assert_allclose(weights.sum(-1).swapaxes(1, 2) + rem, 1, atol=1e-6)
-
-
-def test_weights_that_take_much_memory_are_refused():
-    x = jax.ShapeDtypeStruct((4, 16384, 12, 64), jnp.bfloat16)
-    message = "the weights of B=4, N=12, T=16384, S=16384 take 48.0 GiB, more than the limit of 1 GiB; pass fewer heads"
-    with pytest.raises(ValueError, match=message):
-        jax.eval_shape(stick_breaking_weights, x, x)
 
 
 # Parts of the keys and of the queries.
@@ -351,17 +382,6 @@ def test_merge_is_associative(x64):
         assert_close(a, b, FORWARD["float64"])
 
 
-def test_merge_refuses_what_does_not_fit():
-    out, log_rem = jnp.zeros((2, 3, 4)), jnp.zeros((2, 3))
-    for part in (out, (out, log_rem, log_rem), (out, 0.0)):
-        with pytest.raises(ValueError, match=r"far must be a pair of arrays, \(out \[..., Hv\], log_rem \[...\]\)"):
-            merge_stick_breaking((out, log_rem), part)
-    with pytest.raises(ValueError, match=r"far must be .* got out.shape=\(2, 3, 4\) and log_rem.shape=\(2, 1\)"):
-        merge_stick_breaking((out, log_rem), (out, log_rem[:, :1]))
-    with pytest.raises(ValueError, match=r"got out.shape=\(2, 3, 4\) in near and out.shape=\(2, 1, 4\) in far"):
-        merge_stick_breaking((out, log_rem), (out[:, :1], log_rem[:, :1]))
-
-
 # Transformations.
 
 
@@ -374,14 +394,13 @@ def _stacked():
 
 TRANSFORMATIONS = {
     "vmap": jax.vmap,
-    "scan": lambda f: lambda *xs: lax.scan(lambda carry, x: (carry, f(*x)), None, xs)[1],
-    "checkpoint": lambda f: lambda *xs: lax.map(lambda x: jax.checkpoint(f)(*x), xs),
+    "scan of a checkpoint": lambda f: lambda *xs: lax.map(lambda x: jax.checkpoint(f)(*x), xs),
 }
 
 
 @every_implementation
 def test_transformations(options):
-    """Values and gradients under vmap, scan and checkpoint equal the results of separate calls.
+    """Values and gradients under vmap, and under scan with checkpoint, equal the results of separate calls.
 
     Each transformation maps over the leading axis of all arguments, including the scale.
     """
@@ -403,13 +422,14 @@ def test_transformations(options):
         out, rem = function(*arrays, *integers)
         return (jnp.sin(out) * jnp.cos(out[..., ::-1])).sum() + jnp.cos(rem).sum()
 
-    def run(function, *inputs):
-        return jax.jit(jax.value_and_grad(partial(loss, function)), compiler_options=QUICK)(*inputs)
+    def compiled(function):
+        return jax.jit(jax.value_and_grad(partial(loss, function)), compiler_options=QUICK)
 
-    each = [run(one, *jax.tree.map(lambda x: x[i], (arrays, integers))) for i in range(2)]  # noqa: B023
+    single = compiled(one)
+    each = [single(*jax.tree.map(lambda x: x[i], (arrays, integers))) for i in range(2)]  # noqa: B023
     wanted = sum(value for value, _ in each), jax.tree.map(lambda *x: jnp.stack(x), *(gradient for _, gradient in each))
     for name, transform in TRANSFORMATIONS.items():
-        values = run(transform(one), arrays, integers)
+        values = compiled(transform(one))(arrays, integers)
         for value, want in zip(jax.tree.leaves(values), jax.tree.leaves(wanted), strict=True):
             assert_close(value, want, GRADIENT["float32"], name)
 
@@ -418,9 +438,8 @@ def test_vmap_over_the_scale_alone():
     arrays = STICK["plain"].arrays()
     scales = jnp.asarray([0.0, 0.2, 1.0])  # at zero, the gradient cannot be a quotient by the scale
     run = jax.value_and_grad(lambda scale: stick_breaking_attention(*arrays, scale=scale)[0].sum())
-    for batched, single in zip(
-        jax.jit(jax.vmap(run))(scales), zip(*map(jax.jit(run), scales), strict=True), strict=True
-    ):
+    together, alone = (jax.jit(function, compiler_options=QUICK) for function in (jax.vmap(run), run))
+    for batched, single in zip(together(scales), zip(*map(alone, scales), strict=True), strict=True):
         assert_close(batched, jnp.stack(single), GRADIENT["float32"])
 
 
@@ -458,7 +477,13 @@ def test_segments_of_unsigned_integers(dtype):
 def _temporaries(**options) -> int:
     x = jax.ShapeDtypeStruct((1, 16384, 4, 64), jnp.float32)
     loss = lambda *arrays: sum(y.sum() for y in stick_breaking_attention(*arrays, **options))  # noqa: E731
-    return jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+    return (
+        jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=QUICK)
+        .lower(x, x, x)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+    )
 
 
 def test_memory_is_linear_in_the_length():
@@ -472,23 +497,3 @@ def test_log1p_by_multiply_adds():
     value = np.asarray(jax.jit(tile._log1p)(y), np.float64)
     assert np.abs(value / np.log1p(y.astype(np.float64)) - 1).max() <= LOG1P
     assert tile._log1p(jnp.zeros(1))[0] == 0
-
-
-@pytest.mark.parametrize("options", [*STICK_IMPLEMENTATIONS.values(), REFERENCE])
-def test_the_gradient_at_a_logit_of_zero(options):
-    """The gradient is correct where all logits are zero, so that every key takes half of the remaining stick.
-
-    A softplus that is computed from the absolute value of the logit could have a wrong derivative at zero. A difference
-    quotient gives the expected value.
-    """
-
-    def total(query):
-        out, rem = attend(query, key, value, **options)
-        return out.sum() + rem.sum()
-
-    _, key, value = Stick(T=20).arrays()
-    query = jnp.zeros_like(key)
-    (direction,) = random_cotangents((query, key, value), False)[:1]
-    derivative = (jax.grad(total)(query) * direction).sum()
-    difference = (total(0.01 * direction) - total(-0.01 * direction)) / 0.02
-    np.testing.assert_allclose(derivative, difference, rtol=1e-3)
