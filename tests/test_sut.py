@@ -276,10 +276,14 @@ MODELS = {
         init, language, loss,
     ),
     "translation": (
-        SutConfig(**TINY, normalize_before=True, remat="full"), SparseUniversalTransformer,
+        SutConfig(**TINY | SAMPLED, normalize_before=True, remat="full", dropout=0.1), SparseUniversalTransformer,
         translation, translation_loss,
     ),
 }  # fmt: skip
+
+
+# The translation has all of it: dropout, sampled experts, rematerialisation and attention to the source.
+EXHAUSTIVE = {"test_every_parameter_learns_and_has_a_label_and_a_partition": lambda name: name == "language"}
 
 
 def check_gradients(gradients):
