@@ -1,5 +1,7 @@
 """A classifier or a translation model answers new texts."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from stickjax.config import Config, DataConfig, ModelConfig, OrderedMemoryConfig
 from stickjax.config.latent_tree import TreeConfig
 from stickjax.data.examples import examples_of, task_of
 from stickjax.data.tasks import scan
+from stickjax.evaluation import answers
 from stickjax.evaluation.answers import induced_trees, predict
 from stickjax.models.families import family_of
 from stickjax.models.vocabulary_size import with_vocabulary
@@ -19,17 +22,18 @@ MODELS = {
 }
 
 
+@functools.cache
 def made(source: str):
     split = "simple" if source == "scan" else None
     config = Config(
         MODELS[source], DataConfig(source=source, examples=300, T=4 if source == "scan" else 24, split=split)
     )
     config = with_vocabulary(config, task_of(config).ids)
-    return family_of(config.model).init(config.model, jax.random.key(0)), config
+    return jax.jit(functools.partial(family_of(config.model).init, config.model))(jax.random.key(0)), config
 
 
 @pytest.mark.parametrize("source", MODELS)
-def test_the_answers_are_those_of_the_batches_of_the_task(source):
+def test_the_answers_are_those_of_the_batches_of_the_task(source, monkeypatch):
     """The answer for the text of a test example equals the prediction for the arrays of this example.
 
     The answer does not depend on the order of the texts or on their padding.
@@ -37,11 +41,11 @@ def test_the_answers_are_those_of_the_batches_of_the_task(source):
     model, config = made(source)
     task, examples = task_of(config), examples_of(config, "test", T=None)
     rows = np.random.default_rng(1).permutation(len(examples))[:5]
-    names = task.inputs
+    names, one = task.inputs, jax.jit(family_of(config.model).predict)
     right, trees, texts = [], [], []
     for i in rows:
         batch = {name: array[None] for name, array in examples[i].items() if name not in ("target", "label")}
-        answer = np.asarray(family_of(config.model).predict(model, batch))[0]
+        answer = np.asarray(one(model, batch))[0]
         right.append(task.decode["target"](answer) if source == "scan" else task.labels[answer])
         found = [own[0] for own in family_of(config.model).induced_trees(model, batch).values()]
         trees.append(tuple(found) if len(names) == 2 else found[0])
@@ -49,7 +53,8 @@ def test_the_answers_are_those_of_the_batches_of_the_task(source):
         texts.append(text if len(names) == 2 else text[0])
     assert predict(model, config, texts) == right
     assert induced_trees(model, config, texts) == trees
-    assert predict(model, config, texts * 40) == right * 40  # more than one batch
+    monkeypatch.setattr(answers, "B", 5)
+    assert predict(model, config, texts * 2 + texts[:2]) == right * 2 + right[:2]  # several batches
     assert predict(model, config, []) == []
 
 
@@ -57,9 +62,10 @@ def test_a_text_gets_the_brackets_of_its_grammar():
     """With encoder="tree", the answer for a text equals the prediction for its words and their brackets."""
     _, config = made("scan")
     config = config.replace({"model.encoder": "tree"})
-    model, examples = family_of(config.model).init(config.model, jax.random.key(1)), examples_of(config, "test", T=None)
+    init = jax.jit(functools.partial(family_of(config.model).init, config.model))
+    model, examples = init(jax.random.key(1)), examples_of(config, "test", T=None)
     batch = {name: np.stack([examples[i][name] for i in range(40, 44)]) for name in ("source", "brackets")}
-    right = [scan.ACTIONS.decode(words) for words in np.asarray(family_of(config.model).predict(model, batch))]
+    right = [scan.ACTIONS.decode(words) for words in np.asarray(jax.jit(family_of(config.model).predict)(model, batch))]
     assert predict(model, config, [examples.rows[i].command for i in range(40, 44)]) == right
     with pytest.raises(ValueError, match=r"texts\[0\]: the command is empty, or a word"):
         predict(model, config, ["jump and"])
@@ -85,4 +91,5 @@ def test_models_that_cannot_answer():
         predict(None, Config(ModelConfig()), ["a"])
     config = Config(SutConfig(V=12, L=2, D=8, classes=7), DataConfig(source="logic", examples=100))
     with pytest.raises(ValueError, match="family='sut' induces no trees"):
-        induced_trees(family_of(config.model).init(config.model, jax.random.key(0)), config, [("a", "b")])
+        model = jax.eval_shape(functools.partial(family_of(config.model).init, config.model), jax.random.key(0))
+        induced_trees(model, config, [("a", "b")])

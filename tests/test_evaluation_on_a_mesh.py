@@ -29,6 +29,10 @@ SMALL = Config(
 ).replace({"data.source": "recall", "data.examples": 200, "data.T": 32, "mesh.fsdp": 16})  # more devices than there are
 PROMPTS = ["a", "once more", "b"]
 TEXT = ["--lengths=2", "--max-tokens=300"]
+EXHAUSTIVE = {  # the commands are tested on the second mesh, with the same table and texts
+    "test_the_results_are_those_of_one_device": lambda sizes: sizes == MESHES[1],
+    "test_the_scores_of_rows_are_those_of_one_device": lambda sizes: sizes == MESHES[0],
+}
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
 

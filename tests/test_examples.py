@@ -164,7 +164,11 @@ def test_tests_may_be_longer_than_training(families):
         ("translation", dict(source="scan", T=8), "S=8 is too small: the longest list of actions has 48 words"),
         ("translation", dict(source="scan", T=20), "S=20 is too small: the longest list of actions has 48 words"),
         ("translation", dict(source="questions", valid_every=9), "valid_every=9 is not used by source='questions'"),
-        ("sentences", dict(source="listops", T=2), "B=16 is more than the number of training examples: 0 sentences of"),
+        (
+            "sentences",
+            dict(source="listops", T=2, examples=300),
+            "B=16 is more than the number of training examples: 0 sentences of",
+        ),
         ("text", dict(split="A", source="logic"), "split='A' is for examples, but this model reads a text"),
         ("text", dict(valid_every=9), "valid_every=9 is for examples, but this model reads a text"),
     ],

@@ -1,6 +1,5 @@
 """The latent-tree model: it computes the same numbers as the original code, and its parts have the right properties."""
 
-import dataclasses
 from functools import cache, partial
 from pathlib import Path
 
@@ -134,14 +133,16 @@ def test_the_numbers_of_the_original(x64):
         np.testing.assert_allclose(values[i], a[f"log_likelihood/{i}"], rtol=1e-10)
     np.testing.assert_array_equal(a["param/decoder.order"], in_order(4))
     right, _ = original(early_root=False)
-    assert jnp.abs(run(right, {"source": source}).logits - logits).max((1, 2)).min() > 0.01
+    early, late = (jax.jit(lambda m: m.encoder({"source": source}).root)(m) for m in (model, right))
+    assert np.abs(early - late).max(1).min() > 0.01
 
 
-SIZES = dict(V=9, V_target=6, H=16, N=2, depth=3, attention_dropout=0.1)
+# A level of the tree takes XLA three seconds, so the trees are shallow: the numbers of the original are at depth 4.
+SIZES = dict(V=9, V_target=6, H=16, N=2, depth=2, attention_dropout=0.1)
 ENCODERS = ("ordered_memory", "tree", "gru")
 
 
-def sentences(B=4, S=6, T=7, seed=0):
+def sentences(B=4, S=6, T=4, seed=0):
     """Return a random batch with the arrays `source`, `brackets` and `target`.
 
     The first source has S words, and the first target T words. The last source and target have one word.
@@ -180,7 +181,6 @@ def mean_of(model, batch):
 
 
 mean_gradients = jax.jit(mean_of)
-training_gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))  # with dropout
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -193,7 +193,7 @@ def test_a_sentence_does_not_depend_on_its_batch(encoder, x64):
         np.testing.assert_array_equal(before[1:], after[1:])
     s, t = ((batch[name][1] != 0).sum() for name in ("source", "target"))
     alone = {name: x[1:2, : t if name == "target" else s] for name, x in batch.items()}
-    assert s < 6 and t < 7
+    assert s < 6 and t < 4
     own_logits, own = values_of(model, alone)
     assert_close(own_logits[0], logits[1], 1e-12)
     np.testing.assert_allclose(own[0], values[1], rtol=1e-12)
@@ -208,18 +208,18 @@ def test_gradients_are_those_of_finite_differences(encoder, x64):
     """
     model, batch, rng, step = exact(encoder), sentences(), np.random.default_rng(1), 1e-5
     gradient, metrics = mean_gradients(model, batch)
-    value = lambda m: -(values_of(m, batch)[1] / (batch["target"] != 0).sum(1)).mean()  # noqa: E731
+    value = lambda m: -(np.asarray(values_of(m, batch)[1]) / (batch["target"] != 0).sum(1)).mean()  # noqa: E731
     np.testing.assert_allclose(value(model), metrics["loss"], rtol=1e-12)
     leaves, structure = jax.tree.flatten(model)
     for i, (leaf, found) in enumerate(zip(leaves_of(model), jax.tree.leaves(gradient), strict=True)):
         direction = rng.normal(size=leaf.value.shape)
         moved = [
-            value(structure.unflatten([*leaves[:i], leaf.value + s * direction, *leaves[i + 1 :]]))
+            value(structure.unflatten([*leaves[:i], np.asarray(leaf.value) + s * direction, *leaves[i + 1 :]]))
             for s in (step, -step)
         ]
         expected = (moved[0] - moved[1]) / (2 * step)
-        np.testing.assert_allclose(jnp.vdot(found, direction), expected, rtol=1e-6, atol=1e-9, err_msg=leaf.name)
-        assert jnp.abs(found).max() > 1e-7 or leaf.name == "encoder.memory.distribution.bias", leaf.name
+        np.testing.assert_allclose(np.vdot(found, direction), expected, rtol=1e-6, atol=1e-9, err_msg=leaf.name)
+        assert np.abs(found).max() > 1e-7 or leaf.name == "encoder.memory.distribution.bias", leaf.name
         assert label(leaf) in ("matrix", "vector", "embedding") and partition(leaf) == PartitionSpec()
     assert not gradient.encoder.embed[0].any()
 
@@ -267,7 +267,7 @@ def test_the_nodes_share_one_formula(x64):
             leaf = log_softmax(np.concatenate([x, context]) @ d.leaf[...] + d.leaf_bias[...]) + shared
             expected = log_softmax(table @ attend(x, *words)) + leaf[0]
             np.testing.assert_allclose(logits[b, node], expected, rtol=1e-9)
-            if node < 7:
+            if node < 3:
                 hidden = np.maximum(np.concatenate([x, context]) @ d.w_in[...] + d.in_bias[...], 0)
                 out = (hidden @ d.w_out[...] + d.out_bias[...]).reshape(4, 16)
                 for j in (0, 1):
@@ -320,22 +320,22 @@ def test_the_trees_of_a_batch(x64):
 def test_the_probability_of_the_best_tree_is_below_that_of_its_sentence(x64):
     model, batch = exact(), sentences()
     found = decode(model, batch)
-    assert found.words.shape == (4, 8)
+    assert found.words.shape == (4, 4)
     values = sentence_log_likelihood(values_of(model, batch)[0], found.words)
     assert (found.scores <= values + 1e-12).all()
     assert (found.lengths > 0).all() and ((found.words != 0).sum(1) == found.lengths).all()
 
 
 def test_a_target_that_does_not_fit():
-    model, batch = drawn(TreeConfig(**SIZES)), sentences(T=9)
-    message = "a target of T=9 words does not fit in a tree of depth=3, which has at most 2\\^3=8 leaves; "
+    model, batch = drawn(TreeConfig(**SIZES)), sentences(T=5)
+    message = "a target of T=5 words does not fit in a tree of depth=2, which has at most 2\\^2=4 leaves; "
     message += "raise model.depth, or lower data.T"
     with pytest.raises(ValueError, match=message):
         loss(model, batch, None)
     with pytest.raises(ValueError, match=message):
-        TreeConfig(**SIZES).check_mesh({"data": 1}, 9)
+        TreeConfig(**SIZES).check_mesh({"data": 1}, 5)
     with pytest.raises(ValueError, match="data parallelism only"):
-        TreeConfig(**SIZES).check_mesh({"data": 1, "tensor": 2}, 8)
+        TreeConfig(**SIZES).check_mesh({"data": 1, "tensor": 2}, 4)
     with pytest.raises(ValueError, match="H=7 must be even"):
         TreeConfig(H=7)
 
@@ -347,7 +347,7 @@ def test_sentences_without_words_do_not_count(x64):
     gradient, metrics = mean_gradients(model, batch)
     values = values_of(model, batch)[1][:2] / (batch["target"][:2] != 0).sum(1)
     np.testing.assert_allclose(metrics["loss"], -values.mean(), rtol=1e-12)
-    map_leaves(lambda leaf: np.testing.assert_(jnp.isfinite(leaf.value).all(), leaf.name), gradient)
+    map_leaves(lambda leaf: np.testing.assert_(np.isfinite(leaf.value).all(), leaf.name), gradient)
 
 
 def test_one_and_two_devices_have_the_same_loss_and_gradients(x64):
@@ -372,29 +372,30 @@ def test_dropout_keeps_the_mean():
     assert dropped(x, 0.1, None) is x
 
 
-def test_a_few_sentences_are_learnt():
-    """After 150 training steps on four pairs, the model decodes the pairs exactly, in float32 and in bfloat16."""
-    config = TreeConfig(**SIZES)
-    model, batch, optimizer = init(config, jax.random.key(0)), sentences(), optax.adam(1e-2)
+def test_a_few_sentences_are_learnt(x64):
+    """After 100 training steps on four pairs, the model decodes the pairs exactly, in float32 and in bfloat16."""
+    model, batch, optimizer = exact(), sentences(), optax.adam(2e-2)
 
     @jax.jit
-    def updated(model, state, gradients):
+    def learn(model, state, gradients):
         updates, state = optimizer.update(gradients, state, model)
-        return optax.apply_updates(model, updates), state
+        finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(gradients)])
+        return optax.apply_updates(model, updates), state, finite.all()
 
     state, history = optimizer.init(model), []
-    for i in range(150):
-        (value, _), gradients = training_gradients(model, batch, jax.random.key(i))
-        model, state = updated(model, state, gradients)
-        history.append(float(value))
-        assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(gradients))
+    for _ in range(100):
+        gradients, metrics = mean_gradients(model, batch)
+        model, state, finite = learn(model, state, gradients)
+        history.append(float(metrics["loss"]))
+        assert finite
     assert history[-1] < 0.3 < 1 < history[0]
+    model = jax.tree.map(lambda x: np.asarray(x, np.float32), model)
     for dtype in ("float32", "bfloat16"):
         for part in (m for _, m in nnx.iter_modules(model) if hasattr(m, "config")):
-            part.config = dataclasses.replace(config, dtype=dtype)
+            part.config = TreeConfig(**SIZES, dtype=dtype)
         logits = run(model, batch).logits
         assert logits.dtype == jnp.float32, dtype
-        words = viterbi(logits, limit=7).words
+        words = viterbi(logits, limit=4).words
         np.testing.assert_array_equal(words, batch["target"], err_msg=dtype)
 
 
