@@ -126,7 +126,7 @@ def test_they_train_as_one_whatever_their_number(eight, two, config, tmp_path, c
     assert losses(four)[:STEPS] == losses(two)
     np.testing.assert_allclose(losses(four), losses(alone), rtol=1e-5)
     assert generate.main([str(four), "--prompt", "def ", "--max-new-tokens", "3"]) == 0
-    assert evaluate.main([str(four), "--max-tokens", "256"]) == 0
+    assert evaluate.main([str(four), "--max-tokens", "256", "--lengths", "1,2"]) == 0
     assert "held-out bits per byte" in capsys.readouterr().out
 
 
