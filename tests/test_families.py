@@ -37,7 +37,7 @@ MODELS = {
     "decoder": Config(ModelConfig(**SIZES, N=2, experts=ExpertsConfig(E=4, k=2), attention="softmax"), TEXT),
     "sut": Config(SutConfig(**SIZES, **SUT), TEXT),
     "pairs": Config(SutConfig(**SIZES, **SUT, classes=7), PAIRS),
-    "ordered_memory": Config(OrderedMemoryConfig(D=8, H=8, N=2), PAIRS),
+    "ordered_memory": Config(OrderedMemoryConfig(D=8, H=8, N=2), dataclasses.replace(PAIRS, split="A")),  # short texts
     "latent_tree": Config(TreeConfig(H=8, N=1, depth=1, encoder="gru"), DataConfig(source="scan", T=2, B=2)),
 }
 NAMES = [*MODELS, "bigram"]
