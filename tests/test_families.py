@@ -110,6 +110,14 @@ COMMANDS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_length():
+    """Pad the texts of all batches to the same length, so that a training compiles one step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FamilyConfig, "padded_to", 40)
+        yield
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Return a function from the name of a family to a run folder of this family, trained at the first call."""
