@@ -94,16 +94,17 @@ def bpe(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def short_scan():
+def short_scan(request):
     """Leave only the training commands of SCAN that have at most 4 actions: a tree of depth 2 is enough for them.
 
-    XLA takes about three seconds for each level of a tree. The test commands stay as they are.
+    A test file can set another number, LONGEST. XLA takes about three seconds for each level of a tree. The test
+    commands stay as they are.
     """
-    whole = scan.generate
+    whole, longest = scan.generate, getattr(request.module, "LONGEST", 4)
 
     def generate(split="simple", seed=0):
         parts = whole(split, seed)
-        return parts._replace(train=[row for row in parts.train if len(row.actions.split()) <= 4])
+        return parts._replace(train=[row for row in parts.train if len(row.actions.split()) <= longest])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scan, "generate", generate)

@@ -17,7 +17,8 @@ from stickjax.system.compiled import keep_compiled, remove_old
 from stickjax.training.metrics import read_metrics
 
 FIELDS = (
-    "--model.D=16 --model.L=1 --model.N=2 --model.K=1 --model.H=8 --model.F=32 --data.source=recall "
+    "--model.D=16 --model.L=1 --model.N=2 --model.K=1 --model.H=8 --model.F=32 --model.attention=softmax "
+    "--model.experts.E=0 --model.experts.k=0 --data.source=recall "
     "--data.examples=100 --data.T=32 --data.B=2 --train.steps=3 --train.log_every=1 "
     "--optim.warmup_tokens=0 --optim.decay_tokens=0"
 )

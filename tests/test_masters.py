@@ -25,7 +25,7 @@ RATE = 1e-5  # usual for fine-tuning; half a unit in the last place of a bfloat1
 
 
 def config(dtype, **changes) -> Config:
-    model = ModelConfig(V=257, D=16, L=1, N=2, K=1, H=8, F=16, param_dtype=dtype)
+    model = ModelConfig(V=257, D=16, L=1, N=2, K=1, H=8, F=16, attention="softmax", param_dtype=dtype)
     train = TrainConfig(steps=6, log_every=1, checkpoint_every=3)
     optim = OptimConfig(schedule="constant", peak_lr=RATE, weight_decay=0.0)
     return Config(model, DataConfig(source="text", path=__file__, T=16, B=4), optim, train).replace(changes)

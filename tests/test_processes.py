@@ -38,11 +38,9 @@ SMALL = Config().replace(
 ALONE = SMALL.replace({"mesh.data": 1, "mesh.fsdp": 1})
 # Each process has one device, unless a test sets XLA_FLAGS.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+# Every process compiles the step. `test_processes_are_numbered_over_all_machines` also has two processes per machine.
+EXHAUSTIVE = {"test_they_train_as_one_whatever_their_number": lambda processes: processes == 2}
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-
-
-# With this mesh, two processes have halves of the same sequences.
-DIVIDED = ["--mesh.data=1", "--mesh.context=2"]
 
 
 def start(command, **environment) -> subprocess.Popen:
@@ -98,35 +96,38 @@ def two(eight, config, tmp_path_factory):
     return run
 
 
-def test_they_train_as_one_whatever_their_number(eight, two, config, tmp_path, capsys):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_they_train_as_one_whatever_their_number(eight, two, config, tmp_path, capsys, processes):
     """The losses do not depend on the number of processes.
 
     Three trainings have the same losses as a training on one device: one process with eight devices, two processes, and
-    four processes on two machines.
+    two machines with the given number of processes each. With the mesh of the machines, two processes have halves of
+    the same sequences.
     """
-    four, alone = shutil.copytree(two, tmp_path / "four"), shutil.copytree(eight, tmp_path / "alone")
+    both, alone = shutil.copytree(two, tmp_path / "both"), shutil.copytree(eight, tmp_path / "alone")
+    mesh = ["--mesh.data=1", f"--mesh.fsdp={processes}", "--mesh.context=2"]
     (tmp_path / "hosts").write_text("localhost\n" * 2)
     (tmp_path / "ssh").write_text('#!/bin/sh\nshift 2\nexec sh -c "$1"\n')  # ssh to this machine under two names
     (tmp_path / "ssh").chmod(0o755)
-    command = [ROOT / "launch" / "hosts.sh", tmp_path / "hosts", "--processes", "2", config]
+    command = [ROOT / "launch" / "hosts.sh", tmp_path / "hosts", "--processes", processes, config]
     path = f"{tmp_path}:{os.environ['PATH']}"
     process = start(
-        [*command, "--run", four, "--train.steps=100000", *DIVIDED],
+        [*command, "--run", both, "--train.steps=100000", *mesh],
         PATH=path,
         PORT=str(free_port()),
         PYTHON=sys.executable,
     )
-    wait_for_step(four, STEPS + 3, process)
+    wait_for_step(both, STEPS + 3, process)
     process.send_signal(signal.SIGTERM)  # reaches the processes at different steps
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and not err, (out, err)
-    (*_, saved) = Checkpoints(four).steps()
+    (*_, saved) = Checkpoints(both).steps()
     assert f"stopped at step {saved}, saved at {saved}; run the same command again" in out
     fit(ALONE.replace({"train.steps": saved}), str(alone), quiet=True)
-    assert losses(four)[:STEPS] == losses(two)
-    np.testing.assert_allclose(losses(four), losses(alone), rtol=1e-5)
-    assert generate.main([str(four), "--prompt", "def ", "--max-new-tokens", "3"]) == 0
-    assert evaluate.main([str(four), "--max-tokens", "256"]) == 0
+    assert losses(both)[:STEPS] == losses(two)
+    np.testing.assert_allclose(losses(both), losses(alone), rtol=1e-5)
+    assert generate.main([str(both), "--prompt", "def ", "--max-new-tokens", "3"]) == 0
+    assert evaluate.main([str(both), "--max-tokens", "256", "--lengths", "1,2"]) == 0
     assert "held-out bits per byte" in capsys.readouterr().out
 
 
@@ -181,6 +182,23 @@ def test_what_fails_is_said_once_and_nothing_is_written(config, tmp_path, change
     assert process.returncode == 1 and not out
     assert err.startswith(message) and err.count("\n") == 1, err
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_are_numbered_over_all_machines(config, monkeypatch):
+    started = []
+
+    def start_nothing(*arguments):
+        started.append(arguments)
+        raise ValueError("nothing was started")
+
+    monkeypatch.setattr(launch, "Processes", start_nothing)
+    words = ["--hosts", "2", "--host", "1", "--processes", "2", "--coordinator", "localhost:1234", str(config)]
+    assert launch.main(words) == 1
+    ((commands, environments),) = started
+    for i, (command, environment) in enumerate(zip(commands, environments, strict=True)):
+        join = ["--coordinator", "localhost:1234", "--processes", "4", "--process", str(2 + i)]
+        assert command[-7:] == [str(config), *join] and environment["JAX_LOCAL_DEVICE_IDS"] == str(i)
+    assert len(commands) == 2
 
 
 def bad_commands():

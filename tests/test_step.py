@@ -21,7 +21,7 @@ from stickjax.training.step import init_state, make_step, tokens_of
 DENSE = Config().replace(
     {
         "model.V": 257, "model.D": 16, "model.L": 2, "model.N": 2, "model.K": 1, "model.H": 8, "model.F": 16,
-        "data.T": 32, "data.B": 4, "train.log_every": 1, "train.checkpoint_every": 5,
+        "model.attention": "softmax", "data.T": 32, "data.B": 4, "train.log_every": 1, "train.checkpoint_every": 5,
         "optim.peak_lr": 0.01, "optim.warmup_tokens": 128,
     }
 )  # fmt: skip
