@@ -2,7 +2,8 @@
 # make demo-compare  also train its softmax + RoPE variant, and plot the length curves of both in one picture
 # make test          run ruff and the test suite: every behaviour once
 # make test-exhaustive  run more cases of the same behaviours, such as all calls of the kernels in interpreters
-# make test-all      both
+# make test-notebooks  run the long notebooks and pages of the documentation, which test-exhaustive runs too
+# make test-all      test and test-exhaustive
 # make test-large    test the conversion of a model of eight billion parameters (17 GB of disk, some minutes)
 # make test-oldest   run the fast tests with the oldest allowed JAX
 # make test-absent   compile the GPU kernels and steps on 8 and 64 GPUs without a GPU; needs the CUDA wheels (3.4 GB)
@@ -14,7 +15,7 @@
 # make docs          build the documentation as HTML, in docs/_build/html; a warning is an error
 # make lint          run ruff
 
-.PHONY: demo demo-compare test test-exhaustive test-all test-large test-oldest test-absent test-ptx test-triton test-torch test-install
+.PHONY: demo demo-compare test test-exhaustive test-notebooks test-all test-large test-oldest test-absent test-ptx test-triton test-torch test-install
 .PHONY: docs lint clean
 SHELL := /bin/bash
 RUN := .venv/bin/python
@@ -39,6 +40,9 @@ test: .venv/.test
 
 test-exhaustive: .venv/.test
 	$(RUN) -m pytest $(PARALLEL) -m exhaustive
+
+test-notebooks: .venv/.test
+	$(RUN) -m pytest -n 2 --dist worksteal -m exhaustive tests/test_notebook.py tests/test_docs.py
 
 test-all: test test-exhaustive
 

@@ -23,6 +23,8 @@ VARIES = re.compile(
     r"[\d,.]+ tokens/s|[\d,.]+ s left|[\d.]+% of the time|tokens_per_second=\d+|outside=[\d.]+|0x[0-9a-f]+"
     r"|farthest at .*"
 )
+# The two longest notebooks. `make test-notebooks` runs them, and CI.
+EXHAUSTIVE = {"test_a_notebook_still_shows_its_stored_outputs": lambda name: name in ("modules", "induced_trees")}
 FOLDER = re.compile(rf"(?:/tmp|{re.escape(tempfile.gettempdir())})/[^/\s]+")
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d*)?(?:e[+-]?\d+)?(?![\w.])")
 
