@@ -53,7 +53,7 @@ test-large: .venv/.test
 # because its tests share fixtures.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 # Test files that use many parts of JAX: types, compilation, checkpoints, meshes and several processes.
-FAST := config data dispatch optim checkpoint moa sharding processes step train compiled
+FAST := config data dispatch optim checkpoint moa sharding processes step train branches compiled
 test-oldest: .venv-oldest/.test
 	.venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow and not exhaustive" $(FAST:%=tests/test_%.py)
 	.venv-oldest/bin/python -m pytest tests/test_lowering.py -k "lower and (packed or some-idle)"
