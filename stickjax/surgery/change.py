@@ -116,7 +116,7 @@ def prune(
         modules, each layer keeps at least its k most used modules. One number, or {kind: number}.
       denominator: the columns over which the softmax of a router sums. "old": all columns, also of pruned modules. Then
         the output for a token that uses no pruned module stays the same, except for the last bit (see `extend`). "new":
-        only kept modules, so the gates grow. With `ExpertsConfig.order`="topk_softmax", both give the same gates.
+        only kept modules, so the gates grow. With `order="topk_softmax"`, both give the same gates.
 
     Raises ValueError if both or none of `count` and `threshold` are given, or a value is out of range; if `use` has an
     array of a wrong shape, or of a kind that the model lacks; or for denominator="old" after a pruning with "new".
