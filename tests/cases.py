@@ -15,7 +15,7 @@ STICK_IMPLEMENTATIONS = {
     "xla-skip": {"implementation": "xla", "tiles": (24, 16), "skip_below": -100.0},
 }
 EXPERT_IMPLEMENTATIONS = ("xla", "reference")
-# Cases with the same sizes and options that are no arrays, such as "plain" and "saturated", share one compiled program.
+# "plain" and "saturated", for example, share one compiled program: they have the same shapes and static options.
 STICK = {
     "plain": Stick(T=70, B=2),
     "one-token": Stick(T=1),

@@ -17,7 +17,7 @@ PLAIN = Config().replace(
         "train.checkpoint_every": 8, "optim.schedule": "wsd", "optim.peak_lr": 0.002,
     }
 )  # fmt: skip
-# More batch sizes: the two that stay are a larger one, and a smaller one with another length of the sequences.
+# `make test` checks two branches: one with a larger batch, and one with a smaller batch of longer sequences.
 EXHAUSTIVE = {
     "test_a_branch_decays_over_its_own_tokens_whatever_their_batch": lambda B, T: (B, T) not in ((8, 32), (2, 64))
 }

@@ -86,7 +86,7 @@ CALLS |= {f"experts {seed}": an_expert_call(seed) for seed in range(8)}
 CALLS |= {name: gpu_cases.mlp(Experts(T=9, E=3, D=7, F=5), "bfloat16", name) for name in ACTIVATIONS}
 LINEAR = {name: gpu_cases.CALLS[f"linear {name}"] for name in ("token to pair", "pair to sorted", "sorted to token")}
 
-# The chosen calls of both kinds, taken and refused, of every type and with every option; test_lowering.py has others.
+# `make test` lowers these calls. Some of them Mosaic takes, and some it refuses. Every type and every option occurs.
 CHOSEN = (
     *SHORT, *LINEAR, *(f"attention {seed}" for seed in (30, 32, 33, 42, 50)), "experts 1", "experts 7", "gelu", "geglu",
 )  # fmt: skip

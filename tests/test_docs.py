@@ -53,7 +53,7 @@ def registries():
         registry.update(content)
 
 
-# The calls on these pages are those of tests/test_ordered_memory.py and tests/test_latent_tree.py.
+# tests/test_ordered_memory.py and tests/test_latent_tree.py make the same calls as the code on these two pages.
 EXHAUSTIVE = {
     "test_the_python_of_a_page_runs": lambda name: name.endswith(("ordered_memory.md", "guides/latent_trees.md"))
 }

@@ -112,7 +112,7 @@ COMMANDS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def one_length():
-    """Pad the texts of all batches to the same length, so that a training compiles one step."""
+    """Pad the texts of all batches to the same length, so that a training compiles its step only once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FamilyConfig, "padded_to", 40)
         yield

@@ -58,8 +58,8 @@ EXHAUSTIVE = dict.fromkeys(
     is_part_of_another,
 ) | {"test_the_cache_gives_the_full_pass": lambda config: config is MODELS["dense"] or config is MODELS["experts"]}
 
-# One program compiles faster than the operations of an uncompiled call one by one. The tests of a model call it with
-# the same shapes, so that they share its programs.
+# To compile one program takes less time than to compile every operation of an eager call. The tests of a model use the
+# same shapes, so they share its compiled programs.
 call = jax.jit(lambda model, *arrays, **named: model(*arrays, **named))
 first_model = functools.cache(lambda config: jax.jit(lambda: init(config, jax.random.key(0)))())
 

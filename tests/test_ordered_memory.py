@@ -221,7 +221,8 @@ CONFIGS = {
     )  # with a small epsilon, Adam enlarges the rounding of gradients that are nearly zero
     for name, config in CONFIGS.items()
 }
-EXHAUSTIVE = {  # tests/test_validation.py trains on sentences
+# `make test` trains on pairs here. It trains on single sentences in tests/test_validation.py.
+EXHAUSTIVE = {
     "test_a_run_is_the_same_on_two_devices": lambda name: name != "pairs",
     "test_a_run_is_the_same_after_a_resume": lambda name: name != "pairs",
 }

@@ -282,7 +282,8 @@ MODELS = {
 }  # fmt: skip
 
 
-# The translation has all of it: dropout, sampled experts, rematerialisation and attention to the source.
+# `make test` checks the translation model only. It has every part of the language model: dropout, sampled experts and
+# rematerialisation.
 EXHAUSTIVE = {"test_every_parameter_learns_and_has_a_label_and_a_partition": lambda name: name == "language"}
 
 
