@@ -1,4 +1,4 @@
-# make demo          train, evaluate and sample configs/tiny.py on the standard library's source (3 minutes, 2 cores)
+# make demo          train, evaluate and sample configs/tiny.py on the standard library's source (6 to 8 minutes, 2 cores)
 # make demo-compare  also train its softmax + RoPE variant, and plot the length curves of both in one picture
 # make test          run ruff and the test suite: every behaviour once
 # make test-exhaustive  run more cases of the same behaviours, such as all calls of the kernels in interpreters

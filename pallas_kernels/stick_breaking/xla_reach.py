@@ -44,7 +44,8 @@ def reach_of(call: Call, where: Where):
     """
     rows, columns = long_tiles(call)
     if call.mask.static_offset is not None and where.query_segments is None:
-        # The ranges are constants. NumPy computes them while JAX traces the call; XLA took seconds to do so at T=65536.
+        # The ranges are constants. NumPy computes them while JAX traces the call, because XLA took seconds to compute
+        # them for T=65536.
         return jnp.asarray(_ranges(_within_mask(call, np.array([call.mask.static_offset])).any(0), np))
     needed = _within_mask(call, where.offset)
     if where.query_segments is not None:
