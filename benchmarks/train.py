@@ -103,7 +103,8 @@ def rows(ceilings: Ceilings, *, quick: bool = False):
     with contextlib.ExitStack() as stack:
         python, versions = torch_python(), ""
         if python:
-            sizes = {letter: getattr(m, letter) for letter in "VDLNKHFEk"} | {"B": config.data.B, "T": config.data.T}
+            sizes = {letter: getattr(m, letter) for letter in "DLNKHF"} | {"B": config.data.B, "T": config.data.T}
+            sizes |= {"V": m.vocabulary, "E": m.experts.E, "k": m.experts.k}
             peer = contestants["torch GraniteMoe"] = TorchPeer(python, sizes)
             versions = peer.versions
             stack.callback(peer.close)

@@ -202,7 +202,11 @@ def _short_tiles(call: Call):
 
 def _short_mask(call, rows, columns):
     """Return whether each query of the slice `rows` sees each key of the slice `columns`: bool [rows, columns]."""
-    return call.mask.visible(call.where, np.arange(rows.start, rows.stop), np.arange(columns.start, columns.stop))
+    mask = call.mask.visible(call.where, np.arange(rows.start, rows.stop), np.arange(columns.start, columns.stop))
+    # XLA for CPUs would compare the segment ids again in every loop that uses the mask, and for every head. With one
+    # array of numbers for all loops, forward takes 0.85 of the time, and forward and backward 0.92 of it
+    # (B=16 T=256 N=4 H=32, 2 CPU cores, 2026-12-01).
+    return lax.optimization_barrier(mask.astype(jnp.float32)) > 0
 
 
 def _short_forward(call: Call, reach):
