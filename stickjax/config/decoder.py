@@ -96,6 +96,9 @@ class ModelConfig(FamilyConfig):
     m_res: float = field(1.0, "multiplier of every residual branch: attention, feed-forward network", at_least=0)
     attention_scale: float | None = field(None, "multiplier of q.k; None: 1/sqrt(H). For muP, set it to a constant / H")
     logits_scaling: float | None = field(None, "divisor of the output logits; None: m_width", above=0)
+    logits_z_weight: float = field(
+        0.0, "weight of the z-loss of the output logits, mean(logsumexp(logits)^2)", at_least=0
+    )
     init_std: float = field(
         0.1, "standard deviation of the initial embedding; for matrices it is divided by sqrt(m_width)", above=0
     )

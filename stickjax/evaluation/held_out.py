@@ -11,7 +11,6 @@ from jax.sharding import Mesh, PartitionSpec
 
 from stickjax.models.families import family_of
 from stickjax.models.parameters import specs
-from stickjax.models.vocabulary import cross_entropy, is_most_likely
 from stickjax.parallel.collectives import psum_over_batch, sums_of_all_rows
 from stickjax.parallel.mesh import batch_spec, mesh_of, row_parts, rows_of_process, shard_batch
 
@@ -104,8 +103,8 @@ def target_sums(model: nnx.Module, batch: dict[str, jax.Array], mesh: Mesh | Non
     """
 
     def sums(model, batch):
-        output = family_of(model.config).apply(model, {"tokens": batch["tokens"]})
-        by_token = {"nll": cross_entropy(output.logits, batch["targets"])}
+        scores, output = family_of(model.config).score(model, {name: batch[name] for name in ("tokens", "targets")})
+        by_token = {"nll": scores.nll}
         if (depth := getattr(output, "depth", None)) is not None:
             by_token["depth"] = depth
         return psum_over_batch({name: jnp.where(batch["mask"], x, 0).sum() for name, x in by_token.items()})
@@ -127,9 +126,8 @@ def _row_scores(
     """
 
     def sums(model, batch):
-        logits = family_of(model.config).apply(model, {"tokens": batch["tokens"]}).logits
-        missed = ~is_most_likely(logits, batch["targets"])
-        by_token = cross_entropy(logits, batch["targets"]), missed.astype(jnp.int32)
+        scores, _ = family_of(model.config).score(model, {name: batch[name] for name in ("tokens", "targets")})
+        by_token = scores.nll, (~scores.is_most_likely).astype(jnp.int32)
         return tuple(sums_of_all_rows(jnp.where(batch["mask"], x, 0)) for x in by_token)
 
     if mesh is None:

@@ -13,7 +13,6 @@ from stickjax.models.family import Family
 from stickjax.models.parameters import leaves_of, parameter
 from stickjax.models.router import ROUTER_LOSSES, updated_router_bias
 from stickjax.models.transformer import Transformer
-from stickjax.models.vocabulary import cross_entropy
 from stickjax.parallel.collectives import psum_over_batch
 from stickjax.parallel.mesh import ROW_AXES
 
@@ -32,24 +31,33 @@ class Decoder(Family):
     def apply(self, model: Transformer, batch, key=None):
         return transformer.apply(model, batch, key)
 
+    def score(self, model: Transformer, batch, key=None):
+        output = model(batch["tokens"], batch.get("segment_ids"), key=key, targets=batch["targets"])
+        return output.scores, output
+
     def loss(self, model: Transformer, batch, key):
         """Return the loss of a batch, and its metrics.
 
         The loss is the mean cross-entropy over the targets for which `loss_mask` is True, plus the weighted losses of
-        the routers of all layers. `batch` has `tokens`, `targets` and `loss_mask`, [B,T] each, and `segment_ids` [B,T]
-        if a sequence contains several documents. `key` is a random key for a training step, or None for inference.
+        the routers of all layers. With a `logits_z_weight` in the config, it also has this weight times the z-loss of
+        the logits: the mean of log(sum_v exp(logits_v))^2 over the same targets. `batch` has `tokens`, `targets` and
+        `loss_mask`, [B,T] each, and `segment_ids` [B,T] if a sequence contains several documents. `key` is a random key
+        for a training step, or None for inference.
 
-        The metrics are `loss` (the cross-entropy alone), every router loss as a mean over the layers, and `load`. The
-        value of `load` is {kind of router: array [L,E]}. The array has the share of the (token, choice) pairs that
-        chose each expert. The kind is "" for the routers of the feed-forward networks, and "attention_" for the routers
-        of attention. The name of a router loss in the metrics begins with the kind.
+        The metrics are `loss` (the cross-entropy alone), `logits_z` (the z-loss of the logits, if it has a weight),
+        every router loss as a mean over the layers, and `load`. The value of `load` is {kind of router: array [L,E]}.
+        The array has the share of the (token, choice) pairs that chose each expert. The kind is "" for the routers of
+        the feed-forward networks, and "attention_" for the routers of attention. The name of a router loss in the
+        metrics begins with the kind.
         """
-        output = transformer.apply(model, batch, key)
-        nll = cross_entropy(output.logits, batch["targets"])
+        scores, output = self.score(model, batch, key)
         mask = batch["loss_mask"].astype(jnp.float32)
         scale = batch.get("loss_scale", 1 / jnp.maximum(psum_over_batch(mask.sum()), 1))
-        loss, share = psum_over_batch((nll * mask).sum()) * scale, batch.get("share", 1.0)
+        loss, share = psum_over_batch((scores.nll * mask).sum()) * scale, batch.get("share", 1.0)
         metrics, load = {"loss": loss}, {}
+        if weight := model.config.logits_z_weight:
+            metrics["logits_z"] = psum_over_batch((scores.log_z**2 * mask).sum()) * scale
+            loss += weight * metrics["logits_z"]
         for (kind, (_, field)), stats in zip(ROUTERS.items(), (output.router, output.attention_router), strict=True):
             if stats is not None:
                 mixture = getattr(model.config, field)

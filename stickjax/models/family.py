@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from stickjax.config import Config
 from stickjax.config.family import FamilyConfig
 from stickjax.models.parameters import Parameter
+from stickjax.models.vocabulary import target_scores
 from stickjax.parallel.mesh import ROW_AXES
 
 
@@ -99,6 +100,16 @@ class Family(ABC):
         """
         del T
         return 6 * self.parameter_counts(config)[1]
+
+    def score(self, model, batch: dict[str, jax.Array], key=None):
+        """Score the targets of a batch of text, which has the arrays `tokens` and `targets` [B,T].
+
+        Return (the `TargetScores` of the targets, the output of the model). Evaluation uses this method, without a key.
+        The default calls `apply`, and computes the scores from the `logits` [B,T,V] of its output. Override it if these
+        logits may be too many for the memory.
+        """
+        output = self.apply(model, batch, key)
+        return target_scores(output.logits, batch["targets"]), output
 
     def predict(self, model, batch: dict[str, jax.Array]) -> jax.Array:
         """Return the predictions of the model for a batch of examples, in inference mode.

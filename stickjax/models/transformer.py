@@ -16,7 +16,7 @@ from stickjax.models.moa import MixtureOfHeads
 from stickjax.models.moe import SparseExperts
 from stickjax.models.parameters import gather
 from stickjax.models.router import RouterStats, router_stats
-from stickjax.models.vocabulary import embedded
+from stickjax.models.vocabulary import TargetScores, embedded, scores_in_pieces
 from stickjax.parallel.collectives import copy_to_tensor_parallel, size
 
 
@@ -37,16 +37,19 @@ class Cache(NamedTuple):
 class Output(NamedTuple):
     """The output of a decoder.
 
-    `logits`: [B,T,V], in float32. On a mesh with the axis "tensor", a device has only its part of V.
+    `logits`: [B,T,V], in float32. On a mesh with the axis "tensor", a device has only its part of V. None if the model
+      was called with targets.
     `router`: the losses and loads of the routers of all feed-forward networks; None if they have no experts.
     `cache`: the cache with the new tokens added; None if the model was called without a cache.
     `attention_router`: the losses and loads of the routers of all attentions; None if they have no experts.
+    `scores`: the scores of the targets; None if the model was called without targets.
     """
 
-    logits: jax.Array
+    logits: jax.Array | None
     router: RouterStats | None
     cache: Cache | None
     attention_router: RouterStats | None = None
+    scores: TargetScores | None = None
 
 
 class Block(nnx.Module):
@@ -92,8 +95,9 @@ class Transformer(nnx.Module):
         cache: Cache | None = None,
         key: jax.Array | None = None,
         last_only: bool = False,
+        targets: Int[Array, "B T"] | None = None,
     ) -> Output:
-        """Compute the logits of the next token at every position.
+        """Compute the logits of the next token at every position, or the scores of given targets.
 
         Args:
           tokens: [B, T], the token ids.
@@ -104,6 +108,8 @@ class Transformer(nnx.Module):
           key: a random key for a training step, in which `sample_topk` and `token_rounding` apply; None for inference.
           last_only: compute only the logits [B, 1, V] of the last position. For a long prompt, the B * T * V floats of
             all positions would take too much memory.
+          targets: [B, T], the token that should follow each token. The output then has their `scores` instead of the
+            logits. If the logits are many, they are computed in pieces (`scores_in_pieces`).
         """
         c = self.config
         if cache is not None and segment_ids is None:
@@ -130,10 +136,15 @@ class Transformer(nnx.Module):
 
         unembed = cast(embed, c).T if unembed is None else cast(unembed, c)
         x = copy_to_tensor_parallel(self.norm(x[:, -1:] if last_only else x))
-        logits = jnp.einsum("BTD,DV->BTV", x, unembed, preferred_element_type=jnp.float32)
-        logits = logits / (c.m_width if c.logits_scaling is None else c.logits_scaling)
         experts, heads = (layers and router_stats(layers) for layers in sums)  # for all layers at once
-        return Output(logits, experts, cache, heads)
+
+        def logits(x):
+            y = jnp.einsum("BTD,DV->BTV", x, unembed, preferred_element_type=jnp.float32)
+            return y / (c.m_width if c.logits_scaling is None else c.logits_scaling)
+
+        if targets is None:
+            return Output(logits(x), experts, cache, heads)
+        return Output(None, experts, cache, heads, scores_in_pieces(logits, x, targets, unembed.shape[1]))
 
 
 def _context(config: ModelConfig, tokens, segment_ids, cache: Cache | None) -> tuple[Context, Cache | None]:

@@ -1,12 +1,17 @@
-"""Embedding, cross-entropy and argmax, also for a vocabulary that is sharded over the mesh axis "tensor"."""
+"""The embedding, and the scores of targets, also for a vocabulary that is sharded over the mesh axis "tensor"."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from stickjax.parallel.collectives import first_of, reduce_from_tensor_parallel, size
+
+LARGEST_LOGITS = 2**27  # logits that a device computes at once, to score targets: 512 MiB of float32
 
 
 def _local(ids, count: int):
@@ -31,41 +36,77 @@ def embedded(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Arr
     return reduce_from_tensor_parallel(jnp.where(here[..., None], table[tokens], 0))
 
 
-def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """Compute the cross-entropy of every target: log(sum_v exp(logits_v)) - logits_target.
+class TargetScores(NamedTuple):
+    """How well a model predicts the targets of a batch: numbers for each of B * T targets, [B,T] each.
+
+    `nll`: the negative log-likelihood (cross-entropy) in nats, log(sum_v exp(logits_v)) - logits_target.
+    `log_z`: log(sum_v exp(logits_v)), whose mean square is the z-loss of the logits.
+    `is_most_likely`: bool, whether the target is the argmax of the logits. Of equal logits, the smallest id counts.
+    """
+
+    nll: jax.Array
+    log_z: jax.Array
+    is_most_likely: jax.Array
+
+
+def target_scores(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> TargetScores:
+    """Compute the `TargetScores` of `targets` from the logits.
 
     If the V logits are sharded over the mesh axis "tensor", every device has a part of the logits, and gets the whole
     result.
 
-    >>> cross_entropy(jnp.zeros((1, 1, 4)), jnp.zeros((1, 1), jnp.int32)).tolist() == [[float(jnp.log(4.0))]]
-    True
+    >>> scores = target_scores(jnp.array([[[0.0, 2.0, 2.0]]]), jnp.array([[1]]))
+    >>> round(scores.nll.item(), 4), round(scores.log_z.item(), 4), scores.is_most_likely.item()
+    (0.7586, 2.7586, True)
     """
-    if size("tensor") == 1:
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    largest = lax.pmax(jax.lax.stop_gradient(logits).max(-1), "tensor")
-    targets, here = _local(targets, logits.shape[-1])
-    wanted = jnp.where(here, jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], 0)
-    return (
-        jnp.log(reduce_from_tensor_parallel(jnp.exp(logits - largest[..., None]).sum(-1)))
-        + largest
-        - reduce_from_tensor_parallel(wanted)
-    )
-
-
-def is_most_likely(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Return True for every target that is the argmax of its logits. Of equal logits, the smallest token id counts.
-
-    If the V logits are sharded over the mesh axis "tensor", every device has a part of the logits, and gets the whole
-    result.
-
-    >>> is_most_likely(jnp.array([[[0.0, 2.0, 2.0]]]), jnp.array([[1]])).item()
-    True
-    """
+    sharded = size("tensor") > 1
     ids, own, here = lax.broadcasted_iota(jnp.int32, logits.shape, 2), targets, True
-    if size("tensor") > 1:
+    largest = lax.stop_gradient(logits).max(-1)
+    if sharded:
         ids += first_of("tensor", logits.shape[-1])
         own, here = _local(targets, logits.shape[-1])
-    wanted = jnp.where(here, jnp.take_along_axis(logits, own[..., None], axis=-1)[..., 0], 0)
-    wanted = (reduce_from_tensor_parallel(wanted) if size("tensor") > 1 else wanted)[..., None]
-    worse = (logits < wanted) | ((logits == wanted) & (ids >= targets[..., None]))  # False for NaN
-    return reduce_from_tensor_parallel((~worse).any(-1).astype(jnp.int32)) == 0
+        largest = lax.pmax(largest, "tensor")
+    total = reduce_from_tensor_parallel if sharded else lambda x: x
+    below = logits - largest[..., None]
+    wanted = total(jnp.where(here, jnp.take_along_axis(below, own[..., None], axis=-1)[..., 0], 0))
+    log_sum = jnp.log(total(jnp.exp(below).sum(-1)))
+    worse = (below < wanted[..., None]) | ((below == wanted[..., None]) & (ids >= targets[..., None]))  # False for NaN
+    missed = total((~worse).any(-1).astype(jnp.int32))
+    return TargetScores(log_sum - wanted, log_sum + largest, missed == 0)
+
+
+def scores_in_pieces(
+    logits: Callable[[Float[Array, "B t D"]], Float[Array, "B t V"]],
+    x: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    V: int,
+) -> TargetScores:
+    """Return `target_scores(logits(x), targets)`, without an array of all B * T * V logits if they are many.
+
+    If there are more than LARGEST_LOGITS logits, the T positions are cut into equal pieces, which are computed one
+    after the other. The backward pass then computes the logits of each piece again, so it needs no array of all logits
+    either. This costs one product of the output matrix more: 8 instead of 6 B T D V operations. The results are the
+    same, except for rounding.
+
+    Args:
+      logits: the function that computes the logits of some positions. It must treat all positions alike.
+      x: the final states of all positions.
+      targets: the token id that follows each position.
+      V: the number of logits of a position on this device.
+    """
+    B, T = targets.shape
+    pieces = min(T, -(-B * T * V // LARGEST_LOGITS))
+    if pieces <= 1:
+        return target_scores(logits(x), targets)
+    t = -(-T // pieces)
+
+    def cut(a):  # [B,T,..] to [pieces,B,t,..]
+        a = jnp.pad(a, [(0, 0), (0, -T % t)] + [(0, 0)] * (a.ndim - 2))
+        return jnp.moveaxis(a.reshape(B, -1, t, *a.shape[2:]), 1, 0)
+
+    @partial(jax.checkpoint, prevent_cse=False)  # inside a loop, XLA cannot merge the two computations of the logits
+    def piece(arrays):
+        return target_scores(logits(arrays[0]), arrays[1])
+
+    scores = lax.map(piece, (cut(x), cut(targets)))
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(B, -1)[:, :T], scores)

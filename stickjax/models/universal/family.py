@@ -109,19 +109,21 @@ def loss(
     >>> sorted(loss(init(config, jax.random.key(0)), batch, None)[1])
     ['act', 'depth', 'load_max', 'loss', 'mutual_information']
     """
-    output, config = params(batch, key), params.config
+    config = params.config
     if config.classes:
-        labels, mask = batch["label"], jnp.ones(batch["label"].shape)
+        output, labels, mask = params(batch, key), batch["label"], jnp.ones(batch["label"].shape)
+        by_target = optax.softmax_cross_entropy_with_integer_labels(output.logits, labels)
         token_mask = jnp.stack([batch["left"], batch["right"]]) != 0
     else:
-        labels, mask = batch["targets"], batch["loss_mask"].astype(jnp.float32)
+        output, mask = params(batch, key, targets=batch["targets"]), batch["loss_mask"].astype(jnp.float32)
+        by_target = output.scores.nll
         token_mask = batch.get("segment_ids", jnp.zeros_like(batch["tokens"])) >= 0
 
     def mean(x, weight):
         x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
         return psum_over_batch((x * weight).sum()) / jnp.maximum(psum_over_batch(weight.sum()), 1)
 
-    nll = mean(optax.softmax_cross_entropy_with_integer_labels(output.logits, labels), mask)
+    nll = mean(by_target, mask)
     information = {name: stats.mutual_information for name, stats in output.router.items()}
     weights = {name: _mixture(config, name).mi_weight for name in information}
     metrics = {
@@ -155,6 +157,10 @@ class Universal(Family):
 
     def apply(self, model, batch, key=None) -> SutOutput:
         return apply(model, batch, key)
+
+    def score(self, model, batch, key=None):
+        output = model(batch, key, targets=batch["targets"])
+        return output.scores, output
 
     def loss(self, model, batch, key):
         return loss(model, batch, key)

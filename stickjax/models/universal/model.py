@@ -6,6 +6,7 @@ until every token has halted, but at most L times.
 Tan et al., `Sparse Universal Transformer <https://arxiv.org/abs/2310.07096>`_.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -21,13 +22,14 @@ from stickjax.models.layers import LayerNorm, cast, dropout, normal, uniform
 from stickjax.models.router import RouterStats, router_stats
 from stickjax.models.universal.block import SutBlock
 from stickjax.models.universal.halting import Halting, HaltingGate, until_halted
+from stickjax.models.vocabulary import TargetScores, scores_in_pieces
 from stickjax.parallel.collectives import psum_over_batch
 
 
 class SutOutput(NamedTuple):
     """The output of a Universal Transformer for a batch.
 
-    `logits`: [B,classes] for pairs of sentences, else [B,T,V], in float32.
+    `logits`: [B,classes] for pairs of sentences, else [B,T,V], in float32. None if the model was called with targets.
     `depth`: [B,T], for pairs [2,B,T]: the expected number of times that the block is applied to a token.
     `act`: the mean halting step of the tokens. The halting step of a token is the number of the step in which it halts;
       the first step has the number 0. A loss on `act` makes tokens halt earlier.
@@ -35,13 +37,15 @@ class SutOutput(NamedTuple):
       has a weight in each step: the probability that it has not halted yet.
     `rows`: {name of a router: array [L]}, the number of (token, choice) pairs that the experts on this device computed
       in each step.
+    `scores`: the scores of the targets; None if the model was called without targets.
     """
 
-    logits: jax.Array
+    logits: jax.Array | None
     depth: jax.Array
     act: jax.Array
     router: dict[str, RouterStats]
     rows: dict[str, jax.Array]
+    scores: TargetScores | None = None
 
 
 class UniversalStack(nnx.Module):
@@ -137,7 +141,8 @@ class PairClassifier(nnx.Module):
 class LanguageModel(nnx.Module):
     """A causal language model. Its embedding is also the output matrix.
 
-    The state of a token and its halting probabilities do not depend on later tokens.
+    The state of a token and its halting probabilities do not depend on later tokens. If it is called with `targets`
+    [B,T], the output has their `scores` instead of the logits (see `scores_in_pieces`).
     """
 
     def __init__(self, config: SutConfig, key):
@@ -146,12 +151,16 @@ class LanguageModel(nnx.Module):
         self.embed = normal(k_embed, (c.vocabulary, c.D), c.D**-0.5, c)
         self.stack = UniversalStack(c, k_stack, causal=True)
 
-    def __call__(self, batch, key=None, *, threshold=None, stop_early: bool = False) -> SutOutput:
+    def __call__(self, batch, key=None, *, threshold=None, stop_early: bool = False, targets=None) -> SutOutput:
         tokens = batch["tokens"]
         segments = batch.get("segment_ids", jnp.zeros_like(tokens))
         x, keys = embedded(self.config, self.embed, tokens, segments, key)
         end = self.stack(x, segments, key=keys, threshold=threshold, stop_early=stop_early)
-        return summary(unembedded(end.state, cast(self.embed, self.config)), [(end, segments >= 0)])
+        logits = partial(unembedded, embed=cast(self.embed, self.config))
+        if targets is None:
+            return summary(logits(end.state), [(end, segments >= 0)])
+        scores = scores_in_pieces(logits, end.state, targets, self.embed.shape[0])
+        return summary(None, [(end, segments >= 0)])._replace(scores=scores)
 
 
 class SparseUniversalTransformer(nnx.Module):
