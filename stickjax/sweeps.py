@@ -39,6 +39,7 @@ from stickjax.system.disk import write_file
 from stickjax.system.tables import print_table
 from stickjax.system.text import json_text
 from stickjax.training import width as models
+from stickjax.training.schedules import SEQUENCE
 
 
 def coordinate_check(widths: Iterable[int], make: Callable, *, steps: int = 4, plot=None) -> Records:
@@ -249,12 +250,22 @@ def plot_coordinate_check(runs: dict[str, Records], path, step: int | None = Non
     save(page, path)
 
 
-def _coordinate(config: Config, widths, rates, out, status) -> tuple[dict, Table]:
+class _Grid(NamedTuple):
+    """The widths D, peak learning rates and batch sizes B of the runs. A command uses some of these lists."""
+
+    widths: list[int]
+    rates: list[float]
+    batch_sizes: list[int]
+
+
+def _coordinate(config: Config, grid: _Grid, out, status) -> tuple[dict, Table]:
     def make(width, mup):
         status.update(f"width {width}, {_NAMES[mup]}")
         return models.transformer(config, width, mup)
 
-    runs = {_NAMES[mup]: coordinate_check(widths, lambda width, mup=mup: make(width, mup)) for mup in (True, False)}
+    runs = {
+        _NAMES[mup]: coordinate_check(grid.widths, lambda width, mup=mup: make(width, mup)) for mup in (True, False)
+    }
     table = Table("activation", *_NAMES.values(), title="slope of log2 mean |activation| against log2 width")
     found = [slopes(records) for records in runs.values()]
     for name in found[0]:
@@ -263,12 +274,12 @@ def _coordinate(config: Config, widths, rates, out, status) -> tuple[dict, Table
     return {"records": runs}, table
 
 
-def _learning_rate(config: Config, widths, rates, out, status) -> tuple[dict, Table]:
+def _learning_rate(config: Config, grid: _Grid, out, status) -> tuple[dict, Table]:
     def run(width, rate, mup):
         status.update(f"width {width}, learning rate {rate:g}, {_NAMES[mup]}")
         return models.final_loss(config, width, rate, mup)
 
-    records = learning_rate_sweep(widths, rates, run, plot=out.with_suffix(".png"))
+    records = learning_rate_sweep(grid.widths, grid.rates, run, plot=out.with_suffix(".png"))
     best = best_runs(records, "width", "mup")
     table = Table("learning rate", title="loss after the training; * is the smallest of its column")
     columns = group(records, "mup", "width")
@@ -276,19 +287,22 @@ def _learning_rate(config: Config, widths, rates, out, status) -> tuple[dict, Ta
         table.add_column(f"{width}\n{_NAMES[mup]}", justify="right")
     for row in zip(*columns.values(), strict=True):
         table.add_row(f"{row[0]['learning_rate']:g}", *(f"{r['loss']:.3f}{' *'[r in best]}" for r in row))
-    table.caption = _edge(best, rates)
+    table.caption = _edge(best, grid.rates)
     return {"records": records}, table
 
 
-def _power_law(config: Config, widths, rates, out, status) -> tuple[dict, Table]:
-    status.update(f"{len(rates)} constant learning rates")
-    records = models.power_law_records(config, rates, tokens=[config.total_tokens * m for m in (1, 2, 4, 8)])
+def _power_law(config: Config, grid: _Grid, out, status) -> tuple[dict, Table]:
+    sizes = ", ".join(map(str, grid.batch_sizes))
+    status.update(f"{len(grid.rates)} constant learning rates, each with B={sizes}")
+    tokens = [config.total_tokens * m for m in (1, 2, 4, 8)]
+    records = models.power_law_records(config, grid.rates, tokens=tokens, batch_sizes=grid.batch_sizes)
     law = fit_power_law(records, plot=out.with_suffix(".png"))
-    table = Table("tokens T", "best learning rate", "loss", "gamma", title=f"gamma = {law.a:.3g} T^{law.b:.3g}")
+    title = f"gamma = {law.a:.3g} T^{law.b:.3g}"
+    table = Table("tokens T", "B", "best learning rate", "loss", "gamma", title=title)
     for r in law.best:
-        gamma = r["learning_rate"] / r["batch_size"]
-        table.add_row(f"{r['tokens']:,}", f"{r['learning_rate']:.2g}", f"{r['loss']:.3f}", f"{gamma:.3g}")
-    table.caption = _edge(law.best, rates)
+        B, gamma = r["batch_size"] * SEQUENCE / config.data.T, r["learning_rate"] / r["batch_size"]
+        table.add_row(f"{r['tokens']:,}", f"{B:g}", f"{r['learning_rate']:.2g}", f"{r['loss']:.3f}", f"{gamma:.3g}")
+    table.caption = _edge(law.best, grid.rates)
     return {"records": records, "a": law.a, "b": law.b}, table
 
 
@@ -321,17 +335,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="runs/sweeps", help="folder for COMMAND.json and COMMAND.png")
     parser.add_argument("--widths", help="widths D, such as 64,128,256; default: 1, 2 and 4 times the config's D")
     parser.add_argument("--rates", help="learning rates, such as 1e-3,2e-3; default: peak_lr times 2^-2, 2^-1 ... 2^4")
+    parser.add_argument("--batch-sizes", help="values of B for power-law, such as 4,8,16; default: the config's B")
     words, rest = parser.parse_with_fields(argv)
     console = Console(highlight=False)
     config = with_vocabulary(parse(load_config(words.config) if words.config else models.SMALL, rest))
     D, peak = config.model.D, config.optim.peak_lr
     widths = _numbers("widths", words.widths, int) if words.widths else [D, 2 * D, 4 * D]
     rates = _numbers("rates", words.rates, float) if words.rates else [peak * 2.0**e for e in range(-2, 5)]
+    batch_sizes = _numbers("batch-sizes", words.batch_sizes, int) if words.batch_sizes else [config.data.B]
     models.at_width(config, D, mup=True)  # raises for a model without muP, before anything is written
     out = Path(words.out) / words.command
     out.parent.mkdir(parents=True, exist_ok=True)
     with console.status(words.command) as status:
-        result, table = _COMMANDS[words.command](config, widths, rates, out, status)
+        result, table = _COMMANDS[words.command](config, _Grid(widths, rates, batch_sizes), out, status)
     write_file(f"{out}.json", json_text({"config": config.to_dict()} | result, indent=1) + "\n")
     print_table(table)
     print(f"{out}.json, {out}.png")

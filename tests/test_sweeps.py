@@ -307,7 +307,7 @@ def toy(monkeypatch):
     monkeypatch.setattr(models, "transformer", lambda config, width, mup: network(width, mup, 0.005))
     monkeypatch.setattr(models, "final_loss", lambda config, width, rate, mup: losses(width, mup)[rate])
     loss = lambda n, rate: math.log(rate / n**-0.5) ** 2  # noqa: E731
-    records = lambda config, rates, *, tokens: [  # noqa: E731
+    records = lambda config, rates, *, tokens, batch_sizes: [  # noqa: E731
         dict(tokens=n, batch_size=0.125, learning_rate=rate, loss=loss(n, rate)) for n in tokens for rate in rates
     ]
     monkeypatch.setattr(models, "power_law_records", records)
@@ -334,6 +334,8 @@ def test_command_line(command, toy, tmp_path, capsys):
     [
         (["coordinate", "--widths=48,x"], "--widths=48,x: expected positive whole numbers separated by commas"),
         (["power-law", "--rates=0.1,-1"], "--rates=0.1,-1: expected positive numbers separated by commas"),
+        (["power-law", "--batch-sizes=4,0"], "--batch-sizes=4,0: expected positive whole numbers separated by commas"),
+        (["power-law", "--batch-sizes=4096"], "is less than one step of B=4096 x T="),
         (["coordinate", "--widths=33"], "N=4, K=4 and F=128 are multiplied by width / D = 33/"),
         (["learning-rate", "--model.V=100", "--widths=16"], "V=100 is smaller than the 257 ids of tokenizer='byte'"),
         (["coordinate", "--model.WIDTH=3"], "unknown config key 'model.WIDTH'"),
@@ -356,9 +358,13 @@ def test_power_law_needs_whole_steps():
 def test_commands_on_the_model(tmp_path):
     tiny = ["--model.L=1", "--train.steps=2", "--data.T=16", "--out", str(tmp_path), "--rates=0.001,0.004,0.016"]
     tiny += ["--model.D=16", "--model.H=4", "--model.F=16"]
-    for command, widths in (("coordinate", "16,32"), ("learning-rate", "16"), ("power-law", "16")):
-        assert sweeps.main([command, f"--widths={widths}", *tiny]) == 0
+    own = dict(coordinate="--widths=16,32", **{"learning-rate": "--widths=16", "power-law": "--batch-sizes=4,8"})
+    for command, word in own.items():
+        assert sweeps.main([command, word, *tiny]) == 0
     assert len(list(tmp_path.iterdir())) == 6
+    records = json.loads((tmp_path / "power-law.json").read_text())["records"]
+    betas = {B * 16 / 4096 for B in (4, 8)}  # sequences of 4096 tokens
+    assert {r["batch_size"] for r in records} == betas and len(records) == 2 * 3 * 4  # batch sizes, rates, lengths
 
 
 def test_examples():
