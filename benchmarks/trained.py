@@ -1,9 +1,9 @@
-"""python -m benchmarks.trained RUN [--part P] [--max-examples N] [--json]: accuracy and training curve of a run.
+"""python -m benchmarks.trained RUN [--part P,..] [--max-examples N] [--json]: accuracy and training curve of a run.
 
 RUN is the run folder of a model that reads examples, such as a classifier or a translator. A bucket is a group of
-examples of about the same length. The program computes the accuracy of the model for each bucket of one part of the
-data, as `python -m stickjax.evaluate` does. --json also writes the accuracies, the curve of the training and the config
-to benchmarks/results/NAME.json, where NAME is the name of the run folder.
+examples of about the same length. For each part of the data in --part, the program computes the accuracy of the model
+for each bucket, as `python -m stickjax.evaluate` does. --json also writes the accuracies, the curve of the training and
+the config to benchmarks/results/NAME.json, where NAME is the name of the run folder.
 """
 
 import json
@@ -39,24 +39,26 @@ def curve(run: str, step: int) -> dict[str, list[float]]:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.trained", description=__doc__.split("\n\n")[0])
     parser.add_argument("run", help="run folder of a model that reads examples")
-    parser.add_argument("--part", default="test", help="which examples, such as valid (default test)")
+    parser.add_argument("--part", default="test", help="which examples, such as valid, or test,gen (default test)")
     parser.add_argument("--max-examples", type=int, default=1024, help="examples in a bucket at most (default 1024)")
     parser.add_argument(
         "--json", action="store_true", help="also write benchmarks/results/NAME.json, where NAME is the name of RUN"
     )
     arguments = parser.parse_args(argv)
     info, loaded, console = machine(), load(arguments.run), Console(width=100)
-    records = examples.accuracy(
-        loaded.model, loaded.config, part=arguments.part, max_examples=arguments.max_examples, say=console.print
-    )
-    task = task_of(loaded.config)
-    console.print(examples.table({Path(arguments.run).name: records}, task.bucket_name))
+    task, records = task_of(loaded.config), []
+    for part in arguments.part.split(","):
+        found = examples.accuracy(
+            loaded.model, loaded.config, part=part, max_examples=arguments.max_examples, say=console.print
+        )
+        console.print(examples.table({f"{Path(arguments.run).name}, {part}": found}, task.bucket_name))
+        records += [{"part": part} | record for record in found]
     if arguments.json:
         rows = [
-            Row("trained", f"{task.bucket_name or 'examples'}: {record['bucket']}", task.name, extra=record)
+            Row("trained", f"{task.bucket_name or record['part']}: {record['bucket']}", task.name, extra=record)
             for record in records
         ]
-        about = dict(part=arguments.part, step=loaded.step, config=json.loads(loaded.config.to_json()))
+        about = dict(step=loaded.step, config=json.loads(loaded.config.to_json()))
         file = RESULTS / f"{Path(arguments.run).resolve().name}.json"
         write_json(file, info | about | {"curve": curve(arguments.run, loaded.step)}, rows)
         console.print(file.name)

@@ -11,9 +11,10 @@ from stickjax.config import TreeConfig
 
 
 def get_config() -> Config:
-    model = TreeConfig(H=128, N=5, depth=7)
+    model = TreeConfig(H=64, N=5, depth=6)
     data = DataConfig(source="questions", T=24, B=100)
     optim = OptimConfig(
-        schedule="cosine", peak_lr=3e-4, beta1=0.0, beta2=0.999, eps=1e-9, weight_decay=0.0, clip=1.0,
+        schedule="cosine", peak_lr=1e-3, warmup_tokens=100 * data.tokens_per_step, beta1=0.0, beta2=0.999, eps=1e-9,
+        weight_decay=0.0, clip=1.0,
     )  # fmt: skip
-    return Config(model, data, optim, TrainConfig(steps=10_000, log_every=20, checkpoint_every=500))
+    return Config(model, data, optim, TrainConfig(steps=2500, log_every=20, checkpoint_every=500))

@@ -115,9 +115,11 @@ def test_the_command_writes_numbers_and_pictures(tmp_path, capsys, monkeypatch):
     assert (run / "accuracy.png").stat().st_size > 1000 and (run / "trees.png").stat().st_size > 1000
     assert "F1 of trees" in capsys.readouterr().out
     monkeypatch.setattr(trained, "RESULTS", tmp_path / "results")
-    assert trained.main([str(run), "--max-examples", "3", "--part", "valid", "--json"]) == 0
+    assert trained.main([str(run), "--max-examples", "3", "--part", "valid,test", "--json"]) == 0
     recorded = json.loads((tmp_path / "results" / "run.json").read_text())
-    assert [row["extra"] for row in recorded["rows"]] == stored["buckets"]
+    rows = [row["extra"] for row in recorded["rows"]]
+    valid = [{"part": "valid"} | record for record in stored["buckets"]]
+    assert rows[: len(valid)] == valid and {row["part"] for row in rows[len(valid) :]} == {"test"}
     assert recorded["curve"]["step"] == [1] and recorded["config"]["data"]["source"] == "listops"
     assert evaluate([str(run), "--part", "gen"]) == 1
     assert "part='gen' is not one of" in capsys.readouterr().err

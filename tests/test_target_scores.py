@@ -82,5 +82,7 @@ def test_logits_that_are_equal_infinite_or_not_a_number():
     scores = vocabulary.target_scores(logits, jnp.array([[0, 1, 1, 1]]))
     assert scores.is_most_likely.tolist() == [[True, False, True, False]]
     assert scores.nll[0, 2] == 0 and jnp.isnan(scores.nll[0, 3])
+    near = vocabulary.target_scores(jnp.array([[[1.0, 1 + 2.0**-23, 0.0]]]), jnp.array([[0]]))
+    assert not near.is_most_likely.item()
     far = vocabulary.target_scores(jnp.array([[[1e4, -1e4]]]), jnp.array([[1]]))
     assert far.nll.item() == 2e4 and far.log_z.item() == 1e4

@@ -67,12 +67,12 @@ def target_scores(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> 
         own, here = _local(targets, logits.shape[-1])
         largest = lax.pmax(largest, "tensor")
     total = reduce_from_tensor_parallel if sharded else lambda x: x
-    below = logits - largest[..., None]
-    wanted = total(jnp.where(here, jnp.take_along_axis(below, own[..., None], axis=-1)[..., 0], 0))
-    log_sum = jnp.log(total(jnp.exp(below).sum(-1)))
-    worse = (below < wanted[..., None]) | ((below == wanted[..., None]) & (ids >= targets[..., None]))  # False for NaN
+    wanted = total(jnp.where(here, jnp.take_along_axis(logits, own[..., None], axis=-1)[..., 0], 0))
+    log_sum = jnp.log(total(jnp.exp(logits - largest[..., None]).sum(-1)))
+    worse = logits < wanted[..., None]  # False for NaN
+    worse |= (logits == wanted[..., None]) & (ids >= targets[..., None])
     missed = total((~worse).any(-1).astype(jnp.int32))
-    return TargetScores(log_sum - wanted, log_sum + largest, missed == 0)
+    return TargetScores(log_sum - (wanted - largest), log_sum + largest, missed == 0)
 
 
 def scores_in_pieces(
