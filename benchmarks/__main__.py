@@ -16,6 +16,8 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from stickjax.system.allocator import keep_freed_memory
+
 from . import experts, gpu, gpu_record, gpu_run, long, ordered_memory, report, stick_breaking, timing, train
 
 PARTS = {module.PART: module for module in (stick_breaking, experts, train, ordered_memory, long)}
@@ -117,4 +119,5 @@ def _print(rows: list[report.Row], info: dict) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as the command `stickjax.train` does
     sys.exit(main())
