@@ -15,6 +15,7 @@ from stickjax import train
 from stickjax.config import Config, DataConfig, ExpertsConfig, MeshConfig, ModelConfig, TrainConfig
 from stickjax.config.command_line import load_config
 from stickjax.data.batches import make_batch
+from stickjax.models import vocabulary
 from stickjax.parallel import chips
 from stickjax.plan import __main__ as command
 from stickjax.plan import aot, estimate, flops, report, search
@@ -90,7 +91,9 @@ def closed_form(config: Config) -> float:
     # the scores and dA.
     attention = 5 if m.attention == "softmax" else 7
     backward = 2 * (projections + up + down + router) + attention * product
-    unembedding = 6 * m.D * m.vocabulary
+    # A microbatch has more logits than vocabulary.LARGEST_LOGITS, so the backward pass computes the logits again.
+    assert config.data.tokens_per_step // config.train.accumulate * m.vocabulary > vocabulary.LARGEST_LOGITS
+    unembedding = 8 * m.D * m.vocabulary
     return config.data.tokens_per_step * (m.L * (forward + again + backward) + unembedding)
 
 
