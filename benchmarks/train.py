@@ -74,6 +74,13 @@ def torch_python() -> str | None:
     return str(peers) if peers.exists() else None
 
 
+def peer_sizes(config: Config) -> dict[str, int]:
+    """Return {letter: size}, the arguments of `torch_peer.stepper` for a torch model with the sizes of `config`."""
+    m, data = config.model, config.data
+    sizes = {letter: getattr(m, letter) for letter in "DLNKHF"}
+    return sizes | dict(V=m.vocabulary, E=m.experts.E, k=m.experts.k, B=data.B, T=data.T)
+
+
 def stepper(config: Config):
     """Return a function that makes one training step of a new model and returns the metrics.
 
@@ -103,9 +110,7 @@ def rows(ceilings: Ceilings, *, quick: bool = False):
     with contextlib.ExitStack() as stack:
         python, versions = torch_python(), ""
         if python:
-            sizes = {letter: getattr(m, letter) for letter in "DLNKHF"} | {"B": config.data.B, "T": config.data.T}
-            sizes |= {"V": m.vocabulary, "E": m.experts.E, "k": m.experts.k}
-            peer = contestants["torch GraniteMoe"] = TorchPeer(python, sizes)
+            peer = contestants["torch GraniteMoe"] = TorchPeer(python, peer_sizes(config))
             versions = peer.versions
             stack.callback(peer.close)
         times = interleave(contestants, seconds=0.2 if quick else 40.0, least=3 if quick else 15)

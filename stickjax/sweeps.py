@@ -251,7 +251,7 @@ def plot_coordinate_check(runs: dict[str, Records], path, step: int | None = Non
 
 
 class _Grid(NamedTuple):
-    """The widths D, peak learning rates and batch sizes B of the runs. A command uses some of these lists."""
+    """The values that a sweep tries: widths D, peak learning rates and batch sizes B. A command may ignore some."""
 
     widths: list[int]
     rates: list[float]

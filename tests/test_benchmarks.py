@@ -26,8 +26,10 @@ from benchmarks import (
 from benchmarks import trained_heads as recipe
 from benchmarks import trained_logits as trained
 from benchmarks.timing import Times, interleave, rotating
+from benchmarks.train import peer_sizes
 from pallas_kernels import stick_breaking_attention
 from stickjax.config import ModelConfig
+from stickjax.config.command_line import load_config
 from stickjax.models.transformer import empty_cache, init
 from stickjax.train import main as train_main
 
@@ -323,3 +325,9 @@ def test_gpu_rows_on_this_backend(monkeypatch, tmp_path):
     again = gpu_record.Record(tmp_path / "gpu.json", info, gpu.finished)
     gpu.rows(gpu_run.Run(again, quick=True))
     assert not calls and [row.to_dict() for row in again.finished()] == [row.to_dict() for row in rows]
+
+
+def test_the_torch_model_gets_the_sizes_of_the_config():
+    """The sizes go to another process as JSON, so all of them must be numbers."""
+    sizes = dict(V=257, D=128, L=4, N=4, K=4, H=32, F=192, E=8, k=2, B=16, T=256)
+    assert peer_sizes(load_config("tiny")) == sizes

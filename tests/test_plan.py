@@ -91,7 +91,7 @@ def closed_form(config: Config) -> float:
     # the scores and dA.
     attention = 5 if m.attention == "softmax" else 7
     backward = 2 * (projections + up + down + router) + attention * product
-    # A microbatch has more logits than vocabulary.LARGEST_LOGITS, so the backward pass computes the logits again.
+    # A microbatch has so many logits that they are computed in pieces. Then the backward pass computes them again.
     assert config.data.tokens_per_step // config.train.accumulate * m.vocabulary > vocabulary.LARGEST_LOGITS
     unembedding = 8 * m.D * m.vocabulary
     return config.data.tokens_per_step * (m.L * (forward + again + backward) + unembedding)

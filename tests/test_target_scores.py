@@ -1,4 +1,4 @@
-"""The scores of targets: they are those of the logits, and no array has the logits of all positions.
+"""Test the scores of targets. If they are computed in pieces, no array has the logits of all positions.
 
 `tests/test_sharding.py` compares pieces on a mesh with the whole on one device.
 """
@@ -65,19 +65,21 @@ def test_the_loss_is_the_mean_over_the_targets_that_count():
 
 def test_texts_are_scored_in_pieces(monkeypatch):
     model = family_of(DECODER).init(DECODER, jax.random.key(0))
-    windows, mask = np.random.default_rng(0).integers(0, V, (5, T + 1), np.int32), np.ones((5, T), bool)
+    windows, mask = np.random.default_rng(0).integers(0, V, (5, T + 1), np.int32), np.zeros((5, T), bool)
     logits = np.asarray(model(jnp.array(windows[:, :-1])).logits)
-    windows[2, 1:] = logits[2].argmax(-1)  # each of these targets is the argmax of the old logits
+    mask[:, -1] = True
+    windows[:, -1] = logits[:, -1].argmin(-1)
+    windows[2, -1] = logits[2, -1].argmax()
     nll, greedy = row_scores(model, windows, mask, B=2)
     monkeypatch.setattr(vocabulary, "LARGEST_LOGITS", 2 * V * 4)
     jax.clear_caches()
     pieces, same = row_scores(model, windows, mask, B=2)
     assert_close(pieces, nll, FORWARD["float32"])
-    assert same.tolist() == greedy.tolist()
+    assert same.tolist() == greedy.tolist() == [False, False, True, False, False]
 
 
 def test_logits_that_are_equal_infinite_or_not_a_number():
-    """Of equal logits, the smallest id is the most likely. A logit that is not a number is never the most likely."""
+    """Of equal logits, the smallest id is the most likely. If a logit is not a number, no id is the most likely."""
     logits = jnp.array([[[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [-jnp.inf, 0.0, -jnp.inf], [jnp.nan, 1.0, 0.0]]])
     scores = vocabulary.target_scores(logits, jnp.array([[0, 1, 1, 1]]))
     assert scores.is_most_likely.tolist() == [[True, False, True, False]]

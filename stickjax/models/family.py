@@ -102,11 +102,11 @@ class Family(ABC):
         return 6 * self.parameter_counts(config)[1]
 
     def score(self, model, batch: dict[str, jax.Array], key=None):
-        """Score the targets of a batch of text, which has the arrays `tokens` and `targets` [B,T].
+        """Run the model on a batch of text, and return (the `TargetScores` of the batch, the output of the model).
 
-        Return (the `TargetScores` of the targets, the output of the model). Evaluation uses this method, without a key.
-        The default calls `apply`, and computes the scores from the `logits` [B,T,V] of its output. Override it if these
-        logits may be too many for the memory.
+        The batch has the arrays `tokens` and `targets` [B,T]. Evaluation calls this method without a key. The default
+        calls `apply`, and computes the scores from the `logits` [B,T,V] of its output. Override it if these logits may
+        need too much memory.
         """
         output = self.apply(model, batch, key)
         return target_scores(output.logits, batch["targets"]), output

@@ -97,7 +97,7 @@ class Transformer(nnx.Module):
         last_only: bool = False,
         targets: Int[Array, "B T"] | None = None,
     ) -> Output:
-        """Compute the logits of the next token at every position, or the scores of given targets.
+        """Compute the logits of the next token at every position. With `targets`, compute their scores instead.
 
         Args:
           tokens: [B, T], the token ids.
@@ -108,8 +108,8 @@ class Transformer(nnx.Module):
           key: a random key for a training step, in which `sample_topk` and `token_rounding` apply; None for inference.
           last_only: compute only the logits [B, 1, V] of the last position. For a long prompt, the B * T * V floats of
             all positions would take too much memory.
-          targets: [B, T], the token that should follow each token. The output then has their `scores` instead of the
-            logits. If the logits are many, they are computed in pieces (`scores_in_pieces`).
+          targets: [B, T], for each token the token that should follow it. With targets, the output has `scores` and
+            no logits, and `scores_in_pieces` limits the memory for the logits.
         """
         c = self.config
         if cache is not None and segment_ids is None:

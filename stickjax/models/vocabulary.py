@@ -1,4 +1,7 @@
-"""The embedding, and the scores of targets, also for a vocabulary that is sharded over the mesh axis "tensor"."""
+"""The embedding of tokens, and the scores of target tokens.
+
+The functions also work if the vocabulary is sharded over the mesh axis "tensor".
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from stickjax.parallel.collectives import first_of, reduce_from_tensor_parallel, size
 
-LARGEST_LOGITS = 2**27  # logits that a device computes at once, to score targets: 512 MiB of float32
+LARGEST_LOGITS = 2**27  # the largest number of logits that a device computes at once: 512 MiB of float32
 
 
 def _local(ids, count: int):
@@ -37,7 +40,7 @@ def embedded(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Arr
 
 
 class TargetScores(NamedTuple):
-    """How well a model predicts the targets of a batch: numbers for each of B * T targets, [B,T] each.
+    """Numbers that say how well a model predicts each target of a batch. Each field is an array [B,T].
 
     `nll`: the negative log-likelihood (cross-entropy) in nats, log(sum_v exp(logits_v)) - logits_target.
     `log_z`: log(sum_v exp(logits_v)), whose mean square is the z-loss of the logits.
@@ -81,15 +84,15 @@ def scores_in_pieces(
     targets: Int[Array, "B T"],
     V: int,
 ) -> TargetScores:
-    """Return `target_scores(logits(x), targets)`, without an array of all B * T * V logits if they are many.
+    """Return `target_scores(logits(x), targets)`. If there are many logits, compute them in pieces.
 
-    If there are more than LARGEST_LOGITS logits, the T positions are cut into equal pieces, which are computed one
-    after the other. The backward pass then computes the logits of each piece again, so it needs no array of all logits
-    either. This costs one product of the output matrix more: 8 instead of 6 B T D V operations. The results are the
-    same, except for rounding.
+    If B * T * V is above LARGEST_LOGITS, the T positions are cut into equal pieces, and one piece is computed after the
+    other. Then no array has the logits of all positions. The backward pass computes the logits of each piece again, so
+    it needs no such array either. A step then takes 8 B T D V operations for the output matrix instead of 6. The
+    results are the same, except for rounding.
 
     Args:
-      logits: the function that computes the logits of some positions. It must treat all positions alike.
+      logits: a function that computes the logits of any positions from their final states.
       x: the final states of all positions.
       targets: the token id that follows each position.
       V: the number of logits of a position on this device.

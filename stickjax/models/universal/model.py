@@ -141,8 +141,8 @@ class PairClassifier(nnx.Module):
 class LanguageModel(nnx.Module):
     """A causal language model. Its embedding is also the output matrix.
 
-    The state of a token and its halting probabilities do not depend on later tokens. If it is called with `targets`
-    [B,T], the output has their `scores` instead of the logits (see `scores_in_pieces`).
+    The state of a token and its halting probabilities do not depend on later tokens. If the model is
+    called with `targets` [B,T], the output has `scores` and no logits (see `scores_in_pieces`).
     """
 
     def __init__(self, config: SutConfig, key):
